@@ -1,0 +1,1 @@
+"""The catalog: what is published, who may push, what refers to what; SQL."""

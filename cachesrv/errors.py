@@ -1,0 +1,96 @@
+"""Everything that cachesrv raises on purpose.
+
+CachesrvError
+├── BadInput            bytes, names or values from outside that are not what they claim to be
+│   ├── TooLarge        … or that exceed a stated limit
+│   └── Mismatch        … or whose hash or size is not the stated one
+├── NotFound            a thing that was asked for by name is not there
+├── Conflict            a published path would change (its NAR hash differs)
+├── Refused             well-formed, but the cache's rules do not let it in
+│   ├── MissingReferences
+│   └── Unsigned
+├── NotAllowed          the caller may not do this
+│   └── NotAuthenticated   … because it did not say who it is
+├── ConfigError         the configuration or the command line cannot be used
+├── StoreError          a store of ours failed; says nothing about what it holds
+│   ├── StoreFull
+│   └── StoreUnavailable
+└── PeerError           another program answered wrongly, failed or died; names it
+    ├── DaemonError     … the Nix daemon
+    └── ServerError     … the cache server that we talk to
+
+No HTTP status stands here: `cachesrv.web.errors` maps errors to statuses in one table.
+Messages are for people: they say what is wrong and what to do, and hold no secret.
+"""
+
+
+class CachesrvError(Exception):
+    """Root of the tree; never raised itself."""
+
+
+class BadInput(CachesrvError):
+    """Bytes, names or values from outside that are not what they claim to be."""
+
+
+class TooLarge(BadInput):
+    """Input that exceeds a stated limit."""
+
+
+class Mismatch(BadInput):
+    """Content whose hash or size is not the stated one."""
+
+
+class NotFound(CachesrvError):
+    """A thing that was asked for by name is not there."""
+
+
+class Conflict(CachesrvError):
+    """A published path would change."""
+
+
+class Refused(CachesrvError):
+    """Well-formed, but the cache's rules do not let it in."""
+
+
+class MissingReferences(Refused):
+    """A path refers to paths that are neither in the cache nor in its upstreams."""
+
+
+class Unsigned(Refused):
+    """The cache wants a signature by one of its trusted keys, or a content address that holds."""
+
+
+class NotAllowed(CachesrvError):
+    """The caller may not do this."""
+
+
+class NotAuthenticated(NotAllowed):
+    """The caller did not say who it is, or not believably."""
+
+
+class ConfigError(CachesrvError):
+    """The configuration or the command line cannot be used."""
+
+
+class StoreError(CachesrvError):
+    """A store of ours failed; says nothing about what it holds."""
+
+
+class StoreFull(StoreError):
+    """No room for what was to be written."""
+
+
+class StoreUnavailable(StoreError):
+    """A store cannot be reached at present."""
+
+
+class PeerError(CachesrvError):
+    """Another program answered wrongly, failed or died; the message names it."""
+
+
+class DaemonError(PeerError):
+    """The Nix daemon answered wrongly, failed or died."""
+
+
+class ServerError(PeerError):
+    """The cache server that we talk to answered wrongly, failed or is out of reach."""

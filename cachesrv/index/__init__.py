@@ -1,0 +1,1 @@
+"""The index: hash part to answer, one read of a memory map."""

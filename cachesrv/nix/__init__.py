@@ -1,0 +1,1 @@
+"""Formats and protocols of Nix: pure, no network, no database, no event loop."""
