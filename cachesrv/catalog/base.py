@@ -1,0 +1,155 @@
+"""The contract of the catalog: what is published and what it needs, who may come in, what was refused; in SQL.
+
+What every implementation promises:
+
+- **Atomic.** Each method is one transaction; when it has returned it survives kill -9 and power loss.
+- **Idempotent.** To write again what is there already changes nothing and is no error.
+- Reads see every write that returned before they began, on this process and on all others.
+- Batches have no limit that a caller has to know; they are cut into statements inside.
+
+Names of caches are stored as they are configured; a `scope` is the storage prefix that caches with the same NARs
+share (`cachesrv.storage.base` keys begin with it). Times are whole seconds since the epoch. The catalog is never
+written inside a GET.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class PathRecord:
+    """A published path. `narinfo` is its rendered text; `references` are base names, itself included where it refers
+    to itself; `nar_hash` is `sha256:<nix32>`; `nar_key` is the storage key of its NAR; sizes in bytes.
+    """
+
+    cache: str
+    hash_part: str
+    name: str
+    narinfo: bytes
+    nar_key: str
+    nar_hash: str
+    nar_size: int
+    file_size: int
+    references: tuple[str, ...]
+    deriver: str | None
+    ca: str | None
+    registered_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class NarRecord:
+    """A NAR whose bytes were verified: hashes are `sha256:<nix32>`, sizes in bytes, `compression` a Nix name;
+    `listing` the zstd-compressed `.ls` object, kept until a path that uses it is published.
+    """
+
+    key: str
+    scope: str
+    compression: str
+    file_hash: str
+    file_size: int
+    nar_hash: str
+    nar_size: int
+    listing: bytes | None
+    verified_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConflictRecord:
+    """A push that would have changed a published path: the build is not deterministic."""
+
+    cache: str
+    hash_part: str
+    name: str
+    published_nar_hash: str
+    refused_nar_hash: str
+    pusher: str
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRecord:
+    """A token by its sha256 (base-16); `caches` are globs, `permissions` of pull, push, delete, admin; `expires_at`
+    and `revoked_at` are None where they do not apply.
+    """
+
+    name: str
+    sha256: str
+    caches: tuple[str, ...]
+    permissions: tuple[str, ...]
+    created_at: int
+    expires_at: int | None
+    revoked_at: int | None
+
+
+class Catalog(Protocol):
+    """See the module's docstring for what all implementations promise."""
+
+    async def publish(self, records: Sequence[PathRecord]) -> None:
+        """Make paths known, or update the narinfo, nar_key and sizes of known ones. Raises Conflict, and writes
+        nothing, when one of them is published with another NAR hash.
+        """
+
+    async def path(self, cache: str, hash_part: str) -> PathRecord | None:
+        """A published path."""
+
+    async def paths(self, cache: str, hash_parts: Collection[str]) -> dict[str, PathRecord]:
+        """Those of them that are published, by hash part."""
+
+    async def present(self, cache: str, hash_parts: Collection[str]) -> set[str]:
+        """Those of them that are published."""
+
+    def scan(self, cache: str, after: str = "") -> AsyncIterator[PathRecord]:
+        """All published paths by hash part, beyond `after`, in bounded memory and short transactions."""
+
+    async def referrers(self, cache: str, hash_part: str) -> set[str]:
+        """Hash parts of the published paths that refer to this one, without itself."""
+
+    async def remove(self, cache: str, hash_parts: Collection[str]) -> None:
+        """Forget paths; those that are not there are passed over."""
+
+    async def count(self, cache: str) -> tuple[int, int]:
+        """How many paths are published, and the sum of their NAR sizes."""
+
+    async def touch(self, cache: str, last_used: Mapping[str, int]) -> None:
+        """Note when paths were last used; never moves back, passes over what is not there."""
+
+    async def put_nar(self, record: NarRecord) -> None:
+        """Note a verified NAR. One with the same key is replaced."""
+
+    async def nar(self, key: str) -> NarRecord | None:
+        """A verified NAR by its key."""
+
+    async def nars_by_hash(self, scope: str, nar_hashes: Collection[str]) -> dict[str, NarRecord]:
+        """Verified NARs by NAR hash; where several have it, the one verified first. Their listing is left out."""
+
+    async def drop_listing(self, key: str) -> None:
+        """The listing of this NAR has been written to storage: keep it no longer here."""
+
+    async def remove_nars(self, keys: Collection[str]) -> None:
+        """Forget NARs; those that are not there are passed over."""
+
+    async def record_conflict(self, record: ConflictRecord) -> None:
+        """Remember a refused push; the same one again counts once."""
+
+    async def conflicts(self, cache: str, hash_part: str | None = None) -> list[ConflictRecord]:
+        """Refused pushes, latest first."""
+
+    async def put_token(self, record: TokenRecord) -> None:
+        """Add a token. Raises Conflict when its name is in use by one that is not revoked."""
+
+    async def token(self, sha256: str) -> TokenRecord | None:
+        """The token with this hash, revoked and expired ones too."""
+
+    async def tokens(self) -> list[TokenRecord]:
+        """All tokens, by name."""
+
+    async def revoke_token(self, name: str, at: int) -> bool:
+        """Whether there was one to revoke."""
+
+    async def close(self) -> None:
+        """Let go of connections and threads."""

@@ -1,0 +1,153 @@
+"""The contract of an object store: objects by key, in the layout of a standard binary cache.
+
+Keys are relative paths such as `main/nar/<hash>.nar.zst`: see `validate_key`. Every method validates its keys
+at the door and raises BadInput for a bad one before anything happens.
+
+What every implementation promises:
+
+- **All or nothing.** A reader sees an object whole or not at all. What is being written is invisible until
+  `commit`, and vanishes when the writer is left without it, when its task is cancelled, or (at the latest at
+  the next `sweep`) after the process was killed.
+- **Durable.** When `commit`, `put` or `delete` has returned, the effect survives kill -9 and power loss.
+- **If absent.** `commit(replace=False)` and `put(replace=False)` create the object or leave the existing one
+  as it is and answer False; of several at once exactly one answers True. This is how a published object is
+  never overwritten.
+- **Absent is not failed.** NotFound (or None) means that the store knows that there is no such object; when it
+  cannot say, it raises StoreUnavailable or another StoreError. StoreFull is raised when there is no room, as
+  early as the stated size allows, and leaves nothing behind.
+- **Bounded memory.** No method but `get` (which has a limit) holds more than a few chunks of an object.
+- **Listing** comes in no promised order, in bounded memory, and may or may not see what changes meanwhile.
+
+The stores of this package are used from one event loop; several processes may share what lies behind them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from cachesrv.errors import BadInput
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+MAX_KEY_LENGTH = 1024
+MAX_SEGMENT_LENGTH = 240
+
+_SEGMENT = re.compile(r"[0-9A-Za-z_+=?!@~^:,%-][0-9A-Za-z_+=?!@~^:,%.-]*\Z")
+
+
+def validate_key(key: str) -> str:
+    """The key itself, when it is one: 1 to 1024 characters, segments joined by single slashes, each segment of
+    `0-9A-Za-z_+=?!@~^:,%.-`, at most 240 long and not beginning with a dot (so no `..`, no absolute path, and
+    names that begin with a dot are left to the implementation). Raises BadInput.
+    """
+    if len(key) > MAX_KEY_LENGTH:
+        raise BadInput(f"object key of {len(key)} characters, at most {MAX_KEY_LENGTH} are allowed")
+    for segment in key.split("/"):
+        if len(segment) > MAX_SEGMENT_LENGTH or not _SEGMENT.match(segment):
+            raise BadInput(f"not an object key: {key!r}")
+    return key
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """size in bytes; modified in seconds since the epoch."""
+
+    key: str
+    size: int
+    modified: float
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """Bytes start up to but without end; 0 <= start < end."""
+
+    start: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFile:
+    """The object lies in this file, complete and never changed in place."""
+
+    path: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class PresignedUrl:
+    """The client may fetch the object there, until it expires; made without asking whether it is there."""
+
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The object is to be had by `read` only."""
+
+    size: int
+
+
+Delivery = LocalFile | PresignedUrl | Stream
+
+
+class ObjectWriter(Protocol):
+    """One object on its way in."""
+
+    async def write(self, data: bytes | memoryview) -> None:
+        """Append. The buffer may be reused by the caller afterwards. Raises StoreFull, StoreError."""
+
+    async def commit(self, *, replace: bool = False) -> bool:
+        """Make it durable, then visible. False when `replace` is not set and the object was there already: then
+        it is as it was. Nothing can be written afterwards.
+        """
+
+
+class ObjectStore(Protocol):
+    """See the module's docstring for what all implementations promise."""
+
+    def writer(self, key: str, *, size: int | None = None) -> AbstractAsyncContextManager[ObjectWriter]:
+        """Begin an object of `size` bytes, if that is known; leaving without `commit` leaves nothing behind.
+        On entry raises StoreFull when `size` bytes do not fit.
+        """
+
+    async def put(self, key: str, data: bytes, *, replace: bool = False) -> bool:
+        """A small object in one go; answers as `commit` does."""
+
+    async def put_many(self, objects: Mapping[str, bytes], *, replace: bool = False) -> set[str]:
+        """Small objects, each as `put` would, but made durable together; the keys of those that were created or
+        replaced. When it raises, any of them may have been written.
+        """
+
+    async def get(self, key: str, *, limit: int) -> bytes | None:
+        """The whole object, or None when it is not there. Raises TooLarge when it exceeds `limit` bytes."""
+
+    def read(self, key: str, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
+        """The object, or a part of it, in chunks. Raises NotFound before the first chunk; BadInput for a range
+        beyond the end; a transfer that breaks raises StoreError, it never just ends.
+        """
+
+    async def head(self, key: str) -> ObjectInfo | None:
+        """What is known of an object, or None when it is not there."""
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        """Delete them; those that are not there are passed over."""
+
+    def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
+        """All objects whose key begins with `prefix`, which is empty or ends in a slash."""
+
+    async def delivery(self, key: str) -> Delivery | None:
+        """How the object can best reach a client; None when it is known not to be there."""
+
+    async def sweep(self, *, older_than: float) -> int:
+        """Remove what writers left behind that have been silent for `older_than` seconds; how many there were."""
+
+    async def close(self) -> None:
+        """Let go of connections and threads; writers still open are aborted."""
