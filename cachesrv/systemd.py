@@ -1,0 +1,52 @@
+"""What systemd gives to services: sockets that are open already, and a place to report to.
+
+Sources: sd_listen_fds(3), sd_notify(3).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
+_FIRST_FD = 3
+
+
+def inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
+    """The listening sockets that were passed by socket activation; none when they are not for this process.
+
+    The variables are taken out of `environ`, so that no child believes that they are for it.
+    """
+    pid, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
+    environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()) or not count.isdigit():
+        return []
+    sockets = []
+    for fd in range(_FIRST_FD, _FIRST_FD + int(count)):
+        os.set_inheritable(fd, False)
+        sockets.append(socket.socket(fileno=fd))
+    return sockets
+
+
+def notify(state: str, environ: MutableMapping[str, str]) -> None:
+    """Tell systemd, if it listens, e.g. `READY=1`, `RELOADING=1`, `STOPPING=1`, `STATUS=…`, `WATCHDOG=1`."""
+    address = environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            sock.connect("\0" + address[1:] if address.startswith("@") else address)
+            sock.sendall(state.encode())
+        except OSError:
+            return
+
+
+def watchdog_interval(environ: MutableMapping[str, str]) -> float | None:
+    """Seconds between two `WATCHDOG=1`, half of what systemd allows; None when there is no watchdog."""
+    microseconds = environ.get("WATCHDOG_USEC", "")
+    if not microseconds.isdigit() or environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None
+    return int(microseconds) / 2_000_000
