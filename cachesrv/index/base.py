@@ -1,32 +1,53 @@
 """The contract of the index: (cache, hash part) to what is known of it, in microseconds.
 
-The index is derived: it can be deleted at any time at the price of slower answers until it has filled again. What
-every implementation promises:
+The index is derived: while nobody has it open it can be deleted at the price of slower answers until it has filled
+again. What every implementation promises:
 
 - `get` never blocks on anything but a page fault and never raises for a key that is merely unknown.
 - **A publish wins.** `put` stores the answer and clears an absence in one transaction; `put_absent` never replaces
   an answer, so that a slow lookup cannot hide a path that was published meanwhile.
 - **Durable.** When `put` has returned, neither kill -9 nor power loss brings the absence back that it cleared.
-- Absences are bounded in number: over the limit, those that end first go first. An absence that has ended reads as
-  unknown.
+- Absences are bounded in number: over the limit, those that end first go first (of those that end together, in the
+  order of their keys). An absence that has ended reads as unknown.
 - All worker processes of one host share it; what one has put, the next `get` of any of them sees.
 
-Writes take milliseconds (they are synced): call them from a thread, in batches.
+Writes take milliseconds (they are synced): call them from a thread, in batches. Any method may be called from any
+thread.
+
+Stored values, as `raw` gives them: one byte of kind, then
+
+- kind 1, present: the length of the head (u16, big-endian), the head, the body. So `value[3:]` is the answer to a GET
+  as it is sent, and `value[3 : 3 + length]` that to a HEAD.
+- kind 2, absent: the end of the absence in seconds since the epoch (u64, big-endian).
 """
 
 from __future__ import annotations
 
+import re
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from cachesrv.errors import BadInput, StoreError, TooLarge
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+PRESENT = 1
+ABSENT = 2
+
+_PRESENT = struct.Struct(">BH")
+_ABSENT = struct.Struct(">BQ")
+_MAX_HEAD = 0xFFFF
+_MAX_UNTIL = 0xFFFF_FFFF_FFFF_FFFF
+_NAME = re.compile(r"[0-9A-Za-z_+.-]{1,200}\Z")
 
 
 @dataclass(frozen=True, slots=True)
 class Present:
     """A path that is there: `head`, the header fields of its answer, each with its line end and followed by an empty
-    line; `body`, its narinfo. What stands before the head (status line, date) is made anew for each answer.
+    line, at most 65,535 bytes; `body`, its narinfo. What stands before the head (status line, date) is made anew for
+    each answer.
     """
 
     head: bytes
@@ -35,7 +56,7 @@ class Present:
 
 @dataclass(frozen=True, slots=True)
 class Absent:
-    """Known not to be there, to be believed until `until` (seconds since the epoch)."""
+    """Known not to be there, to be believed until `until` (seconds since the epoch), and then no more."""
 
     until: int
 
@@ -49,26 +70,83 @@ class IndexEntry:
     answer: Present
 
 
+def lookup_key(cache: str, hash_part: str) -> bytes:
+    """The key to look up by `raw`: `main/<hash part>`. Takes anything; what cannot be stored is never found."""
+    return f"{cache}/{hash_part}".encode("ascii", "replace")
+
+
+def storage_key(cache: str, hash_part: str) -> bytes:
+    """The key to store by. Raises BadInput unless both names have 1 to 200 characters of `0-9A-Za-z_+.-`."""
+    if not (_NAME.match(cache) and _NAME.match(hash_part)):
+        raise BadInput(f"not the names of a cache and a hash part: {cache[:200]!r}, {hash_part[:200]!r}")
+    return lookup_key(cache, hash_part)
+
+
+def scan_key(cache: str, after: str = "") -> bytes:
+    """What sorts just before all keys of a cache beyond `after`. Raises BadInput as `storage_key` does."""
+    if after:
+        return storage_key(cache, after) + b"\0"
+    return storage_key(cache, "-")[:-1]
+
+
+def encode_present(answer: Present) -> bytes:
+    """The stored value of an answer. Raises TooLarge for a head of more than 65,535 bytes."""
+    if len(answer.head) > _MAX_HEAD:
+        raise TooLarge(f"the head of an answer has {len(answer.head)} bytes, at most {_MAX_HEAD} are allowed")
+    return _PRESENT.pack(PRESENT, len(answer.head)) + answer.head + answer.body
+
+
+def encode_absent(until: int) -> bytes:
+    """The stored value of an absence. Raises BadInput for a time that is no u64."""
+    if not 0 <= until <= _MAX_UNTIL:
+        raise BadInput(f"not the end of an absence, in seconds since the epoch: {until}")
+    return _ABSENT.pack(ABSENT, until)
+
+
+def decode(value: bytes, now: float) -> Present | Absent | None:
+    """What a stored value says at the time `now`; None for an absence that has ended. Raises StoreError."""
+    kind = value[0] if value else None
+    if kind == PRESENT and len(value) >= _PRESENT.size:
+        end = _PRESENT.size + _PRESENT.unpack_from(value)[1]
+        if end <= len(value):
+            return Present(value[_PRESENT.size : end], value[end:])
+    if kind == ABSENT and len(value) == _ABSENT.size:
+        until: int = _ABSENT.unpack(value)[1]
+        return Absent(until) if until > now else None
+    raise StoreError("the index holds a value that it did not write; stop cachesrv and delete the index")
+
+
 class Index(Protocol):
     """See the module's docstring for what all implementations promise."""
 
     def get(self, cache: str, hash_part: str) -> Present | Absent | None:
         """What is known; None when nothing is."""
 
+    def raw(self, key: bytes) -> bytes | None:
+        """The stored value under a ready-made key (`lookup_key`), in the format that the module's docstring gives; the
+        fastest door. An absence is given even when it has ended: the caller compares its end with the clock.
+        """
+
     def put(self, entries: Iterable[IndexEntry]) -> None:
-        """Make paths visible, all in one transaction. Raises StoreFull, StoreError."""
+        """Make paths visible, all in one transaction. Raises BadInput for names that cannot be stored, StoreFull,
+        StoreError.
+        """
 
     def put_absent(self, absences: Iterable[tuple[str, str]], until: int) -> None:
-        """Remember (cache, hash part) as absent until then, except where an answer is stored."""
+        """Remember (cache, hash part) as absent until then, except where an answer is stored; all in one transaction.
+        Where there is no room, fewer are remembered. Raises BadInput, StoreError.
+        """
 
     def delete(self, keys: Iterable[tuple[str, str]]) -> None:
-        """Forget all that is known of (cache, hash part)."""
+        """Forget all that is known of (cache, hash part), in one transaction. Raises BadInput, StoreError."""
 
     def clear(self, cache: str) -> None:
-        """Forget all that is known of a cache."""
+        """Forget all that is known of a cache; in several transactions, so that no other writer waits for long."""
 
     def scan(self, cache: str, after: str = "") -> Iterator[tuple[str, Present | Absent]]:
-        """Everything stored of a cache, by hash part, beyond `after`; sees writes that happen meanwhile or not."""
+        """What is known of a cache, ordered by hash part, beyond `after`; sees writes that happen meanwhile or not.
+        Can be left at any point, and holds nothing between two steps.
+        """
 
     def count(self) -> tuple[int, int]:
         """How many answers and how many absences are stored (ended ones included until they are evicted)."""

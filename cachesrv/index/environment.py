@@ -1,0 +1,179 @@
+"""An LMDB environment that several processes share, and that is begun anew when it cannot be used.
+
+Whoever has it open holds a shared lock (flock) on its folder. Only a process that holds the lock alone judges the
+files and throws them away; so nobody ever works on files that others no longer see.
+
+Thrown away are files that LMDB refuses, that were cut off, that hold another format, or in which a process met
+damage and left the mark `damaged`. Damage in the middle of the file shows only when its page is read.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lmdb
+
+from cachesrv.errors import StoreError, StoreFull
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Raised by one with every change of what keys or values mean.
+FORMAT = b"1"
+
+_FILES = ("data.mdb", "lock.mdb", "damaged")
+_MAX_READERS = 1024
+_DAMAGE = (
+    lmdb.BadTxnError,  # what a lookup gives when the root of a database cannot be read
+    lmdb.CorruptedError,
+    lmdb.InvalidError,
+    lmdb.PageNotFoundError,
+    lmdb.PanicError,
+    lmdb.VersionMismatchError,
+)
+
+# A write that was cut short for want of room comes out of LMDB as an input/output error.
+_FULL_DISK = 2**20
+
+
+class _Unusable(Exception):
+    """These files cannot be used, whoever opens them."""
+
+
+class SharedEnvironment:
+    """An open environment of three databases: `entries`, `absences` and one about itself. Open it after a fork, never
+    across one; one process can open a folder only once at a time. The files are for their owner only.
+
+    `fresh` says that there was nothing of use in the folder, so that everything has to be learnt anew. Raises
+    StoreError, also for files that are unusable while others have them open.
+    """
+
+    def __init__(self, path: str, *, map_size: int) -> None:
+        self._path = Path(path)
+        with self._in_words("open the index"):
+            self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with self._in_words("open the index"):
+                self._open(map_size)
+        except BaseException:
+            os.close(self._folder)
+            raise
+
+    def _open(self, map_size: int) -> None:
+        alone = self._lock()
+        try:
+            self._open_files(map_size)
+        except _Unusable as error:
+            if not alone:
+                raise StoreError(f"the index is in use by others and cannot be shared: {error}") from error
+            self._throw_away()
+            self._open_files(map_size)
+        if alone:
+            os.fsync(self._folder)
+            fcntl.flock(self._folder, fcntl.LOCK_SH)
+
+    def _lock(self) -> bool:
+        try:
+            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fcntl.flock(self._folder, fcntl.LOCK_SH)
+            return False
+        return True
+
+    def _throw_away(self) -> None:
+        for name in _FILES:
+            (self._path / name).unlink(missing_ok=True)
+        os.fsync(self._folder)
+
+    def _open_files(self, map_size: int) -> None:
+        if (self._path / "damaged").exists():
+            raise _Unusable("it is marked as damaged")
+        try:
+            self.env = lmdb.open(
+                str(self._path),
+                map_size=map_size,
+                max_dbs=3,
+                max_readers=_MAX_READERS,
+                # The next lookup takes up the ended transaction of the last: no lock, no search for a reader's slot.
+                max_spare_txns=1,
+                # Lookups come in no order: what lies beside a page is of no use.
+                readahead=False,
+                mode=0o600,
+            )
+        except lmdb.Error as error:
+            # Positive codes are those of the operating system; they say nothing about the contents.
+            if error.code > 0:
+                raise
+            raise _Unusable(str(error)) from error
+        try:
+            self._use()
+        except BaseException:
+            self.env.close()
+            raise
+
+    def _use(self) -> None:
+        env = self.env
+        env.reader_check()
+        if self._is_cut_off():
+            raise _Unusable("its file is cut off")
+        try:
+            self.fresh = env.stat()["entries"] == 0
+            with env.begin(write=True) as txn:
+                about = env.open_db(b"about", txn, create=self.fresh)
+                if self.fresh:
+                    txn.put(b"format", FORMAT, db=about)
+                elif txn.get(b"format", db=about) != FORMAT:
+                    raise _Unusable("its format is another")
+                self.entries = env.open_db(b"entries", txn, create=self.fresh)
+                self.absences = env.open_db(b"absences", txn, create=self.fresh)
+        except (lmdb.NotFoundError, *_DAMAGE) as error:
+            raise _Unusable(str(error)) from error
+
+    def _is_cut_off(self) -> bool:
+        # To touch a page beyond the end of the file kills the process. Once in a great while the last pages were freed
+        # before they were ever written; then the index is begun anew without need.
+        pages = self.env.info()["last_pgno"] + 1
+        return (self._path / "data.mdb").stat().st_size < pages * self.env.stat()["psize"]
+
+    @contextmanager
+    def damage_marked(self) -> Iterator[None]:
+        """Turns errors of LMDB into StoreError and StoreFull, and has files thrown away at the next opening when a
+        process met damage in them.
+        """
+        try:
+            with self._in_words("use the index"):
+                yield
+        except StoreError as error:
+            if isinstance(error.__cause__, _DAMAGE):
+                with suppress(OSError):
+                    (self._path / "damaged").touch()
+            raise
+
+    @contextmanager
+    def _in_words(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except lmdb.MapFullError as error:
+            raise StoreFull(f"cannot {doing}: it has reached its size limit; raise [index] size_limit") from error
+        except lmdb.Error as error:
+            if self._is_full(error.code):
+                raise StoreFull(f"cannot {doing}: no space left on its disk") from error
+            raise StoreError(f"cannot {doing}: {error}") from error
+        except OSError as error:
+            raise StoreError(f"cannot {doing}: {error.strerror}") from error
+
+    def _is_full(self, code: int) -> bool:
+        if code == errno.EIO:
+            return shutil.disk_usage(self._path).free < _FULL_DISK
+        return code in (errno.ENOSPC, errno.EDQUOT)
+
+    def close(self) -> None:
+        self.env.close()
+        os.close(self._folder)
