@@ -1,0 +1,1 @@
+{"version":1,"root":{"type":"directory","entries":{"empty":{"type":"directory","entries":{}},"file":{"type":"regular","size":9,"narOffset":400},"link":{"type":"symlink","target":"file"}}}}

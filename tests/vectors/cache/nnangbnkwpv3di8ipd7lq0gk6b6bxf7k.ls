@@ -1,0 +1,1 @@
+{"version":1,"root":{"type":"directory","entries":{"lib.txt":{"type":"regular","size":8,"narOffset":232},"link":{"type":"symlink","target":"lib.txt"}}}}
