@@ -1,0 +1,65 @@
+"""Verified NARs. Each function runs in one transaction."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import bindparam, delete, insert, null, select, update
+
+from cachesrv.catalog.base import NarRecord
+from cachesrv.catalog.batches import batches
+from cachesrv.catalog.schema import nars
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from sqlalchemy import Connection, Row
+
+
+_FIND = select(nars).where(nars.c.key == bindparam("key"))
+_BY_HASH = (
+    select(*(null().label(column.name) if column is nars.c.listing else column for column in nars.c))
+    .where(nars.c.scope == bindparam("scope"), nars.c.nar_hash.in_(bindparam("nar_hashes", expanding=True)))
+    .order_by(nars.c.verified_at, nars.c.key)
+)
+_INSERT = insert(nars)
+_DROP_LISTING = update(nars).where(nars.c.key == bindparam("of"), nars.c.listing.is_not(None)).values(listing=null())
+_DELETE = delete(nars).where(nars.c.key.in_(bindparam("keys", expanding=True)))
+
+
+def put(connection: Connection, record: NarRecord) -> None:
+    """See `Catalog.put_nar`."""
+    if find(connection, record.key) != record:
+        connection.execute(_DELETE, {"keys": [record.key]})
+        connection.execute(_INSERT, asdict(record))
+
+
+def find(connection: Connection, key: str) -> NarRecord | None:
+    """See `Catalog.nar`."""
+    row = connection.execute(_FIND, {"key": key}).one_or_none()
+    return None if row is None else _record(row)
+
+
+def by_hash(connection: Connection, scope: str, nar_hashes: Collection[str]) -> dict[str, NarRecord]:
+    """See `Catalog.nars_by_hash`."""
+    found: dict[str, NarRecord] = {}
+    for some in batches(nar_hashes):
+        for row in connection.execute(_BY_HASH, {"scope": scope, "nar_hashes": some}):
+            found.setdefault(row.nar_hash, _record(row))
+    return found
+
+
+def drop_listing(connection: Connection, key: str) -> None:
+    """See `Catalog.drop_listing`."""
+    connection.execute(_DROP_LISTING, {"of": key})
+
+
+def remove(connection: Connection, keys: Collection[str]) -> None:
+    """See `Catalog.remove_nars`."""
+    for some in batches(keys):
+        connection.execute(_DELETE, {"keys": some})
+
+
+def _record(row: Row[Any]) -> NarRecord:
+    return NarRecord(**row._asdict())

@@ -1,0 +1,145 @@
+"""Publishing, removing and marking paths. Each function runs in a write transaction, and those run one at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import chain, groupby
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import bindparam, delete, insert, or_, select, update
+
+from cachesrv.catalog.batches import batches
+from cachesrv.catalog.names import name_ids, prune_names
+from cachesrv.catalog.paths import find
+from cachesrv.catalog.schema import narinfos, paths, refs
+from cachesrv.errors import Conflict
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+
+    from sqlalchemy import Connection, Executable
+
+    from cachesrv.catalog.base import PathRecord
+
+# What a second push of a path may change, beside its narinfo and its references.
+_MUTABLE = ("nar_key", "nar_size", "file_size", "deriver", "ca")
+_COLUMNS = ("cache", "hash_part", "nar_hash", "registered_at", *_MUTABLE)
+
+_INSERT_PATH = insert(paths)
+_INSERT_NARINFO = insert(narinfos)
+_INSERT_REFERENCE = insert(refs)
+_UPDATE_PATH = (
+    update(paths).where(paths.c.id == bindparam("of")).values({column: bindparam(column) for column in _MUTABLE})
+)
+_UPDATE_NARINFO = update(narinfos).where(narinfos.c.path_id == bindparam("of")).values(content=bindparam("narinfo"))
+_DELETE_REFERENCE = delete(refs).where(refs.c.path_id == bindparam("from"), refs.c.name_id == bindparam("to"))
+_TOUCH = (
+    update(paths)
+    .where(paths.c.cache == bindparam("in"), paths.c.hash_part == bindparam("of"))
+    .where(or_(paths.c.last_used_at.is_(None), paths.c.last_used_at < bindparam("at")))
+    .values(last_used_at=bindparam("at"))
+)
+_IDS = select(paths.c.id).where(
+    paths.c.cache == bindparam("cache"), paths.c.hash_part.in_(bindparam("hash_parts", expanding=True))
+)
+_REFERRED = select(refs.c.name_id).where(refs.c.path_id.in_(bindparam("path_ids", expanding=True))).distinct()
+_DELETE_PATHS = delete(paths).where(paths.c.id.in_(bindparam("path_ids", expanding=True)))
+
+
+def publish(connection: Connection, records: Sequence[PathRecord]) -> None:
+    """See `Catalog.publish`."""
+    for cache, of_cache in groupby(_distinct(records), key=lambda record: record.cache):
+        _publish_to(connection, cache, list(of_cache))
+
+
+def remove(connection: Connection, cache: str, hash_parts: Collection[str]) -> None:
+    """See `Catalog.remove`."""
+    for some in batches(hash_parts):
+        ids = connection.scalars(_IDS, {"cache": cache, "hash_parts": some}).all()
+        if ids:
+            referred = connection.scalars(_REFERRED, {"path_ids": ids}).all()
+            connection.execute(_DELETE_PATHS, {"path_ids": ids})
+            prune_names(connection, [*ids, *referred])
+
+
+def touch(connection: Connection, cache: str, last_used: Mapping[str, int]) -> None:
+    """See `Catalog.touch`."""
+    _execute(connection, _TOUCH, [{"in": cache, "of": of, "at": at} for of, at in sorted(last_used.items())])
+
+
+def _distinct(records: Iterable[PathRecord]) -> list[PathRecord]:
+    """Each path once, as it was stated last; by cache and hash part. Raises Conflict."""
+    distinct: dict[tuple[str, str], PathRecord] = {}
+    for record in records:
+        key = record.cache, record.hash_part
+        _refuse_change(distinct.get(key, record), record)
+        distinct[key] = replace(record, references=tuple(sorted(set(record.references))))
+    return [distinct[key] for key in sorted(distinct)]
+
+
+def _publish_to(connection: Connection, cache: str, records: list[PathRecord]) -> None:
+    """Writes only what differs: a path that is pushed again as it is costs no write."""
+    known = find(connection, cache, [record.hash_part for record in records])
+    new, changed = [], []
+    for record in records:
+        if before := known.get(record.hash_part):
+            _refuse_change(before, record)
+            after = replace(record, registered_at=before.registered_at)
+            if after != before:
+                changed.append(after)
+        else:
+            new.append(record)
+    old_references = _references(known[record.hash_part] for record in changed)
+    references = _references(chain(new, changed))
+    mentioned = chain(map(_base_name, new), map(_base_name, changed), *(old_references ^ references))
+    ids = name_ids(connection, cache, set(mentioned))
+    _insert(connection, [(ids[_base_name(record)], record) for record in new])
+    _update(connection, [(ids[_base_name(record)], record) for record in changed])
+    _refer(connection, {(ids[path], ids[name]) for path, name in references - old_references})
+    _unrefer(connection, {(ids[path], ids[name]) for path, name in old_references - references})
+
+
+def _refuse_change(published: PathRecord, record: PathRecord) -> None:
+    if (published.name, published.nar_hash) != (record.name, record.nar_hash):
+        raise Conflict(
+            f"{_base_name(published)} is published in cache {record.cache} with NAR hash {published.nar_hash};"
+            f" refused: {_base_name(record)} with NAR hash {record.nar_hash}"
+        )
+
+
+def _references(records: Iterable[PathRecord]) -> set[tuple[str, str]]:
+    """Pairs of base names: from, to."""
+    return {(_base_name(record), reference) for record in records for reference in record.references}
+
+
+def _base_name(record: PathRecord) -> str:
+    return f"{record.hash_part}-{record.name}"
+
+
+def _insert(connection: Connection, new: Sequence[tuple[int, PathRecord]]) -> None:
+    _execute(connection, _INSERT_PATH, [{"id": path_id} | _values(record, _COLUMNS) for path_id, record in new])
+    _execute(connection, _INSERT_NARINFO, [{"path_id": path_id, "content": record.narinfo} for path_id, record in new])
+
+
+def _update(connection: Connection, changed: Sequence[tuple[int, PathRecord]]) -> None:
+    _execute(connection, _UPDATE_PATH, [{"of": path_id} | _values(record, _MUTABLE) for path_id, record in changed])
+    _execute(connection, _UPDATE_NARINFO, [{"of": path_id, "narinfo": record.narinfo} for path_id, record in changed])
+
+
+def _refer(connection: Connection, references: Iterable[tuple[int, int]]) -> None:
+    _execute(connection, _INSERT_REFERENCE, [{"path_id": path, "name_id": name} for path, name in sorted(references)])
+
+
+def _unrefer(connection: Connection, references: Iterable[tuple[int, int]]) -> None:
+    _execute(connection, _DELETE_REFERENCE, [{"from": path, "to": name} for path, name in sorted(references)])
+    prune_names(connection, {name for _, name in references})
+
+
+def _values(record: PathRecord, columns: Iterable[str]) -> dict[str, Any]:
+    return {column: getattr(record, column) for column in columns}
+
+
+def _execute(connection: Connection, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Once for each row, in one call of the driver; SQLAlchemy takes no rows for one row of defaults."""
+    if rows:
+        connection.execute(statement, rows)

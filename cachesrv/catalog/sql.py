@@ -1,0 +1,97 @@
+"""The catalog in SQL. The queries stand in the modules beside this one, by what they are about."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Self
+
+from cachesrv.catalog import nars, paths, publishing, refused, tokens
+from cachesrv.catalog.sqlite import open_database
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+
+    from cachesrv.catalog.base import ConflictRecord, NarRecord, PathRecord, TokenRecord
+    from cachesrv.catalog.database import Database
+
+DEFAULT_POOL_SIZE = 4
+
+
+class SqlCatalog:
+    """Implements `cachesrv.catalog.base.Catalog`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    @classmethod
+    async def open(cls, url: str, *, pool_size: int = DEFAULT_POOL_SIZE) -> Self:
+        """The catalog at `sqlite:///<path>`, made or migrated where needed; `pool_size` reads can run at once. Raises
+        ConfigError for a URL that is none or a database that is not ours or of a newer version; StoreError.
+        """
+        return cls(await asyncio.to_thread(open_database, url, readers=pool_size))
+
+    async def publish(self, records: Sequence[PathRecord]) -> None:
+        await self._database.write(publishing.publish, records)
+
+    async def path(self, cache: str, hash_part: str) -> PathRecord | None:
+        return (await self.paths(cache, [hash_part])).get(hash_part)
+
+    async def paths(self, cache: str, hash_parts: Collection[str]) -> dict[str, PathRecord]:
+        return await self._database.read(paths.find, cache, hash_parts)
+
+    async def present(self, cache: str, hash_parts: Collection[str]) -> set[str]:
+        return await self._database.read(paths.present, cache, hash_parts)
+
+    async def scan(self, cache: str, after: str = "") -> AsyncIterator[PathRecord]:
+        while page := await self._database.read(paths.page, cache, after):
+            for record in page:
+                yield record
+            after = page[-1].hash_part
+
+    async def referrers(self, cache: str, hash_part: str) -> set[str]:
+        return await self._database.read(paths.referrers, cache, hash_part)
+
+    async def remove(self, cache: str, hash_parts: Collection[str]) -> None:
+        await self._database.write(publishing.remove, cache, hash_parts)
+
+    async def count(self, cache: str) -> tuple[int, int]:
+        return await self._database.read(paths.count, cache)
+
+    async def touch(self, cache: str, last_used: Mapping[str, int]) -> None:
+        await self._database.write(publishing.touch, cache, last_used)
+
+    async def put_nar(self, record: NarRecord) -> None:
+        await self._database.write(nars.put, record)
+
+    async def nar(self, key: str) -> NarRecord | None:
+        return await self._database.read(nars.find, key)
+
+    async def nars_by_hash(self, scope: str, nar_hashes: Collection[str]) -> dict[str, NarRecord]:
+        return await self._database.read(nars.by_hash, scope, nar_hashes)
+
+    async def drop_listing(self, key: str) -> None:
+        await self._database.write(nars.drop_listing, key)
+
+    async def remove_nars(self, keys: Collection[str]) -> None:
+        await self._database.write(nars.remove, keys)
+
+    async def record_conflict(self, record: ConflictRecord) -> None:
+        await self._database.write(refused.record_conflict, record)
+
+    async def conflicts(self, cache: str, hash_part: str | None = None) -> list[ConflictRecord]:
+        return await self._database.read(refused.find_conflicts, cache, hash_part)
+
+    async def put_token(self, record: TokenRecord) -> None:
+        await self._database.write(tokens.put, record)
+
+    async def token(self, sha256: str) -> TokenRecord | None:
+        return await self._database.read(tokens.find, sha256)
+
+    async def tokens(self) -> list[TokenRecord]:
+        return await self._database.read(tokens.find_all)
+
+    async def revoke_token(self, name: str, at: int) -> bool:
+        return await self._database.write(tokens.revoke, name, at)
+
+    async def close(self) -> None:
+        await self._database.close()
