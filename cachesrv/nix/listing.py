@@ -21,8 +21,8 @@ from cachesrv.errors import BadInput, TooLarge
 MAX_DEPTH = 64
 """Nodes from the root to the deepest one, both included, as Nix limits NARs since 2.35."""
 
-MAX_LISTING_SIZE = 64 * 1024 * 1024
-"""Bytes of JSON that `parse` takes: over 500,000 entries with names of common length."""
+MAX_LISTING_SIZE = 32 * 1024 * 1024
+"""Bytes of JSON that `parse` takes: some 300,000 entries with names of common length."""
 
 _Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
