@@ -57,10 +57,10 @@ ListingNode = Regular | Directory | Symlink
 class ListingBuilder:
     """Grows a listing from the nodes of a NAR in the NAR's order.
 
-    A NAR's names are bytes and a listing's are text: where a name or a target is not UTF-8, or where there
-    are more than `max_entries` entries, there is no listing (`root` is None; Nix itself would write JSON
-    that its own parser refuses). An entry whose texts are long counts once for each 64 bytes, so that
-    memory stays under about 500 bytes for each of `max_entries`.
+    A NAR's names are bytes and a listing's are text: where a name or a target is not UTF-8 there is no
+    listing, `root` is None (Nix 2.8.0 writes such bytes as they are, which no JSON parser takes). Nor is
+    there one of more than `max_entries` entries. An entry counts once more for each 64 bytes of its texts,
+    so that memory stays under about 500 bytes for each of `max_entries`.
     """
 
     def __init__(self, max_entries: int) -> None:

@@ -180,12 +180,16 @@ def test_a_builder_follows_the_order_of_a_nar() -> None:
 
 
 def test_long_texts_count_for_more_than_one_entry() -> None:
-    builder = ListingBuilder(10)
-    builder.enter(b"")
-    builder.add_symlink(b"z", b"t" * 64 * 8)
-    assert builder.root == Directory({"z": Symlink("t" * 64 * 8)})
-    builder.add_symlink(b"zz", b"")
-    assert builder.root is None
-    builder.leave(1)
-    builder.enter(b"later")
-    assert builder.root is None
+    def root_with(*targets: bytes) -> ListingNode | None:
+        builder = ListingBuilder(10)
+        builder.enter(b"")
+        for number, target in enumerate(targets):
+            builder.add_symlink(b"%d" % number, target)
+        builder.leave(1)
+        builder.enter(b"later")
+        return builder.root
+
+    assert root_with(*[b"t"] * 8) is not None
+    assert root_with(*[b"t"] * 10) is None
+    assert root_with(b"t" * 64 * 7) is not None
+    assert root_with(b"t" * 64 * 9) is None
