@@ -154,14 +154,16 @@ class FrameIndex:
         return cls(map(FrameSize._make, layout.iter_unpack(entries)))
 
     def frames_for(self, start: int, end: int) -> Span:
-        """The frames that hold bytes `start` to `end` (exclusive) of the contents.
+        """The frames that hold bytes `start` to `end` (exclusive) of the contents; none for an empty range.
 
         Raises BadInput for a range that is not inside the contents.
         """
         if not 0 <= start <= end <= self.content_size:
             raise BadInput(f"range {start}-{end} is not inside {self.content_size} bytes")
-        first = max(bisect_right(self._contents, start) - 1, 0)
-        last = max(bisect_left(self._contents, end), first)
+        if start == end:
+            return Span(0, 0, 0)
+        first = bisect_right(self._contents, start) - 1
+        last = bisect_left(self._contents, end)
         return Span(self._borders[first], self._borders[last], start - self._contents[first])
 
 
