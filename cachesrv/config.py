@@ -41,7 +41,7 @@ _UNITS = {
 class Server(msgspec.Struct, frozen=True):
     """How the server listens."""
 
-    listen: list[str] = ["127.0.0.1:5000"]
+    listen: tuple[str, ...] = ("127.0.0.1:5000",)
     workers: Positive = 1
     base_url: str | None = None
     store_dir: str = "/nix/store"
@@ -89,19 +89,9 @@ class Cache(msgspec.Struct, frozen=True):
     public: bool = True
     priority: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 40
     want_mass_query: bool = True
-    signing_key_files: list[str] | None = None
-    references: Literal["strict", "upstream", "any"] = "strict"
-    trusted_keys: list[str] = []
-    upstreams: list[str] = []
-
-
-class Upstream(msgspec.Struct, frozen=True):
-    """A cache of somebody else's."""
-
-    name: CacheName
-    url: str
-    public_keys: list[str] = []
-    timeout: Positive = 10
+    signing_key_files: tuple[str, ...] | None = None
+    references: Literal["strict", "any"] = "strict"
+    trusted_keys: tuple[str, ...] = ()
 
 
 class Token(msgspec.Struct, frozen=True):
@@ -109,8 +99,8 @@ class Token(msgspec.Struct, frozen=True):
 
     name: str
     sha256: Sha256
-    caches: list[str] = ["*"]
-    permissions: list[Permission] = ["pull"]
+    caches: tuple[str, ...] = ("*",)
+    permissions: tuple[Permission, ...] = ("pull",)
 
 
 class Config(msgspec.Struct, frozen=True):
@@ -122,12 +112,12 @@ class Config(msgspec.Struct, frozen=True):
     catalog: Catalog = Catalog()
     index: Index = Index()
     lookup: Lookup = Lookup()
-    cache: list[Cache] = [Cache(name="main", root=True)]
-    upstream: list[Upstream] = []
-    token: list[Token] = []
+    cache: tuple[Cache, ...] = (Cache(name="main", root=True),)
+    token: tuple[Token, ...] = ()
 
-
-_TABLES = frozenset(field.name for field in msgspec.structs.fields(Config)) - {"data_dir"}
+    def listening(self, addresses: tuple[str, ...]) -> Config:
+        """The same, at other addresses."""
+        return msgspec.structs.replace(self, server=msgspec.structs.replace(self.server, listen=addresses))
 
 
 def data_dir(given: str | None, environ: Mapping[str, str]) -> Path:
@@ -177,12 +167,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _section(kind: Any, value: Any, where: str, mistakes: list[str]) -> Any:
     """A struct, or a list of them, from a table or an array of tables."""
-    if getattr(kind, "__origin__", None) is list:
+    if getattr(kind, "__origin__", None) is tuple:
         if not isinstance(value, list):
             mistakes.append(f"{where}: expected an array of tables, written [[{where}]]")
             return None
-        (item,) = kind.__args__
-        return [_struct(item, table, f"{where}[{number}]", mistakes) for number, table in enumerate(value)]
+        item = kind.__args__[0]
+        return tuple(_struct(item, table, f"{where}[{number}]", mistakes) for number, table in enumerate(value))
     return _struct(kind, value, where, mistakes)
 
 
@@ -244,11 +234,11 @@ def _overlay_environment(document: dict[str, Any], environ: Mapping[str, str], m
 def _from_text(section: str, key: str, text: str) -> Any:
     """A value of the environment in the type that its key wants; what does not fit stays text and is refused later."""
     sections = {field.name: field.type for field in msgspec.structs.fields(Config)}
-    kind = sections.get(section)
-    struct = kind.__args__[0] if getattr(kind, "__origin__", None) is list else kind
-    types = {f.name: f.type for f in msgspec.structs.fields(struct)} if isinstance(struct, type(msgspec.Struct)) else {}
+    kind: Any = sections.get(section)
+    struct = getattr(kind, "__args__", (kind,))[0]
+    types = {field.name: field.type for field in msgspec.structs.fields(struct)} if kind else {}
     wanted = str(types.get(key, ""))
-    if "list[" in wanted:
+    if "tuple[" in wanted:
         return [item.strip() for item in text.split(",") if item.strip()]
     if wanted == "<class 'bool'>" and text.lower() in {"true", "false", "1", "0"}:
         return text.lower() in {"true", "1"}
@@ -261,24 +251,15 @@ def _contradictions(config: Config) -> list[str]:
     """What is wrong although each key by itself is right."""
     mistakes: list[str] = []
     mistakes += _repeated("cache", [cache.name for cache in config.cache])
-    mistakes += _repeated("upstream", [upstream.name for upstream in config.upstream])
     mistakes += _repeated("token", [token.name for token in config.token])
     if not config.cache:
         mistakes.append("cache: at least one [[cache]] is needed")
     if sum(cache.root for cache in config.cache) > 1:
         mistakes.append("cache: only one cache can be the root")
-    upstreams = {upstream.name for upstream in config.upstream}
     for number, cache in enumerate(config.cache):
         where = f"cache[{number}]"
         if cache.name in RESERVED_NAMES:
             mistakes.append(f"{where}.name = {cache.name!r}: is taken by the paths of HTTP, choose another")
-        mistakes += [
-            f"{where}.upstreams: no [[upstream]] is called {name!r}"
-            for name in cache.upstreams
-            if name not in upstreams
-        ]
-        if cache.references == "upstream" and not cache.upstreams:
-            mistakes.append(f'{where}.references = "upstream": needs at least one name in upstreams')
     if (config.server.tls_certificate is None) != (config.server.tls_private_key is None):
         mistakes.append("server: tls_certificate and tls_private_key belong together")
     if not config.server.store_dir.startswith("/") or config.server.store_dir.endswith("/"):

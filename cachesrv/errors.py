@@ -7,6 +7,7 @@ CachesrvError
 ├── NotFound            a thing that was asked for by name is not there
 ├── Conflict            a published path would change (its NAR hash differs)
 ├── Refused             well-formed, but the cache's rules do not let it in
+│   ├── MissingNar
 │   ├── MissingReferences
 │   └── Unsigned
 ├── NotAllowed          the caller may not do this
@@ -50,6 +51,10 @@ class Conflict(CachesrvError):
 
 class Refused(CachesrvError):
     """Well-formed, but the cache's rules do not let it in."""
+
+
+class MissingNar(Refused):
+    """A path was to be published whose NAR is not here."""
 
 
 class MissingReferences(Refused):

@@ -62,14 +62,11 @@ STATUSES = (
 )
 OTHER_STATUS = 0
 COUNTERS = {
-    "lookup_hits": "narinfo lookups answered with a path",
-    "lookup_misses": "narinfo lookups answered with an absence",
-    "index_hits": "narinfo lookups answered by the index alone, present or absent",
     "sent_bytes": "bytes of NARs sent to clients",
     "received_bytes": "bytes of NARs received from clients, as sent",
     "nars_stored": "NARs verified and stored",
     "paths_published": "paths made visible by a push",
-    "pushes_refused": "NARs and paths that were refused",
+    "pushes_refused": "paths that were refused",
 }
 
 Gauge = tuple[str, str, float]

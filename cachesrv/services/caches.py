@@ -1,0 +1,51 @@
+"""A cache as the services see it: its names, its keys and its rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cachesrv.nix.signing import PublicKey, SecretKey
+
+
+class ReferencePolicy(Enum):
+    """Where the references of a path must resolve before it is published."""
+
+    STRICT = "strict"
+    """In the cache itself."""
+    ANY = "any"
+    """Nowhere: for caches that hold only a part of what their clients use."""
+
+
+@dataclass(frozen=True)
+class ServedCache:
+    """`prefix` is where its objects lie in storage, without a slash at the end; `trusted_keys`, by name: when there are
+    any, a path must be signed by one of them or have a content address that holds.
+    """
+
+    name: str
+    prefix: str
+    store_dir: str
+    root: bool
+    public: bool
+    priority: int
+    want_mass_query: bool
+    signing_keys: tuple[SecretKey, ...]
+    trusted_keys: Mapping[str, PublicKey]
+    references: ReferencePolicy
+
+    def key(self, name: str) -> str:
+        """The storage key of an object of this cache, such as `nar/…` or `<hash part>.narinfo`."""
+        return f"{self.prefix}/{name}"
+
+    def narinfo_key(self, hash_part: str) -> str:
+        """The storage key of a narinfo."""
+        return f"{self.prefix}/{hash_part}.narinfo"
+
+    def listing_key(self, hash_part: str) -> str:
+        """The storage key of a listing."""
+        return f"{self.prefix}/{hash_part}.ls"

@@ -1,0 +1,235 @@
+"""A NAR on its way in: checked while it streams, stored when it is what it says, noted in the catalog."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cachesrv.catalog.base import NarRecord
+from cachesrv.errors import BadInput, Mismatch, MissingNar, TooLarge
+from cachesrv.nix.compression import SUFFIXES
+from cachesrv.services.content import check_contents
+from cachesrv.services.in_thread import consumed
+from cachesrv.services.verify_nar import VerifiedNar, verify
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, AsyncIterator
+
+    from cachesrv.catalog.base import Catalog
+    from cachesrv.nix.content_address import ContentAddress
+    from cachesrv.services.caches import ServedCache
+    from cachesrv.services.candidate import Candidate
+    from cachesrv.storage.base import ObjectStore
+    from cachesrv.telemetry import Metrics
+
+_NAME = re.compile(r"(?P<hash>[0-9a-df-np-sv-z]{52})\.nar(?P<suffix>\.[a-z0-9]+)?\Z")
+_COMPRESSIONS = {suffix: name for name, suffix in SUFFIXES.items() if suffix}
+_CHUNK = 256 * 1024
+_SMALL = 1024 * 1024
+"""Bytes up to which a NAR is taken in whole: one hop to a thread instead of several."""
+
+
+@dataclass(frozen=True, slots=True)
+class NarName:
+    """The file name of a NAR that is to be stored: the nix-base-32 hash in it (of the file or of the NAR) and how the
+    suffix says it is compressed; None where it says nothing (gzip and uncompressed NARs have no suffix).
+    """
+
+    hash: str
+    compression: str | None
+
+    @classmethod
+    def parse(cls, name: str) -> NarName:
+        """From `<52 characters>.nar[.<suffix>]`. Raises BadInput."""
+        match = _NAME.match(name)
+        if not match:
+            raise BadInput("a NAR is called nar/<52 characters of nix-base-32>.nar, .nar.zst, .nar.xz or the like")
+        suffix = match["suffix"]
+        if suffix and suffix not in _COMPRESSIONS:
+            raise BadInput(f"a NAR with the suffix {suffix} is not known; there are {', '.join(sorted(_COMPRESSIONS))}")
+        return cls(match["hash"], _COMPRESSIONS[suffix] if suffix else None)
+
+
+class Ingest:
+    """Takes NARs into storage."""
+
+    def __init__(
+        self, storage: ObjectStore, catalog: Catalog, metrics: Metrics, *, max_nar_size: int = 0, parallel: int = 32
+    ) -> None:
+        self._storage = storage
+        self._catalog = catalog
+        self._metrics = metrics
+        self._max_nar_size = max_nar_size
+        self._slots = asyncio.Semaphore(parallel)
+        self._executor = ThreadPoolExecutor(parallel, thread_name_prefix="verify-nar")
+
+    async def known(self, cache: ServedCache, name: str) -> NarRecord | None:
+        """The verified NAR of this name, when it is noted in the catalog and lies in storage."""
+        record = await self._catalog.nar(cache.key(f"nar/{name}"))
+        return record if record and await self._storage.head(record.key) else None
+
+    async def receive(self, cache: ServedCache, name: str, chunks: AsyncIterable[bytes], size: int | None) -> NarRecord:
+        """Store a NAR that comes in as `chunks`, `size` bytes in all if that was said.
+
+        A NAR that is there already is left as it is; the new bytes are checked all the same, and thrown away.
+        Raises BadInput (and its kin) for what is not what it says, and StoreError; then nothing has changed.
+        """
+        parsed = NarName.parse(name)
+        if size is not None and self._max_nar_size and size > self._max_nar_size:
+            raise TooLarge(f"{size} bytes are more than the {self._max_nar_size} that this server takes in one NAR")
+        key = cache.key(f"nar/{name}")
+        async with self._slots:
+            if size is not None and size <= _SMALL:
+                record = await self._receive_small(cache, parsed, key, chunks, size)
+            else:
+                record = await self._receive_streaming(cache, parsed, key, chunks, size)
+        self._metrics.add("nars_stored")
+        self._metrics.add("received_bytes", record.file_size)
+        return record
+
+    async def adopt(self, cache: ServedCache, name: str, compression: str) -> NarRecord:
+        """Note a NAR that lies in storage without the catalog knowing: put there by somebody else, or by a crash.
+
+        Raises MissingNar when it is not there, and BadInput when its bytes are not a NAR.
+        """
+        key = cache.key(f"nar/{name}")
+        info = await self._storage.head(key)
+        if info is None:
+            raise MissingNar(f"there is no nar/{name}: send the NAR before the narinfo")
+        async with self._slots:
+            verified = await self._verified(compression, _coalesced(self._storage.read(key)))
+        return await self._note(cache, key, compression, verified)
+
+    async def listing(self, cache: ServedCache, nar: NarRecord) -> bytes | None:
+        """The zstd-compressed listing of a stored NAR; made anew when the first one was given away to a path."""
+        if nar.listing is None:
+            stored = await self._catalog.nar(nar.key)
+            nar = (
+                stored
+                if stored and stored.listing
+                else await self.adopt(cache, nar.key.rsplit("/", 1)[1], nar.compression)
+            )
+        return nar.listing
+
+    async def check_contents(self, nar: NarRecord, address: ContentAddress, path: Candidate) -> None:
+        """Read a stored NAR; raises Mismatch unless it has this content address."""
+        async with self._slots:
+            await consumed(
+                self._executor,
+                lambda pieces: check_contents(address, path, nar.compression, pieces),
+                _coalesced(self._storage.read(nar.key)),
+            )
+
+    async def close(self) -> None:
+        """Let go of the threads."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    async def _verified(self, compression: str, chunks: AsyncIterator[bytes]) -> VerifiedNar:
+        return await consumed(
+            self._executor, lambda pieces: verify(compression, pieces, nar_limit=self._max_nar_size), chunks
+        )
+
+    async def _receive_small(
+        self, cache: ServedCache, name: NarName, key: str, chunks: AsyncIterable[bytes], size: int
+    ) -> NarRecord:
+        body = b"".join([chunk async for chunk in chunks])
+        _check_length(len(body), size)
+        compression = name.compression or _guess(body)
+        verified = await asyncio.get_running_loop().run_in_executor(
+            self._executor, lambda: verify(compression, [body], nar_limit=self._max_nar_size)
+        )
+        _check_name(name, verified)
+        created = await self._storage.put(key, body)
+        return await self._stored(cache, key, compression, verified, created=created)
+
+    async def _receive_streaming(
+        self, cache: ServedCache, name: NarName, key: str, chunks: AsyncIterable[bytes], size: int | None
+    ) -> NarRecord:
+        pieces = _coalesced(chunks)
+        first = await anext(pieces, b"")
+        compression = name.compression or _guess(first)
+        async with self._storage.writer(key, size=size) as writer:
+
+            async def written() -> AsyncIterator[bytes]:
+                received = 0
+                piece = first
+                while piece:
+                    received += len(piece)
+                    if self._max_nar_size and received > self._max_nar_size:
+                        raise TooLarge(f"more than the {self._max_nar_size} bytes that this server takes in one NAR")
+                    await writer.write(piece)
+                    yield piece
+                    piece = await anext(pieces, b"")
+                if size is not None:
+                    _check_length(received, size)
+
+            verified = await self._verified(compression, written())
+            _check_name(name, verified)
+            created = await writer.commit()
+        return await self._stored(cache, key, compression, verified, created=created)
+
+    async def _stored(
+        self, cache: ServedCache, key: str, compression: str, verified: VerifiedNar, *, created: bool
+    ) -> NarRecord:
+        """What the catalog says of the object under `key`: the one just made, or the one that was there before."""
+        if not created:
+            record = await self._catalog.nar(key)
+            if record is None:
+                record = await self.adopt(cache, key.rsplit("/", 1)[1], compression)
+            if record.nar_hash != verified.nar_hash.nix32:
+                raise Mismatch(
+                    f"another NAR is stored under this name: {record.nar_hash}; {verified.nar_hash.nix32} was sent"
+                )
+            return record
+        return await self._note(cache, key, compression, verified)
+
+    async def _note(self, cache: ServedCache, key: str, compression: str, verified: VerifiedNar) -> NarRecord:
+        record = NarRecord(
+            key=key,
+            scope=cache.prefix,
+            compression=compression,
+            file_hash=verified.file_hash.nix32,
+            file_size=verified.file_size,
+            nar_hash=verified.nar_hash.nix32,
+            nar_size=verified.nar_size,
+            listing=verified.listing,
+            verified_at=int(time.time()),
+        )
+        await self._catalog.put_nar(record)
+        return record
+
+
+async def _coalesced(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+    """The same bytes in chunks of at least 256 KiB, but for the last: each one costs a hop to a thread."""
+    gathered: list[bytes] = []
+    size = 0
+    async for chunk in chunks:
+        gathered.append(chunk)
+        size += len(chunk)
+        if size >= _CHUNK:
+            yield b"".join(gathered) if len(gathered) > 1 else chunk
+            gathered, size = [], 0
+    if size:
+        yield b"".join(gathered)
+
+
+def _guess(start: bytes) -> str:
+    """Nix gives gzip and uncompressed NARs the same suffix: none. The first bytes tell them apart (RFC 1952, 2.3.1)."""
+    return "gzip" if start.startswith(b"\x1f\x8b") else "none"
+
+
+def _check_length(received: int, size: int) -> None:
+    if received != size:
+        raise BadInput(f"the body has {received} bytes, Content-Length said {size}")
+
+
+def _check_name(name: NarName, verified: VerifiedNar) -> None:
+    if name.hash not in {verified.file_hash.bare_nix32, verified.nar_hash.bare_nix32}:
+        raise Mismatch(
+            f"the name says {name.hash}, but the file's hash is {verified.file_hash.bare_nix32} "
+            f"and its NAR's is {verified.nar_hash.bare_nix32}"
+        )

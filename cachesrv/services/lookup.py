@@ -1,0 +1,111 @@
+"""Which narinfo a cache has for a hash part: the index, and behind it a chain of sources.
+
+What the sources say is written to the index: a path when one of them has it, an absence when all of them say that they
+have not. An error is neither, and is never written. Equal questions in flight are asked once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Protocol
+
+import structlog
+
+from cachesrv.errors import StoreError
+from cachesrv.index.base import IndexEntry, Present
+from cachesrv.services.answer import present
+from cachesrv.services.batch import Batcher
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cachesrv.catalog.base import Catalog
+    from cachesrv.index.base import Index
+    from cachesrv.services.caches import ServedCache
+
+_log = structlog.get_logger()
+
+
+class Source(Protocol):
+    """Somewhere that may know a path."""
+
+    async def narinfo(self, cache: ServedCache, hash_part: str) -> bytes | None:
+        """Its narinfo as it is to be served; None when the source is sure not to have it. Raises when it is not."""
+
+
+class CatalogSource:
+    """What was published, by this process or another one."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    async def narinfo(self, cache: ServedCache, hash_part: str) -> bytes | None:
+        """See Source."""
+        record = await self._catalog.path(cache.name, hash_part)
+        return record.narinfo if record else None
+
+
+class Lookup:
+    """Answers questions that the index alone cannot, and teaches it."""
+
+    def __init__(self, index: Index, sources: Sequence[Source], *, negative_ttl: int) -> None:
+        self._index = index
+        self._sources = sources
+        self._negative_ttl = negative_ttl
+        self._asked: dict[tuple[str, str], asyncio.Task[bytes | None]] = {}
+        self._learnt: Batcher[tuple[str, str, bytes | None]] = Batcher(self._learn)
+        self._learning: set[asyncio.Task[None]] = set()
+
+    async def find(self, cache: ServedCache, hash_part: str) -> Present | None:
+        """The answer for a path, or None when it is not there. Raises StoreError when that cannot be told."""
+        known = self._index.get(cache.name, hash_part)
+        if known is not None:
+            return known if isinstance(known, Present) else None
+        text = await self._ask_once(cache, hash_part)
+        return present(text) if text is not None else None
+
+    async def close(self) -> None:
+        """Finish what is being asked and learnt."""
+        await asyncio.gather(*self._asked.values(), return_exceptions=True)
+        await asyncio.gather(*self._learning)
+        await self._learnt.close()
+
+    async def _ask_once(self, cache: ServedCache, hash_part: str) -> bytes | None:
+        key = (cache.name, hash_part)
+        task = self._asked.get(key)
+        if task is None:
+            task = asyncio.create_task(self._ask(cache, hash_part))
+            self._asked[key] = task
+            task.add_done_callback(lambda _: self._asked.pop(key))
+        return await asyncio.shield(task)
+
+    async def _ask(self, cache: ServedCache, hash_part: str) -> bytes | None:
+        text = None
+        for source in self._sources:
+            text = await source.narinfo(cache, hash_part)
+            if text is not None:
+                break
+        self._teach(cache.name, hash_part, text)
+        return text
+
+    def _teach(self, cache: str, hash_part: str, text: bytes | None) -> None:
+        """Write to the index, without making the one who asked wait for it."""
+        task = asyncio.create_task(self._submit(cache, hash_part, text))
+        self._learning.add(task)
+        task.add_done_callback(self._learning.discard)
+
+    async def _submit(self, cache: str, hash_part: str, text: bytes | None) -> None:
+        try:
+            await self._learnt.submit((cache, hash_part, text))
+        except StoreError as error:
+            _log.warning("the index does not take what was looked up", error=str(error))
+
+    async def _learn(self, batch: list[tuple[str, str, bytes | None]]) -> None:
+        """A path that was published meanwhile stays as it was published."""
+        absent = [(cache, hash_part) for cache, hash_part, text in batch if text is None]
+        entries = [IndexEntry(cache, hash_part, present(text)) for cache, hash_part, text in batch if text is not None]
+        if entries:
+            await asyncio.to_thread(self._index.put, entries, replace=False)
+        if absent:
+            await asyncio.to_thread(self._index.put_absent, absent, int(time.time()) + self._negative_ttl)

@@ -1,0 +1,123 @@
+"""What a binary cache holds beside narinfos and NARs: listings, build logs, realisations, the index of debug info.
+
+Small objects that clients write and read by name. What is malformed is refused, so that what lies in storage is what
+its name says.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cachesrv.errors import BadInput, Conflict, MissingReferences, TooLarge
+from cachesrv.nix import debuginfo, listing, realisation
+from cachesrv.nix.store_path import StorePath, is_hash_part
+from cachesrv.services.caches import ReferencePolicy
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable
+
+    from cachesrv.catalog.base import Catalog
+    from cachesrv.services.caches import ServedCache
+    from cachesrv.storage.base import ObjectStore
+
+JSON_TYPE = "application/json"
+LOG_TYPE = "text/plain; charset=utf-8"
+LOG_LIMIT = 256 * 1024 * 1024
+"""Bytes of a build log, at most; a longer one is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class MetadataKind:
+    """A kind of object: what it is called in metrics, its names, the type of its contents, and its largest size."""
+
+    route: str
+    pattern: re.Pattern[str]
+    content_type: str
+    limit: int
+
+
+LISTING = MetadataKind("listing", re.compile(r"([^/]+)\.ls"), JSON_TYPE, listing.MAX_LISTING_SIZE)
+LOG = MetadataKind("log", re.compile(r"log/([^/]+)"), LOG_TYPE, LOG_LIMIT)
+REALISATION = MetadataKind(
+    "realisation", re.compile(r"realisations/([^/]+)\.doi"), JSON_TYPE, realisation.DEFAULT_LIMIT
+)
+BUILD_TRACE = MetadataKind(
+    "realisation", re.compile(r"build-trace-v2/([^/]+)/([^/]+)\.doi"), JSON_TYPE, realisation.DEFAULT_LIMIT
+)
+DEBUGINFO = MetadataKind(
+    "debuginfo", re.compile(r"debuginfo/([0-9a-f]{40})(\.debug)?"), JSON_TYPE, debuginfo.DEFAULT_LIMIT
+)
+KINDS = (LISTING, LOG, REALISATION, BUILD_TRACE, DEBUGINFO)
+
+
+def kind_of(name: str) -> MetadataKind | None:
+    """The kind of the object with this name, such as `log/<derivation>`; None when there is no such kind."""
+    return next((kind for kind in KINDS if kind.pattern.fullmatch(name)), None)
+
+
+class Metadata:
+    """Keeps and gives out such objects."""
+
+    def __init__(self, storage: ObjectStore, catalog: Catalog) -> None:
+        self._storage = storage
+        self._catalog = catalog
+
+    async def put(self, cache: ServedCache, kind: MetadataKind, name: str, data: bytes) -> None:
+        """Keep an object (no log), if it is what its name says. Raises BadInput, Conflict, MissingReferences."""
+        parts = _parts(kind, name)
+        if kind is LISTING:
+            _check_listing(parts[0], data)  # and no more: our own, made from the NAR, comes with its path
+        elif kind is DEBUGINFO:
+            debuginfo.parse(data)
+            await self._storage.put(cache.key(name), data)
+        else:
+            await self._put_realisation(cache, kind, name, data)
+
+    async def put_log(self, cache: ServedCache, name: str, chunks: AsyncIterable[bytes]) -> None:
+        """Keep a build log, in the place of an earlier one. Raises BadInput."""
+        StorePath.parse(_parts(LOG, name)[0])
+        size = 0
+        async with self._storage.writer(cache.key(name)) as writer:
+            async for chunk in chunks:
+                size += len(chunk)
+                if size > LOG_LIMIT:
+                    raise TooLarge(f"a build log has at most {LOG_LIMIT} bytes")
+                await writer.write(chunk)
+            await writer.commit(replace=True)
+
+    async def _put_realisation(self, cache: ServedCache, kind: MetadataKind, name: str, data: bytes) -> None:
+        """A realisation may gain signatures, but does not come to mean another path."""
+        out = _realised(kind, name, data)
+        if cache.references is not ReferencePolicy.ANY and not await self._catalog.present(cache.name, [out.hash_part]):
+            raise MissingReferences(f"the realisation leads to {out}, which is not in the cache; push it first")
+        key = cache.key(name)
+        if await self._storage.put(key, data):
+            return
+        there = await self._storage.get(key, limit=kind.limit)
+        if there is not None and (published := _realised(kind, name, there)) != out:
+            raise Conflict(f"{name} is published as {published} and was pushed as {out}; the published one stays")
+        await self._storage.put(key, data, replace=True)
+
+
+def _parts(kind: MetadataKind, name: str) -> tuple[str, ...]:
+    match = kind.pattern.fullmatch(name)
+    if match is None:
+        raise BadInput(f"{name[:200]!r} is not the name of a {kind.route}")
+    return match.groups()
+
+
+def _check_listing(hash_part: str, data: bytes) -> None:
+    if not is_hash_part(hash_part):
+        raise BadInput(f"{hash_part[:100]!r} is not the hash part of a store path")
+    listing.parse(data)
+
+
+def _realised(kind: MetadataKind, name: str, data: bytes) -> StorePath:
+    """The store path that a realisation of either layout leads to."""
+    parts = _parts(kind, name)
+    if kind is REALISATION:
+        return realisation.parse_realisation(data, realisation.OutputId.parse(parts[0])).out_path
+    realisation.TracedOutput.parse(*parts)
+    return realisation.parse_build_trace(data).out_path

@@ -1,0 +1,63 @@
+"""What operators and their tools ask: health, metrics, and what this server is."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from cachesrv.web.site import ROUTE, SITE
+
+if TYPE_CHECKING:
+    from cachesrv.services.caches import ServedCache
+    from cachesrv.telemetry import Gauge
+    from cachesrv.web.site import Site
+
+
+async def live(request: web.Request) -> web.Response:
+    """The process answers."""
+    request[ROUTE] = "health"
+    return web.Response(text="live\n", headers={"Cache-Control": "no-store"})
+
+
+async def ready(request: web.Request) -> web.Response:
+    """The stores answer, and the server is not about to stop."""
+    request[ROUTE] = "health"
+    site = request.app[SITE]
+    if not site.ready:
+        return web.Response(status=503, text="stopping\n", headers={"Cache-Control": "no-store"})
+    for cache in site.rules.caches:
+        await site.services.catalog.count(cache)
+    return web.Response(text="ready\n", headers={"Cache-Control": "no-store"})
+
+
+async def metrics(request: web.Request) -> web.Response:
+    """Prometheus' text format."""
+    request[ROUTE] = "metrics"
+    site = request.app[SITE]
+    answers, absences = await asyncio.to_thread(site.services.index.count)
+    gauges: list[Gauge] = [
+        ("index_paths", "Paths in the index.", answers),
+        ("index_absences", "Absences in the index.", absences),
+    ]
+    text = await asyncio.to_thread(site.services.metrics.render, gauges)
+    return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+
+async def page(request: web.Request) -> web.Response:
+    """What this is and how to use it."""
+    request[ROUTE] = "page"
+    site = request.app[SITE]
+    caches = [cache for cache in site.rules.caches.values() if cache.public]
+    parts = ["cachesrv: a Nix binary cache.\n", *(_introduction(site, cache) for cache in caches)]
+    return web.Response(text="\n".join(parts), headers={"Cache-Control": "no-store"})
+
+
+def _introduction(site: Site, cache: ServedCache) -> str:
+    keys = " ".join(key.public.render() for key in cache.signing_keys)
+    return (
+        f"{cache.name}, in nix.conf:\n\n"
+        f"    extra-substituters = {site.rules.base_url}/{cache.name}\n"
+        f"    extra-trusted-public-keys = {keys}\n"
+    )

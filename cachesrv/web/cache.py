@@ -1,0 +1,174 @@
+"""The objects of a binary cache, as Nix clients read and write them: one handler an object and method."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from cachesrv.errors import BadInput, NotFound
+from cachesrv.nix import cache_info, narinfo
+from cachesrv.nix.store_path import is_hash_part
+from cachesrv.services import metadata
+from cachesrv.services.candidate import Candidate
+from cachesrv.storage.base import validate_key
+from cachesrv.web import bodies, objects, ranges
+from cachesrv.web.auth import token_of
+from cachesrv.web.errors import MethodNotAllowed, UnknownCoding
+from cachesrv.web.site import ROUTE, SITE, check_readable, check_writable, split
+
+if TYPE_CHECKING:
+    from cachesrv.services.caches import ServedCache
+    from cachesrv.web.site import Rules, Services
+
+CACHE_INFO_TYPE = "text/x-nix-cache-info"
+NAR_TYPE = "application/x-nix-nar"
+
+_ENCODED_LOG_LIMIT = 32 * 1024 * 1024
+MISS_HEADERS = {"Cache-Control": "no-store"}
+MISS_TEXT = "no such path\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request for the object called `name` in `cache`; `pusher` is the name of who writes."""
+
+    request: web.Request
+    services: Services
+    rules: Rules
+    cache: ServedCache
+    name: str
+    pusher: str
+
+
+Handler = Callable[[Ask], Awaitable[web.StreamResponse]]
+
+
+async def get_cache_info(ask: Ask) -> web.StreamResponse:
+    """What the cache says of itself; never 404, for then clients try to write it."""
+    cache = ask.cache
+    info = cache_info.CacheInfo(cache.store_dir, cache.want_mass_query, cache.priority)
+    return web.Response(
+        body=cache_info.render(info), headers={"Content-Type": CACHE_INFO_TYPE, "Cache-Control": "max-age=3600"}
+    )
+
+
+async def get_narinfo(ask: Ask) -> web.StreamResponse:
+    """The slow way to a narinfo: for what the front passes on, and for what the index does not know."""
+    hash_part = _hash_part(ask.name, ".narinfo")
+    found = await ask.services.lookup.find(ask.cache, hash_part)
+    if found is None:
+        return web.Response(status=404, headers=MISS_HEADERS, text=MISS_TEXT)
+    headers = dict(line.split(": ", 1) for line in found.head.decode("ascii").splitlines() if line)
+    if ranges.matches(ask.request.headers.get("If-None-Match"), headers["ETag"]):
+        return web.Response(status=304, headers={"ETag": headers["ETag"], "Cache-Control": headers["Cache-Control"]})
+    return web.Response(body=found.body, headers=headers)
+
+
+async def put_narinfo(ask: Ask) -> web.StreamResponse:
+    """Publish a path whose NAR is here."""
+    hash_part = _hash_part(ask.name, ".narinfo")
+    data = await bodies.whole(ask.request, narinfo.DEFAULT_LIMIT, ask.rules.stall_timeout)
+    info = narinfo.parse(data)
+    if info.store_path.hash_part != hash_part:
+        raise BadInput(f"the narinfo is of {info.store_path}, its name says {hash_part}")
+    await ask.services.publish.one(ask.cache, Candidate.from_narinfo(info), ask.pusher)
+    return web.Response(status=204)
+
+
+async def get_nar(ask: Ask) -> web.StreamResponse:
+    """A NAR, whole or in part."""
+    response = await objects.send(
+        ask.request,
+        ask.services.storage,
+        validate_key(ask.cache.key(ask.name)),
+        content_type=NAR_TYPE,
+        cache_control=objects.IMMUTABLE,
+        etag=f'"{ask.name.removeprefix("nar/")}"',
+    )
+    if ask.request.method == "GET" and response.status in {200, 206}:
+        ask.services.metrics.add("sent_bytes", response.content_length or 0)
+    return response
+
+
+async def put_nar(ask: Ask) -> web.StreamResponse:
+    """Take a NAR in, checked while it streams."""
+    if bodies.coding(ask.request) != "none":
+        raise UnknownCoding("a NAR is sent as it is, without Content-Encoding: its own compression is in its name")
+    chunks = bodies.chunks(ask.request, ask.rules.stall_timeout)
+    await ask.services.ingest.receive(ask.cache, ask.name.removeprefix("nar/"), chunks, ask.request.content_length)
+    return web.Response(status=204)
+
+
+async def get_metadata(ask: Ask) -> web.StreamResponse:
+    """A listing, log, realisation or entry of the debug index."""
+    kind = metadata.kind_of(ask.name)
+    assert kind is not None
+    return await objects.send(
+        ask.request,
+        ask.services.storage,
+        validate_key(ask.cache.key(ask.name)),
+        content_type=kind.content_type,
+        cache_control=objects.REVALIDATE,
+    )
+
+
+async def put_metadata(ask: Ask) -> web.StreamResponse:
+    """Keep such an object."""
+    kind = metadata.kind_of(ask.name)
+    assert kind is not None
+    validate_key(ask.cache.key(ask.name))
+    if kind is metadata.LOG:
+        chunks = bodies.decoded(ask.request, _ENCODED_LOG_LIMIT, ask.rules.stall_timeout)
+        await ask.services.metadata.put_log(ask.cache, ask.name, chunks)
+    else:
+        data = await bodies.whole(ask.request, kind.limit, ask.rules.stall_timeout)
+        await ask.services.metadata.put(ask.cache, kind, ask.name, data)
+    return web.Response(status=204)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Objects whose names match `pattern`; `label` is what metrics call them."""
+
+    label: str
+    pattern: re.Pattern[str]
+    get: Handler
+    put: Handler | None = None
+
+
+ROUTES = (
+    Route("nix-cache-info", re.compile(r"nix-cache-info"), get_cache_info),
+    Route("narinfo", re.compile(r"[^/]+\.narinfo"), get_narinfo, put_narinfo),
+    Route("nar", re.compile(r"nar/[^/]+"), get_nar, put_nar),
+    *(Route(kind.route, kind.pattern, get_metadata, put_metadata) for kind in metadata.KINDS),
+)
+
+
+async def handle(request: web.Request) -> web.StreamResponse:
+    """Everything that a binary cache is asked."""
+    site = request.app[SITE]
+    rules = site.rules
+    cache, name = split(rules, request.path)
+    route = next((route for route in ROUTES if route.pattern.fullmatch(name)), None)
+    if route is None:
+        raise NotFound("a binary cache has nothing of this name")
+    request[ROUTE] = route.label
+    token = token_of(request) if request.method == "PUT" or not cache.public else None
+    if request.method in {"GET", "HEAD"}:
+        await check_readable(rules, cache, token)
+        return await route.get(Ask(request, site.services, rules, cache, name, ""))
+    if request.method == "PUT" and route.put:
+        principal = await check_writable(rules, cache, token)
+        return await route.put(Ask(request, site.services, rules, cache, name, principal.name))
+    raise MethodNotAllowed(f"{request.method} is not for this; clients read it" + (" and PUT it" if route.put else ""))
+
+
+def _hash_part(name: str, suffix: str) -> str:
+    hash_part = name.removesuffix(suffix)
+    if not is_hash_part(hash_part):
+        raise BadInput(f"{hash_part[:100]!r} is not the hash part of a store path: 32 characters of nix-base-32")
+    return hash_part

@@ -1,0 +1,137 @@
+"""An object of storage on its way out: from a file, as a redirect, or as a stream; whole or in part."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from cachesrv.errors import NotFound, StoreError
+from cachesrv.storage.base import ByteRange, LocalFile, PresignedUrl
+from cachesrv.web import ranges
+from cachesrv.web.errors import BEGUN
+
+if TYPE_CHECKING:
+    from typing import BinaryIO
+
+    from cachesrv.storage.base import ObjectStore
+
+IMMUTABLE = "max-age=31536000, immutable"
+"""Cache-Control of objects that never change under their name."""
+REVALIDATE = "no-cache"
+"""Cache-Control of objects that may be replaced."""
+
+_SMALL = 256 * 1024
+"""Bytes up to which a file leaves in one write."""
+
+
+async def send(
+    request: web.Request,
+    storage: ObjectStore,
+    key: str,
+    *,
+    content_type: str,
+    cache_control: str,
+    etag: str | None = None,
+) -> web.StreamResponse:
+    """Answer a GET or HEAD with the object; `etag` is quoted. Raises NotFound before the first byte."""
+    delivery = await storage.delivery(key)
+    if delivery is None:
+        raise NotFound("there is no such object in this cache")
+    if isinstance(delivery, PresignedUrl):
+        return web.Response(status=307, headers={"Location": delivery.url, "Cache-Control": "no-store"})
+    headers = {"Content-Type": content_type, "Cache-Control": cache_control, "Accept-Ranges": "bytes"}
+    if isinstance(delivery, LocalFile):
+        file = await asyncio.to_thread(_open, delivery)
+        try:
+            return await _send_part(request, headers, _FileBody(file, delivery.size), etag)
+        finally:
+            file.close()
+    return await _send_part(request, headers, _StreamBody(storage, key, delivery.size), etag)
+
+
+def _open(delivery: LocalFile) -> BinaryIO:
+    try:
+        return Path(delivery.path).open("rb")
+    except FileNotFoundError:
+        raise NotFound("there is no such object in this cache") from None
+    except OSError as error:
+        raise StoreError(f"{delivery.path} cannot be read: {error.strerror}") from error
+
+
+class _FileBody:
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file = file
+        self.size = size
+
+    async def small(self, part: ByteRange) -> bytes | None:
+        """The part, when it is small."""
+        if part.length > _SMALL:
+            return None
+        return await asyncio.to_thread(self._read, part)
+
+    def _read(self, part: ByteRange) -> bytes:
+        self._file.seek(part.start)
+        data = self._file.read(part.length)
+        if len(data) != part.length:
+            raise StoreError(f"{self._file.name} has become shorter")
+        return data
+
+    async def send(self, request: web.Request, _response: web.StreamResponse, part: ByteRange) -> None:
+        """Let the kernel copy it."""
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError("the client has gone")
+        sent = await asyncio.get_running_loop().sendfile(transport, self._file, part.start, part.length)
+        if sent != part.length:
+            raise StoreError(f"{self._file.name} has become shorter")
+
+
+class _StreamBody:
+    def __init__(self, storage: ObjectStore, key: str, size: int) -> None:
+        self._storage = storage
+        self._key = key
+        self.size = size
+
+    async def small(self, _part: ByteRange) -> bytes | None:
+        """Never: it may take long to come."""
+        return None
+
+    async def send(self, _request: web.Request, response: web.StreamResponse, part: ByteRange) -> None:
+        """Pass it on as it comes."""
+        async for chunk in self._storage.read(self._key, part):
+            await response.write(chunk)
+
+
+async def _send_part(
+    request: web.Request, headers: dict[str, str], body: _FileBody | _StreamBody, etag: str | None
+) -> web.StreamResponse:
+    if etag:
+        headers["ETag"] = etag
+        if ranges.matches(request.headers.get("If-None-Match"), etag):
+            return web.Response(status=304, headers=headers)
+    part = None
+    if ranges.range_holds(request.headers.get("If-Range"), etag):
+        part = ranges.requested(request.headers.get("Range"), body.size)
+    if part is not None:
+        headers["Content-Range"] = f"bytes {part.start}-{part.end - 1}/{body.size}"
+    return await _send_bytes(request, 200 if part is None else 206, headers, body, part or ByteRange(0, body.size))
+
+
+async def _send_bytes(
+    request: web.Request, status: int, headers: dict[str, str], body: _FileBody | _StreamBody, part: ByteRange
+) -> web.StreamResponse:
+    if request.method == "HEAD":
+        return web.Response(status=status, headers={**headers, "Content-Length": str(part.length)})
+    data = await body.small(part)
+    if data is not None:
+        return web.Response(status=status, headers=headers, body=data)
+    response = web.StreamResponse(status=status, headers=headers)
+    response.content_length = part.length
+    request[BEGUN] = True
+    await response.prepare(request)
+    await body.send(request, response, part)
+    await response.write_eof()
+    return response

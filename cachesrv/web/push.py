@@ -1,0 +1,136 @@
+"""The push API: see `cachesrv.api` for what goes over the wire."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from cachesrv import api
+from cachesrv.errors import (
+    BadInput,
+    CachesrvError,
+    Conflict,
+    MissingNar,
+    MissingReferences,
+    StoreError,
+    TooLarge,
+    Unsigned,
+)
+from cachesrv.nix.store_path import StorePath
+from cachesrv.services.candidate import Candidate
+from cachesrv.web import bodies, errors
+from cachesrv.web.auth import token_of
+from cachesrv.web.site import ROUTE, SITE, check_readable, check_writable, named
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cachesrv.services.caches import ServedCache
+    from cachesrv.services.publish import Outcome
+
+Body = TypeVar("Body")
+
+KINDS: dict[type[CachesrvError], str] = {
+    Conflict: "conflict",
+    MissingNar: "missing-nar",
+    MissingReferences: "missing-references",
+    Unsigned: "unsigned",
+    BadInput: "bad-input",
+    CachesrvError: "failed",
+}
+"""The first ancestor of an error that stands here decides."""
+
+
+async def get_cache(request: web.Request) -> web.Response:
+    """What a client has to know of the cache."""
+    request[ROUTE] = "api"
+    rules = request.app[SITE].rules
+    cache = named(rules, request.match_info["cache"])
+    await check_readable(rules, cache, token_of(request))
+    return _json(
+        api.CacheAnswer(
+            name=cache.name,
+            store_dir=cache.store_dir,
+            priority=cache.priority,
+            public=cache.public,
+            public_keys=[key.public.render() for key in cache.signing_keys],
+            upstreams=[],
+            max_nar_size=rules.max_nar_size,
+        )
+    )
+
+
+async def missing(request: web.Request) -> web.Response:
+    """Which of many paths are not here; asked once by an uploader."""
+    cache, asked, _ = await _authorised(request, api.MissingRequest)
+    _check_batch(asked.paths)
+    services = request.app[SITE].services
+    wanted = {StorePath.parse(path.path).hash_part: path for path in asked.paths}
+    published = await services.catalog.paths(cache.name, wanted.keys())
+    absent = [path for hash_part, path in wanted.items() if hash_part not in published]
+    stored = await services.catalog.nars_by_hash(cache.prefix, {path.nar_hash for path in absent})
+    return _json(
+        api.MissingAnswer(
+            missing=[path.path for path in absent],
+            stored=[path.path for path in absent if path.nar_hash in stored],
+            conflicts=[
+                api.PublishedOtherwise(wanted[hash_part].path, record.nar_hash)
+                for hash_part, record in published.items()
+                if record.nar_hash != wanted[hash_part].nar_hash
+            ],
+        )
+    )
+
+
+async def publish(request: web.Request) -> web.Response:
+    """Publish many paths whose NARs are here."""
+    cache, asked, pusher = await _authorised(request, api.PublishRequest)
+    _check_batch(asked.paths)
+    outcomes: list[Outcome] = []
+    candidates: list[Candidate] = []
+    for path in asked.paths:
+        try:
+            candidates.append(Candidate.from_api(path, cache.store_dir))
+            outcomes.append(None)
+        except BadInput as error:
+            outcomes.append(error)
+    published = iter(await request.app[SITE].services.publish.many(cache, candidates, pusher))
+    results = [outcome or next(published) for outcome in outcomes]
+    if full := next((outcome for outcome in results if isinstance(outcome, StoreError)), None):
+        raise full
+    return _json(
+        api.PublishAnswer([_outcome(path.path, result) for path, result in zip(asked.paths, results, strict=True)])
+    )
+
+
+async def _authorised(request: web.Request, kind: type[Body]) -> tuple[ServedCache, Body, str]:
+    """The cache that the request is about, its body, and the name of who sends it."""
+    request[ROUTE] = "api"
+    rules = request.app[SITE].rules
+    cache = named(rules, request.match_info["cache"])
+    principal = await check_writable(rules, cache, token_of(request))
+    data = await bodies.whole(request, api.MAX_REQUEST_SIZE, rules.stall_timeout)
+    try:
+        return cache, msgspec.json.decode(data, type=kind), principal.name
+    except msgspec.MsgspecError as error:
+        raise BadInput(f"the body is not a {kind.__name__}: {error}") from error
+
+
+def _check_batch(paths: Sequence[object]) -> None:
+    if len(paths) > api.MAX_BATCH:
+        raise TooLarge(f"{len(paths)} paths in one request, at most {api.MAX_BATCH} are taken")
+
+
+def _outcome(path: str, error: Outcome) -> api.PathOutcome:
+    if error is None:
+        return api.PathOutcome(path)
+    kind = next(KINDS[ancestor] for ancestor in type(error).__mro__ if ancestor in KINDS)
+    return api.PathOutcome(path, errors.text_for_client(error), kind)
+
+
+def _json(answer: msgspec.Struct) -> web.Response:
+    return web.Response(
+        body=msgspec.json.encode(answer), content_type="application/json", headers={"Cache-Control": "no-store"}
+    )

@@ -1,0 +1,123 @@
+"""The server process: sockets in, signals handled, requests in flight finished at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import ssl
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import structlog
+from aiohttp import web
+
+from cachesrv import systemd
+from cachesrv.errors import CachesrvError, ConfigError
+from cachesrv.web.app import create_app
+from cachesrv.web.fast import FastAnswers
+from cachesrv.web.front import Fronts, reporting
+from cachesrv.web.listen import BACKLOG
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+    from cachesrv.web.site import Rules, Site
+
+_log = structlog.get_logger()
+
+_FOR_EVER = 10**8
+"""Seconds. How long a connection may be idle is for the front to see to: it knows of the requests it answers itself."""
+
+_MAX_LINE = 8190
+
+
+def tls_context(certificate: str | None, private_key: str | None) -> ssl.SSLContext | None:
+    """A server's TLS settings, None when there is no certificate. Raises ConfigError."""
+    if certificate is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(certificate, private_key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"tls_certificate and tls_private_key cannot be used: {error}") from error
+    return context
+
+
+async def serve(
+    site: Site,
+    sockets: Sequence[socket.socket],
+    *,
+    tls: ssl.SSLContext | None,
+    shutdown_timeout: float,
+    reload: Callable[[], Rules],
+) -> None:
+    """Serve until SIGTERM or SIGINT; SIGHUP puts in force what `reload` returns."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, _reload, site, reload)
+    async with _listening(site, sockets, tls, shutdown_timeout):
+        systemd.notify("READY=1", os.environ)
+        watchdog = asyncio.create_task(_feed_watchdog())
+        await stop.wait()
+        site.ready = False
+        systemd.notify("STOPPING=1", os.environ)
+        _log.info("stopping", finishing_for_at_most=shutdown_timeout)
+        watchdog.cancel()
+        # A second signal means: now.
+        loop.remove_signal_handler(signal.SIGTERM)
+        loop.remove_signal_handler(signal.SIGINT)
+
+
+@asynccontextmanager
+async def _listening(
+    site: Site, sockets: Sequence[socket.socket], tls: ssl.SSLContext | None, shutdown_timeout: float
+) -> AsyncIterator[None]:
+    """Accept connections; leaving stops that, and waits for requests in flight."""
+    runner = web.AppRunner(
+        create_app(site, [reporting]),
+        access_log=None,
+        auto_decompress=False,
+        keepalive_timeout=_FOR_EVER,
+        max_line_size=_MAX_LINE,
+        max_field_size=_MAX_LINE,
+        shutdown_timeout=shutdown_timeout,
+    )
+    await runner.setup()
+    assert runner.server is not None
+    fronts = Fronts(FastAnswers(site), runner.server)
+    loop = asyncio.get_running_loop()
+    servers = [await loop.create_server(fronts, sock=sock, ssl=tls, backlog=BACKLOG) for sock in sockets]
+    fronts.start()
+    usage = asyncio.create_task(site.services.usage.run())
+    try:
+        yield
+    finally:
+        usage.cancel()
+        for server in servers:
+            server.close()
+        fronts.stop()
+        await runner.cleanup()
+
+
+def _reload(site: Site, reload: Callable[[], Rules]) -> None:
+    """A configuration that is wrong changes nothing."""
+    systemd.notify("RELOADING=1", os.environ)
+    try:
+        site.rules = reload()
+    except CachesrvError as error:
+        _log.error("the configuration stays as it was", error=str(error))
+    else:
+        _log.info("configuration reloaded", caches=sorted(site.rules.caches))
+    systemd.notify("READY=1", os.environ)
+
+
+async def _feed_watchdog() -> None:
+    """Tell systemd that the event loop turns."""
+    interval = systemd.watchdog_interval(os.environ)
+    while interval:
+        systemd.notify("WATCHDOG=1", os.environ)
+        await asyncio.sleep(interval)

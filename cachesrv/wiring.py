@@ -1,0 +1,132 @@
+"""Configuration to stores to services: the only place that picks an implementation."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cachesrv.catalog.sql import SqlCatalog
+from cachesrv.errors import BadInput, ConfigError
+from cachesrv.index.lmdb import LmdbIndex
+from cachesrv.nix.signing import PublicKey, trusted_keys
+from cachesrv.services.access import Access, Principal, token_hash
+from cachesrv.services.caches import ReferencePolicy, ServedCache
+from cachesrv.services.data_directory import DataDirectory, parse_secret_key, read_secret
+from cachesrv.services.ingest import Ingest
+from cachesrv.services.lookup import CatalogSource, Lookup
+from cachesrv.services.metadata import Metadata
+from cachesrv.services.publish import Publish
+from cachesrv.services.usage import Usage
+from cachesrv.storage.filesystem import FilesystemStore
+from cachesrv.web.site import Rules, Services
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from cachesrv.catalog.base import Catalog
+    from cachesrv.config import Cache, Config
+    from cachesrv.index.base import Index
+    from cachesrv.nix.signing import SecretKey
+    from cachesrv.storage.base import ObjectStore
+    from cachesrv.telemetry import Metrics
+
+
+def private_umask() -> None:
+    """What this process makes is for its owner, and for its group to read; secrets are made for the owner alone."""
+    os.umask(0o027)
+
+
+def open_storage(config: Config) -> ObjectStore:
+    """The object store."""
+    return FilesystemStore(Path(config.storage.path or DataDirectory(config.data_dir).objects))
+
+
+def open_index(config: Config) -> Index:
+    """The index; open it in the process that uses it."""
+    path = config.index.path or str(DataDirectory(config.data_dir).index)
+    return LmdbIndex(path, negative_limit=config.lookup.negative_limit, size_limit=config.index.size_limit)
+
+
+async def open_catalog(config: Config) -> Catalog:
+    """The catalog, migrated to the present version."""
+    url = config.catalog.url or f"sqlite:///{DataDirectory(config.data_dir).catalog}"
+    return await SqlCatalog.open(url, pool_size=config.catalog.pool_size)
+
+
+@asynccontextmanager
+async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Services]:
+    """All services of one process; leaving finishes what is under way."""
+    async with AsyncExitStack() as stack:
+        storage = open_storage(config)
+        stack.push_async_callback(storage.close)
+        catalog = await open_catalog(config)
+        stack.push_async_callback(catalog.close)
+        index = open_index(config)
+        stack.callback(index.close)
+        lookup = Lookup(index, [CatalogSource(catalog)], negative_ttl=config.lookup.negative_ttl)
+        stack.push_async_callback(lookup.close)
+        ingest = Ingest(storage, catalog, metrics, max_nar_size=config.server.max_nar_size)
+        stack.push_async_callback(ingest.close)
+        publish = Publish(storage, catalog, index, ingest, metrics)
+        stack.push_async_callback(publish.close)
+        usage = Usage(catalog)
+        stack.push_async_callback(usage.flush)
+        metadata = Metadata(storage, catalog)
+        yield Services(storage, catalog, index, lookup, ingest, publish, metadata, usage, metrics)
+
+
+def served_caches(config: Config) -> dict[str, ServedCache]:
+    """The caches by name, with their keys; a cache without a key gets one made. Raises ConfigError."""
+    return {cache.name: _served_cache(config, cache) for cache in config.cache}
+
+
+def build_rules(config: Config, catalog: Catalog, base_url: str) -> Rules:
+    """What the configuration says, in the form that requests are judged by. Raises ConfigError."""
+    caches = served_caches(config)
+    return Rules(
+        caches=caches,
+        root=next((cache for cache in caches.values() if cache.root), None),
+        access=Access(_principals(config), catalog),
+        max_nar_size=config.server.max_nar_size,
+        stall_timeout=config.server.stall_timeout,
+        base_url=(config.server.base_url or base_url).rstrip("/"),
+    )
+
+
+def _served_cache(config: Config, cache: Cache) -> ServedCache:
+    return ServedCache(
+        name=cache.name,
+        prefix=cache.prefix or cache.name,
+        store_dir=config.server.store_dir,
+        root=cache.root,
+        public=cache.public,
+        priority=cache.priority,
+        want_mass_query=cache.want_mass_query,
+        signing_keys=tuple(_signing_keys(config, cache)),
+        trusted_keys=trusted_keys(_public_key(cache, text) for text in cache.trusted_keys),
+        references=ReferencePolicy(cache.references),
+    )
+
+
+def _signing_keys(config: Config, cache: Cache) -> Iterator[SecretKey]:
+    if cache.signing_key_files is None:
+        yield DataDirectory(config.data_dir).signing_key(cache.name)
+        return
+    for name in cache.signing_key_files:
+        yield parse_secret_key(read_secret(Path(name)), Path(name))
+
+
+def _public_key(cache: Cache, text: str) -> PublicKey:
+    try:
+        return PublicKey.parse(text)
+    except BadInput as error:
+        raise ConfigError(f"cache {cache.name}: trusted_keys: {text!r}: {error}") from error
+
+
+def _principals(config: Config) -> Iterator[tuple[str, Principal]]:
+    own = DataDirectory(config.data_dir).token()
+    yield token_hash(own), Principal("push-token", ("*",), frozenset({"pull", "push"}))
+    for token in config.token:
+        yield token.sha256, Principal(token.name, tuple(token.caches), frozenset(token.permissions))
