@@ -8,17 +8,21 @@ What every implementation promises:
 - **All or nothing.** A reader sees an object whole or not at all. What is being written is invisible until
   `commit`, and vanishes when the writer is left without it, when its task is cancelled, or (at the latest at
   the next `sweep`) after the process was killed.
-- **Durable.** When `commit`, `put` or `delete` has returned, the effect survives kill -9 and power loss.
+- **Durable.** When `commit`, `put` or `delete` has returned, the effect survives kill -9 and power loss. That an
+  object was there already is as durable as if this call had written it.
 - **If absent.** `commit(replace=False)` and `put(replace=False)` create the object or leave the existing one
-  as it is and answer False; of several at once exactly one answers True. This is how a published object is
-  never overwritten.
+  as it is and answer False; of several at once, in any process, exactly one answers True. This is how a published
+  object is never overwritten.
+- **Cancelled.** A call that is cancelled may have taken effect, whole or not at all; when the cancellation arrives,
+  nothing of the call is still at work, so buffers and names can be used again.
 - **Absent is not failed.** NotFound (or None) means that the store knows that there is no such object; when it
   cannot say, it raises StoreUnavailable or another StoreError. StoreFull is raised when there is no room, as
   early as the stated size allows, and leaves nothing behind.
 - **Bounded memory.** No method but `get` (which has a limit) holds more than a few chunks of an object.
 - **Listing** comes in no promised order, in bounded memory, and may or may not see what changes meanwhile.
 
-The stores of this package are used from one event loop; several processes may share what lies behind them.
+Whether a key can also be the folder of another (`a` beside `a/b`) is left to the implementation; none of the layout
+needs it. The stores of this package are used from one event loop; several processes may share what lies behind them.
 """
 
 from __future__ import annotations
@@ -46,10 +50,23 @@ def validate_key(key: str) -> str:
     """
     if len(key) > MAX_KEY_LENGTH:
         raise BadInput(f"object key of {len(key)} characters, at most {MAX_KEY_LENGTH} are allowed")
-    for segment in key.split("/"):
-        if len(segment) > MAX_SEGMENT_LENGTH or not _SEGMENT.match(segment):
-            raise BadInput(f"not an object key: {key!r}")
+    if not all(map(is_segment, key.split("/"))):
+        raise BadInput(f"not an object key: {key!r}")
     return key
+
+
+def is_segment(name: str) -> bool:
+    """Whether `name` can stand between the slashes of a key."""
+    return len(name) <= MAX_SEGMENT_LENGTH and _SEGMENT.match(name) is not None
+
+
+def validate_prefix(prefix: str) -> str:
+    """The prefix itself, when it is one to list by: empty, or a key and a slash. Raises BadInput."""
+    if prefix:
+        if not prefix.endswith("/"):
+            raise BadInput(f"not a prefix of object keys, it must end in a slash: {prefix!r}")
+        validate_key(prefix[:-1])
+    return prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +119,14 @@ class ObjectWriter(Protocol):
     """One object on its way in."""
 
     async def write(self, data: bytes | memoryview) -> None:
-        """Append. The buffer may be reused by the caller afterwards. Raises StoreFull, StoreError."""
+        """Append. The buffer may be reused by the caller afterwards. Raises StoreFull, StoreError; after an error
+        the writer is of no more use.
+        """
 
     async def commit(self, *, replace: bool = False) -> bool:
         """Make it durable, then visible. False when `replace` is not set and the object was there already: then
-        it is as it was. Nothing can be written afterwards.
+        it is as it was. Raises Mismatch when another number of bytes was written than `size` said. Afterwards
+        `write` and `commit` raise StoreError.
         """
 
 
@@ -115,7 +135,7 @@ class ObjectStore(Protocol):
 
     def writer(self, key: str, *, size: int | None = None) -> AbstractAsyncContextManager[ObjectWriter]:
         """Begin an object of `size` bytes, if that is known; leaving without `commit` leaves nothing behind.
-        On entry raises StoreFull when `size` bytes do not fit.
+        On entry raises StoreFull when `size` bytes do not fit. To be used by one task at a time.
         """
 
     async def put(self, key: str, data: bytes, *, replace: bool = False) -> bool:
@@ -129,6 +149,11 @@ class ObjectStore(Protocol):
     async def get(self, key: str, *, limit: int) -> bytes | None:
         """The whole object, or None when it is not there. Raises TooLarge when it exceeds `limit` bytes."""
 
+    def at_once(self, key: str, *, limit: int) -> bytes | memoryview | None:
+        """The whole object, when it has at most `limit` bytes and can be had without waiting for a disk or a network;
+        None in all other cases. Never blocks; a view is valid until the next call.
+        """
+
     def read(self, key: str, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
         """The object, or a part of it, in chunks. Raises NotFound before the first chunk; BadInput for a range
         beyond the end; a transfer that breaks raises StoreError, it never just ends.
@@ -141,7 +166,7 @@ class ObjectStore(Protocol):
         """Delete them; those that are not there are passed over."""
 
     def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
-        """All objects whose key begins with `prefix`, which is empty or ends in a slash."""
+        """All objects whose key begins with `prefix`, which is empty or ends in a slash (else BadInput)."""
 
     async def delivery(self, key: str) -> Delivery | None:
         """How the object can best reach a client; None when it is known not to be there."""
@@ -150,4 +175,4 @@ class ObjectStore(Protocol):
         """Remove what writers left behind that have been silent for `older_than` seconds; how many there were."""
 
     async def close(self) -> None:
-        """Let go of connections and threads; writers still open are aborted."""
+        """Let go of connections and threads; writers still open are aborted, other calls raise StoreError."""

@@ -1,0 +1,186 @@
+"""Files on their way to their names.
+
+A file is written under a temporary name in the folder where it is to appear, `.incoming-` and random digits, which is
+no key. While it is open it is locked (flock), so that a sweep by any process tells a slow writer from a dead one. Once
+it is on disk it gets its name by `link`, which is atomic and refuses to replace, or by `rename`, which replaces.
+
+All of this blocks and raises OSError, StoreFull and StoreError.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import time
+from contextlib import suppress
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from cachesrv.errors import StoreError, StoreFull
+from cachesrv.storage.tree import split
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Mapping
+
+    from cachesrv.storage.tree import Found, Tree
+
+_PREFIX = ".incoming-"
+_MODE = 0o644
+_NO_RESERVATIONS = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+class IncomingFile:
+    """One file, to be used by one thread at a time: `create`, `write`…, `finish`, and in any case `discard`."""
+
+    def __init__(self, tree: Tree, key: str) -> None:
+        self.key = key
+        self.folder_path, self._name = split(key)
+        self._tree = tree
+        self._temporary = _PREFIX + secrets.token_hex(12)
+        self._folder = -1
+        self._file = -1
+
+    def create(self, size: int | None) -> None:
+        """Make the file, and reserve `size` bytes for it if that is known. Raises StoreFull."""
+        self._folder = self._tree.make_folder(self.folder_path)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        self._file = os.open(self._temporary, flags, _MODE, dir_fd=self._folder)
+        _lock(self._file)
+        if size:
+            self._reserve(size)
+
+    def _reserve(self, size: int) -> None:
+        # First a look: a reservation that fails half-way takes the room from all other writers for a moment.
+        free = self._tree.free()
+        if size > free:
+            raise StoreFull(f"no room for {self.key}: {size} bytes are needed, {free} are free")
+        try:
+            os.posix_fallocate(self._file, 0, size)
+        except OSError as error:
+            if error.errno not in _NO_RESERVATIONS:
+                raise
+
+    def write(self, *buffers: bytes | bytearray | memoryview) -> None:
+        for buffer in buffers:
+            rest = memoryview(buffer).cast("B")
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+
+    def finish(self, last: bytes | bytearray, *, replace: bool) -> bool:
+        """Write the last bytes, have all on disk and give the file its name; False when there is a file of that name
+        and `replace` is not set: then that one's name is on disk.
+        """
+        self.write(last)
+        self.sync()
+        revealed = self.reveal(replace=replace)
+        self.sync_folder()
+        return revealed
+
+    def sync(self) -> None:
+        """Have the contents on disk."""
+        os.fsync(self._file)
+
+    def reveal(self, *, replace: bool) -> bool:
+        """Give it its name; False as for `finish`. Either is on disk only after `sync_folder`."""
+        folder = self._folder
+        if replace:
+            os.rename(self._temporary, self._name, src_dir_fd=folder, dst_dir_fd=folder)
+        else:
+            try:
+                os.link(self._temporary, self._name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+            except FileExistsError:
+                if self._tree.stat(self.key) is None:
+                    raise StoreError(f"cannot write {self.key}: something that is no object is in the way") from None
+                return False
+            os.unlink(self._temporary, dir_fd=folder)
+        self._temporary = ""
+        return True
+
+    def sync_folder(self) -> None:
+        """Have the names in its folder on disk; once for all files of the folder is enough."""
+        os.fsync(self._folder)
+
+    def discard(self) -> None:
+        """Remove the temporary name and close all; what cannot be removed is left to the next sweep."""
+        if self._file >= 0:
+            if self._temporary:
+                with suppress(OSError):
+                    os.unlink(self._temporary, dir_fd=self._folder)
+            os.close(self._file)
+        if self._folder >= 0:
+            os.close(self._folder)
+        self._folder = self._file = -1
+
+
+def put(file: IncomingFile, data: bytes, *, replace: bool) -> bool:
+    """A file in one go; answers as `finish` does."""
+    try:
+        file.create(len(data))
+        return file.finish(data, replace=replace)
+    finally:
+        file.discard()
+
+
+def fill(files: Iterable[IncomingFile], objects: Mapping[str, bytes]) -> None:
+    """Have the contents of several on disk, still under their temporary names."""
+    for file in files:
+        data = objects[file.key]
+        file.create(len(data))
+        file.write(data)
+        file.sync()
+
+
+def reveal(files: Iterable[IncomingFile], *, replace: bool) -> set[str]:
+    """Give several their names, those of one folder standing together; the keys of those that got them."""
+    revealed: set[str] = set()
+    for _, together in groupby(files, key=lambda file: file.folder_path):
+        for file in together:
+            if file.reveal(replace=replace):
+                revealed.add(file.key)
+        file.sync_folder()
+    return revealed
+
+
+def discard(files: Iterable[IncomingFile]) -> None:
+    for file in files:
+        file.discard()
+
+
+def sweep(tree: Tree, *, older_than: float) -> Generator[bool, None, None]:
+    """Remove what was abandoned `older_than` seconds ago or earlier; for each file met, whether it was."""
+    for found in tree.walk(""):
+        ours = found.entry.name.startswith(_PREFIX) and found.entry.is_file(follow_symlinks=False)
+        yield ours and _remove_if_abandoned(found, older_than)
+
+
+def _remove_if_abandoned(found: Found, older_than: float) -> bool:
+    name = found.entry.name
+    try:
+        descriptor = os.open(name, os.O_RDWR | os.O_NOFOLLOW, dir_fd=found.folder)
+    except FileNotFoundError:
+        return False
+    try:
+        silent = time.time() - os.fstat(descriptor).st_mtime
+        if silent < older_than or not _lock(descriptor):
+            return False
+        os.unlink(name, dir_fd=found.folder)
+    except FileNotFoundError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _lock(descriptor: int) -> bool:
+    """False when somebody else holds it. Where there are no locks, age alone tells the living from the dead."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
