@@ -1,0 +1,218 @@
+"""What to do with each path of a push, decided from data alone: path infos, the server's answers, upstreams' keys.
+
+    upload      its NAR is sent, then it is published
+    publish     its NAR is there, or comes with that of another path: nothing is sent
+    present     it is in the cache
+    upstream    a cache that all clients of this one use as well has signed it
+    conflict    it is in the cache with another NAR
+
+An upstream's word is its signature, verified over what this store has. Whether it still holds the path is not known
+here: when the server misses a reference that was left out for this reason, `plan_refused` makes up for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from cachesrv.errors import BadInput, ServerError
+from cachesrv.nix.path_info import PathInfo, in_reference_order
+from cachesrv.nix.signing import PublicKey, Signature, fingerprint, trusted_keys, verify_any
+from cachesrv.push.one_line import one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
+
+    from cachesrv.api import MissingAnswer, UpstreamAnswer
+    from cachesrv.nix.hashes import Hash
+    from cachesrv.nix.store_path import StorePath
+
+
+class Decision(StrEnum):
+    """See the module."""
+
+    UPLOAD = "upload"
+    PUBLISH = "publish"
+    PRESENT = "present"
+    UPSTREAM = "upstream"
+    CONFLICT = "conflict"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A path, what happens to it, and why in words."""
+
+    info: PathInfo
+    decision: Decision
+    reason: str
+
+    @property
+    def path(self) -> StorePath:
+        return self.info.store_path
+
+
+@dataclass(frozen=True, slots=True)
+class Nar:
+    """A NAR to be sent, once, and the paths that have it; `size` in bytes, 0 where the store never noted it."""
+
+    hash: Hash
+    size: int
+    infos: tuple[PathInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Steps with references first; NARs in the order of the first path that needs each."""
+
+    steps: tuple[Step, ...]
+    nars: tuple[Nar, ...]
+
+    def count(self, decision: Decision) -> int:
+        """How many paths go that way."""
+        return sum(step.decision == decision for step in self.steps)
+
+    @property
+    def nar_bytes(self) -> int:
+        """What there is to dump and to compress."""
+        return sum(nar.size for nar in self.nars)
+
+    def those(self, *decisions: Decision) -> Iterator[PathInfo]:
+        """The paths that go one of these ways, references first."""
+        return (step.info for step in self.steps if step.decision in decisions)
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What the server said of the paths, batches put together; base names."""
+
+    missing: frozenset[str] = frozenset()
+    stored: frozenset[str] = frozenset()
+    conflicts: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def merge(cls, answers: Iterable[MissingAnswer]) -> Answers:
+        """One out of those to several batches."""
+        missing: set[str] = set()
+        stored: set[str] = set()
+        conflicts: dict[str, str] = {}
+        for answer in answers:
+            missing.update(answer.missing)
+            stored.update(answer.stored)
+            conflicts.update({one.path: one.published_nar_hash for one in answer.conflicts})
+        return cls(frozenset(missing), frozenset(stored), conflicts)
+
+    def after(self, *, stored: Iterable[StorePath], published: Iterable[StorePath]) -> Answers:
+        """What the server would say when these NARs have been sent and these paths been published meanwhile."""
+        missing = self.missing.difference(path.base_name for path in published)
+        return Answers(missing, missing & self.stored.union(path.base_name for path in stored), self.conflicts)
+
+    def about(self, names: AbstractSet[str]) -> Answers:
+        """The part that concerns these paths."""
+        conflicts = {name: found for name, found in self.conflicts.items() if name in names}
+        return Answers(self.missing & names, self.stored & names, conflicts)
+
+    def check(self, asked: Iterable[str]) -> None:
+        """Raises ServerError when they are not answers to a question about these paths."""
+        if (self.missing | self.stored | self.conflicts.keys()) - set(asked):
+            raise ServerError("the server answered about paths that it was not asked about")
+        if self.stored - self.missing or self.missing & self.conflicts.keys():
+            raise ServerError("the server's answer about missing paths contradicts itself")
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """A cache that clients of ours use as well, and the keys that its paths bear."""
+
+    url: str
+    keys: Mapping[str, PublicKey]
+
+    @classmethod
+    def from_answer(cls, answer: UpstreamAnswer) -> Upstream:
+        """Raises ServerError for what are no keys."""
+        try:
+            return cls(one_line(answer.url), trusted_keys(PublicKey.parse(key) for key in answer.public_keys))
+        except BadInput as error:
+            raise ServerError(f"the server names a public key of {answer.url} that is none: {error}") from None
+
+    def signed(self, info: PathInfo, store_dir: str) -> bool:
+        """Whether one of its keys has signed exactly this path."""
+        signatures = [one for one in map(_signature, info.signatures) if one and one.name in self.keys]
+        if not signatures:
+            return False
+        references = [path.full(store_dir) for path in info.references]
+        text = fingerprint(info.store_path.full(store_dir), info.nar_hash, info.nar_size, references)
+        return verify_any(text, signatures, self.keys) is not None
+
+
+def make_plan(
+    infos: Iterable[PathInfo], answers: Answers, *, store_dir: str, upstreams: Sequence[Upstream] = ()
+) -> Plan:
+    """Decide on every path. Raises ServerError for answers to another question, BadInput for a cycle of references."""
+    ordered = in_reference_order(infos)
+    answers.check(info.store_path.base_name for info in ordered)
+    sent: dict[Hash, list[PathInfo]] = {}
+    steps = tuple(_decide(info, answers, sent, store_dir, upstreams) for info in ordered)
+    return Plan(steps, tuple(Nar(nar_hash, _size(nar_infos), tuple(nar_infos)) for nar_hash, nar_infos in sent.items()))
+
+
+def plan_refused(plan: Plan, refused: Iterable[StorePath], answers: Answers, *, store_dir: str) -> Plan | None:
+    """What to do about paths that the server refused for want of references: send what they need, directly or not,
+    that `plan` had left to upstreams. `answers` are as of now. None when there is nothing of that kind.
+    """
+    by_path = {step.path: step for step in plan.steps}
+    needed: dict[str, PathInfo] = {}
+    pending = [path for path in refused if path in by_path]
+    while pending:
+        info = by_path[pending.pop()].info
+        if info.store_path.base_name not in needed:
+            needed[info.store_path.base_name] = info
+            pending += [path for path in info.references if path in by_path]
+    if not any(by_path[info.store_path].decision is Decision.UPSTREAM for info in needed.values()):
+        return None
+    return make_plan(needed.values(), answers.about(needed.keys()), store_dir=store_dir)
+
+
+def _decide(
+    info: PathInfo,
+    answers: Answers,
+    sent: dict[Hash, list[PathInfo]],
+    store_dir: str,
+    upstreams: Sequence[Upstream],
+) -> Step:
+    """`sent` gathers the NARs that have to be sent, and the paths that each is for."""
+    name = info.store_path.base_name
+    if name in answers.conflicts:
+        return Step(info, Decision.CONFLICT, _conflict(answers.conflicts[name], info))
+    if name not in answers.missing:
+        return Step(info, Decision.PRESENT, "in the cache")
+    upstream = next((one for one in upstreams if one.signed(info, store_dir)), None)
+    if upstream is not None:
+        return Step(info, Decision.UPSTREAM, f"signed by {upstream.url}")
+    if name in answers.stored:
+        return Step(info, Decision.PUBLISH, "its NAR is in the cache")
+    others = sent.setdefault(info.nar_hash, [])
+    others.append(info)
+    if len(others) > 1:
+        return Step(info, Decision.PUBLISH, f"its NAR is that of {others[0].store_path}")
+    return Step(info, Decision.UPLOAD, "not in the cache")
+
+
+def _conflict(published: str, info: PathInfo) -> str:
+    return (
+        f"the cache has it with NAR hash {published}, this store with {info.nar_hash.nix32}: "
+        "the build is not deterministic, and what is published stays"
+    )
+
+
+def _size(infos: Sequence[PathInfo]) -> int:
+    return max(info.nar_size for info in infos)
+
+
+def _signature(text: str) -> Signature | None:
+    """None for one that cannot be read: it proves nothing."""
+    try:
+        return Signature.parse(text)
+    except BadInput:
+        return None

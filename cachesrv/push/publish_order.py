@@ -1,0 +1,92 @@
+"""Which paths may be published when: a path after its NAR is there, and never before the paths that it refers to.
+
+A state machine without I/O. One request is under way at a time: `take` what it is to hold, then `settle` it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from cachesrv.nix.path_info import PathInfo
+    from cachesrv.nix.store_path import StorePath
+
+
+class PublishOrder:
+    """Over paths given with references first. References that are not among them count as there."""
+
+    def __init__(self, infos: Sequence[PathInfo]) -> None:
+        self._infos = infos
+        self._position = {info.store_path: position for position, info in enumerate(infos)}
+        self._referrers: dict[StorePath, list[StorePath]] = {info.store_path: [] for info in infos}
+        self._lacking: dict[StorePath, int] = {}
+        for info in infos:
+            references = [path for path in info.references if path in self._position and path != info.store_path]
+            self._lacking[info.store_path] = 1 + len(references)  # one for the NAR
+            for path in references:
+                self._referrers[path].append(info.store_path)
+        self._ready: list[int] = []
+        self._open = set(self._position)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is something to take."""
+        return bool(self._ready)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every path was published or has failed."""
+        return not self._open
+
+    def is_open(self, path: StorePath) -> bool:
+        """Whether it may still be published."""
+        return path in self._open
+
+    def nar_is_there(self, path: StorePath) -> None:
+        """To be told once for each path that has not failed."""
+        self._one_less(path)
+
+    def take(self, most_paths: int, most_references: int) -> list[PathInfo]:
+        """Paths for the next request, each after those of them that it refers to; one path at least when there is
+        one, however many references it has.
+        """
+        taken: list[PathInfo] = []
+        while self._ready and len(taken) < most_paths:
+            info = self._infos[self._ready[0]]
+            most_references -= len(info.references)
+            if taken and most_references < 0:
+                break
+            heapq.heappop(self._ready)
+            if info.store_path in self._open:
+                taken.append(info)
+                self._release(info.store_path)
+        return taken
+
+    def settle(self, published: Iterable[StorePath], failed: Iterable[StorePath]) -> dict[StorePath, StorePath]:
+        """Tell how it went with these. Returns the paths that cannot be published any more because they refer,
+        directly or not, to one that failed: each with that one.
+        """
+        self._open.difference_update(published)
+        pending = [(path, path) for path in failed]
+        self._open.difference_update(path for path, _ in pending)
+        hopeless: dict[StorePath, StorePath] = {}
+        while pending:
+            path, cause = pending.pop()
+            for referrer in self._referrers[path]:
+                if referrer in self._open:
+                    self._open.discard(referrer)
+                    hopeless[referrer] = cause
+                    pending.append((referrer, cause))
+        return hopeless
+
+    def _release(self, path: StorePath) -> None:
+        for referrer in self._referrers[path]:
+            self._one_less(referrer)
+
+    def _one_less(self, path: StorePath) -> None:
+        self._lacking[path] -= 1
+        if self._lacking[path] == 0:
+            heapq.heappush(self._ready, self._position[path])
