@@ -1,0 +1,73 @@
+"""One NAR to the server: from the start again after each failure that may pass."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from cachesrv.push.events import Sending, Sent, Stored
+from cachesrv.push.retry import TryAgain, retry
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from cachesrv.nix.path_info import PathInfo
+    from cachesrv.push.events import Emit
+    from cachesrv.push.nar_source import NarSource
+    from cachesrv.push.pipeline import CompressedNar, Pipeline
+    from cachesrv.push.server import Server
+
+OpenNar = Callable[["PathInfo"], "NarSource"]
+"""The NAR of a path, to be read once; may raise what a store does."""
+
+
+class Delivery:
+    """Brings NARs from a store to a server. `max_file_size` in bytes of the compressed file, 0 for no limit."""
+
+    def __init__(
+        self, server: Server, pipeline: Pipeline, open_nar: OpenNar, *, max_file_size: int = 0, emit: Emit
+    ) -> None:
+        self._server = server
+        self._pipeline = pipeline
+        self._open_nar = open_nar
+        self._max_file_size = max_file_size
+        self._emit = emit
+
+    async def bring(self, info: PathInfo) -> None:
+        """The NAR is at the server when this returns. Raises Mismatch when it is not what the path info says, what
+        the store or the server raise, and the last TryAgain.
+        """
+        name = info.store_path.base_name
+        started = time.monotonic()
+        attempts = 0
+
+        async def attempt() -> int:
+            nonlocal attempts
+            attempts += 1
+            # the answer to the attempt before may be all that was lost
+            if attempts > 1 and await self._server.has_nar(info.nar_hash):
+                return 0
+            return await self._send(info)
+
+        sent_bytes = await retry(attempt, f"sending {name}", self._server.backoff, self._emit)
+        self._emit(Stored(name, info.nar_size, sent_bytes, round(time.monotonic() - started, 3)))
+
+    async def _send(self, info: PathInfo) -> int:
+        """Bytes of the file."""
+        self._emit(Sending(info.store_path.base_name, info.nar_size))
+        async with self._pipeline.nar(self._open_nar(info), info, limit=self._max_file_size) as nar:
+            try:
+                await self._server.put_nar(info.nar_hash, self._counted(nar))
+            except TryAgain as error:
+                if nar.failure is not None:
+                    raise nar.failure from error
+                raise
+            return nar.file_size
+
+    async def _counted(self, nar: CompressedNar) -> AsyncIterator[memoryview]:
+        name, told = nar.info.store_path.base_name, 0
+        async for chunk in nar:
+            yield chunk
+            self._emit(Sent(name, nar.nar_sent - told, len(chunk)))
+            told = nar.nar_sent

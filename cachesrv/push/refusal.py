@@ -1,0 +1,77 @@
+"""What a status other than success means to the uploader: one of our errors, with a line that says what to do."""
+
+from __future__ import annotations
+
+import time
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from cachesrv.api import ErrorAnswer
+from cachesrv.errors import CachesrvError, Conflict, NotAllowed, NotAuthenticated, Refused, ServerError, TooLarge
+from cachesrv.push.one_line import one_line
+from cachesrv.push.retry import TryAgain
+from cachesrv.push.token import NoToken
+
+if TYPE_CHECKING:
+    from cachesrv.push.address import Address
+    from cachesrv.push.token import TokenSource
+
+_MAY_PASS = frozenset({408, 425, 429})
+_WILL_NOT_PASS = frozenset({501, 505})
+_NO_ROOM = 507
+
+
+def refusal(
+    status: int, said: str, address: Address, tokens: TokenSource, *, location: str = "", retry_after: float = 0.0
+) -> CachesrvError:
+    """The error for an answer; `said` is the server's own line, `retry_after` in seconds."""
+    because = f": {said}" if said else ""
+    if 300 <= status < 400:
+        return ServerError(f"{address} redirects{' to ' + one_line(location) if location else ''}: use that URL")
+    if status == 401:
+        return NotAuthenticated(_who(address, tokens) + because)
+    if status == 403:
+        return NotAllowed(f"{address} does not allow this with the token from {tokens}, it has to permit push{because}")
+    if status == 404:
+        return ServerError(
+            f"there is no cache {address.cache} at {address.base}, or what is there is no cachesrv{because}"
+        )
+    if status == 409:
+        return Conflict(said or "the cache has it otherwise")
+    if status == 413:
+        return TooLarge(f"too large for the server or a proxy before it{because}")
+    if status == _NO_ROOM:
+        return ServerError(f"{address} has no room left{because}")
+    if status in _MAY_PASS or (status >= 500 and status not in _WILL_NOT_PASS):
+        return TryAgain(f"{address} answered with status {status}{because}", retry_after)
+    if status >= 500 or status < 200:
+        return ServerError(f"{address} answered with status {status}{because}")
+    return Refused(said or f"the server refused it with status {status}")
+
+
+def said_in(body: bytes, content_type: str) -> str:
+    """The server's own line in the body of an error; empty for the pages of proxies."""
+    if "html" in content_type:
+        return ""
+    try:
+        return one_line(msgspec.json.decode(body, type=ErrorAnswer).error)
+    except msgspec.DecodeError:
+        return one_line(body.decode(errors="replace"))
+
+
+def seconds_until(retry_after: str) -> float:
+    """What a `Retry-After` asks for, in seconds or as a date; 0 when it cannot be read."""
+    if retry_after.isascii() and retry_after.isdigit():
+        return float(retry_after[:9])
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+def _who(address: Address, tokens: TokenSource) -> str:
+    if isinstance(tokens, NoToken):
+        return f"{address} wants a token: give one by --token-file, $CACHESRV_TOKEN, the client configuration or netrc"
+    return f"{address} does not accept the token from {tokens}"

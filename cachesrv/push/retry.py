@@ -1,0 +1,66 @@
+"""The one place where the uploader tries again.
+
+Its own few lines instead of a library's, for three reasons: the server's `Retry-After` is the least delay, each
+repetition is told as an event, and nothing here may write to stdout, which belongs to `--json`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from cachesrv.errors import ServerError
+from cachesrv.push.events import Retrying
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from cachesrv.push.events import Emit
+
+Result = TypeVar("Result")
+
+
+class TryAgain(ServerError):
+    """A failure that may pass; `retry_after` is the delay in seconds that the server asked for."""
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Unreachable(TryAgain):
+    """No connection: whatever else is tried now fails as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """How often and how long: the delay doubles from `first` to `longest` seconds, the last half of it at random.
+    A server that asks for more than `patience` seconds is not waited for.
+    """
+
+    attempts: int = 8
+    first: float = 0.5
+    longest: float = 30.0
+    patience: float = 300.0
+
+    def delay(self, attempt: int, retry_after: float, jitter: float) -> float:
+        """Seconds to wait after the failure of `attempt` (from 1); `jitter` is from 0 to 1."""
+        full = min(self.longest, self.first * 2.0 ** min(attempt - 1, 30))
+        return max(retry_after, full * (0.5 + jitter / 2))
+
+
+async def retry(operation: Callable[[], Awaitable[Result]], what: str, backoff: Backoff, emit: Emit) -> Result:
+    """The result of `operation`, called again after each TryAgain; the last one is raised."""
+    attempt = 1
+    while True:
+        try:
+            return await operation()
+        except TryAgain as error:
+            if attempt >= backoff.attempts or error.retry_after > backoff.patience:
+                raise
+            delay = backoff.delay(attempt, error.retry_after, random.random())  # noqa: S311  jitter is no secret
+            emit(Retrying(what, attempt, round(delay, 3), str(error)))
+        await asyncio.sleep(delay)
+        attempt += 1

@@ -1,0 +1,158 @@
+"""The use case: push paths of a local store to a cache.
+
+    store = await open_store(None, os.environ)
+    settings = find_settings(Given(to="https://cache.example.org/main"), os.environ)
+    summary = await push(["./result"], store, settings, Options(jobs=4), emit=print)
+
+`emit` gets typed events (see `events`) while it goes on. Paths that cannot be pushed are told of and counted, and do
+not hold up the others; what concerns all of them is raised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cachesrv.api import MAX_BATCH, WantedPath
+from cachesrv.errors import ConfigError
+from cachesrv.nix.nar_writer import dump
+from cachesrv.push.connection import Timeouts
+from cachesrv.push.delivery import Delivery
+from cachesrv.push.events import Failed, PlanMade, Planned, ignore
+from cachesrv.push.nar_source import LocalNar, StreamedNar
+from cachesrv.push.one_line import one_line
+from cachesrv.push.pipeline import DEFAULT_LEVEL, DEFAULT_MEMORY, FRAME_SIZE, Pipeline
+from cachesrv.push.plan import Answers, Decision, Upstream, make_plan, plan_refused
+from cachesrv.push.retry import Backoff
+from cachesrv.push.selection import select
+from cachesrv.push.server import connect
+from cachesrv.push.tally import Tally
+from cachesrv.push.upload import Upload
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from cachesrv.api import CacheAnswer
+    from cachesrv.nix.path_info import PathInfo
+    from cachesrv.push.events import Emit, Summary
+    from cachesrv.push.local_store import LocalStore
+    from cachesrv.push.nar_source import NarSource
+    from cachesrv.push.plan import Plan
+    from cachesrv.push.server import Server
+    from cachesrv.push.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """jobs: NARs on their way at once; level: of zstd; closure: push what the paths need as well; dry_run: only say
+    what would be done; memory: bytes of NARs held at once, whatever their number and size.
+    """
+
+    jobs: int = 8
+    level: int = DEFAULT_LEVEL
+    closure: bool = True
+    dry_run: bool = False
+    memory: int = DEFAULT_MEMORY
+    backoff: Backoff = field(default_factory=Backoff)
+    timeouts: Timeouts = field(default_factory=Timeouts)
+
+
+async def push(
+    paths: Iterable[str], store: LocalStore, settings: Settings, options: Options | None = None, emit: Emit = ignore
+) -> Summary:
+    """Push `paths`: names of files in the store, or of symlinks into it. The summary is the last event as well, also
+    when this raises: ServerError, NotAllowed, ConfigError, or what the store raises about itself.
+    """
+    tally = Tally(emit)
+    try:
+        await _Push(store, settings, options or Options(), tally).run(paths)
+    finally:
+        summary = tally.summary()
+        emit(summary)
+    return summary
+
+
+class _Push:
+    def __init__(self, store: LocalStore, settings: Settings, options: Options, emit: Emit) -> None:
+        self._store = store
+        self._settings = settings
+        self._options = options
+        self._emit = emit
+
+    async def run(self, names: Iterable[str]) -> None:
+        infos = await select(self._store, names, closure=self._options.closure, emit=self._emit)
+        if not infos:
+            return
+        async with connect(
+            self._settings.address,
+            self._settings.token,
+            connections=self._options.jobs + 1,
+            backoff=self._options.backoff,
+            timeouts=self._options.timeouts,
+            emit=self._emit,
+        ) as server:
+            cache = await server.describe()
+            self._check(cache)
+            answers = await _ask(server, infos)
+            upstreams = [Upstream.from_answer(upstream) for upstream in cache.upstreams]
+            plan = make_plan(infos, answers, store_dir=self._store.store_dir, upstreams=upstreams)
+            self._tell(plan)
+            for step in plan.steps:
+                if step.decision is Decision.CONFLICT:
+                    self._emit(Failed(step.path.base_name, step.reason))
+            if not self._options.dry_run:
+                await self._carry_out(plan, answers, server, cache.max_nar_size)
+
+    def _check(self, cache: CacheAnswer) -> None:
+        if cache.store_dir != self._store.store_dir:
+            raise ConfigError(
+                f"{self._settings.address} is for paths in {one_line(cache.store_dir)}, "
+                f"this store has them in {self._store.store_dir}"
+            )
+
+    def _tell(self, plan: Plan) -> None:
+        for step in plan.steps:
+            self._emit(
+                Planned(
+                    path=step.path.base_name,
+                    decision=step.decision.value,
+                    reason=step.reason,
+                    nar_size=step.info.nar_size,
+                )
+            )
+        self._emit(
+            PlanMade(
+                paths=len(plan.steps),
+                **{decision.value: plan.count(decision) for decision in Decision},
+                nars=len(plan.nars),
+                nar_bytes=plan.nar_bytes,
+            )
+        )
+
+    async def _carry_out(self, plan: Plan, answers: Answers, server: Server, max_file_size: int) -> None:
+        """The plan, and where that broke a closure, one that leaves nothing to upstreams."""
+        options = self._options
+        with Pipeline(level=options.level, memory=options.memory, readers=options.jobs) as pipeline:
+
+            def open_nar(info: PathInfo) -> NarSource:
+                file = self._store.real_path(info.store_path)
+                if file is None:
+                    return StreamedNar(self._store.nar(info), FRAME_SIZE, pipeline.readers)
+                return LocalNar(dump(file), FRAME_SIZE, pipeline.readers)
+
+            delivery = Delivery(server, pipeline, open_nar, max_file_size=max_file_size, emit=self._emit)
+            result = await Upload(plan, server, delivery, jobs=options.jobs, emit=self._emit).run()
+            answers = answers.after(stored=result.stored, published=result.published)
+            second = plan_refused(plan, result.refused, answers, store_dir=self._store.store_dir)
+            if second is not None:
+                self._tell(second)
+                result = await Upload(second, server, delivery, jobs=options.jobs, emit=self._emit).run()
+        for path, error in result.refused.items():
+            self._emit(Failed(path.base_name, error))
+
+
+async def _ask(server: Server, infos: Sequence[PathInfo]) -> Answers:
+    """What the server says of all the paths, in as few questions as it takes."""
+    wanted = [WantedPath(info.store_path.base_name, info.nar_hash.nix32, info.nar_size) for info in infos]
+    batches = [wanted[start : start + MAX_BATCH] for start in range(0, len(wanted), MAX_BATCH)]
+    return Answers.merge([await server.missing(batch) for batch in batches])

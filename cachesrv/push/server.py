@@ -1,0 +1,210 @@
+"""The cache server as the uploader sees it: the push API and the place for NARs, over HTTP.
+
+Every failure becomes one of our own errors with a line that says what to do. Those that may pass are `retry.TryAgain`
+and are tried again here, except the sending of a NAR, whose bytes are gone by then: its caller begins anew.
+Redirects are not followed: a body cannot be sent twice, and the token belongs to nobody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+import zstandard
+
+from cachesrv.api import (
+    MAX_REQUEST_SIZE,
+    CacheAnswer,
+    MissingAnswer,
+    MissingRequest,
+    PublishAnswer,
+    PublishRequest,
+)
+from cachesrv.errors import NotAuthenticated, ServerError
+from cachesrv.push.connection import Timeouts, open_session, our_errors
+from cachesrv.push.events import ignore
+from cachesrv.push.refusal import refusal, said_in, seconds_until
+from cachesrv.push.retry import Backoff, TryAgain, retry
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, AsyncIterator, Sequence
+
+    import aiohttp
+
+    from cachesrv.api import PathOutcome, PathToPublish, WantedPath
+    from cachesrv.nix.hashes import Hash
+    from cachesrv.push.address import Address
+    from cachesrv.push.events import Emit
+    from cachesrv.push.token import TokenSource
+
+FIRST_ATTEMPTS = 3
+"""For the first question: a wrong URL should not take a minute to be noticed."""
+
+_COMPRESS_FROM = 1024
+_MAX_ERROR_SIZE = 64 * 1024
+
+Answer = TypeVar("Answer")
+
+
+class Server:
+    """One cache on a server; made by `connect`."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        address: Address,
+        tokens: TokenSource,
+        *,
+        backoff: Backoff,
+        timeouts: Timeouts,
+        emit: Emit,
+    ) -> None:
+        self.address = address
+        self.backoff = backoff
+        self._session = session
+        self._tokens = tokens
+        self._token = tokens.read()
+        self._timeouts = timeouts
+        self._emit = emit
+
+    async def describe(self) -> CacheAnswer:
+        """What a client has to know of the cache."""
+        backoff = replace(self.backoff, attempts=min(FIRST_ATTEMPTS, self.backoff.attempts))
+        return await self._call("GET", "", b"", CacheAnswer, backoff)
+
+    async def missing(self, paths: Sequence[WantedPath]) -> MissingAnswer:
+        """Which of at most MAX_BATCH paths are not there."""
+        question = msgspec.json.encode(MissingRequest(list(paths)))
+        return await self._call("POST", "missing", question, MissingAnswer, self.backoff)
+
+    async def publish(self, paths: Sequence[PathToPublish]) -> list[PathOutcome]:
+        """Publish at most MAX_BATCH paths whose NARs are there; an outcome for each, in their order."""
+        question = msgspec.json.encode(PublishRequest(list(paths)))
+        answer = await self._call("POST", "paths", question, PublishAnswer, self.backoff)
+        if [outcome.path for outcome in answer.outcomes] != [path.path for path in paths]:
+            raise ServerError(f"{self.address} answered for other paths than were to be published")
+        return answer.outcomes
+
+    async def has_nar(self, nar_hash: Hash) -> bool:
+        """Whether the NAR is there, whole. Raises TryAgain."""
+        url = self.address.nar(nar_hash.bare_nix32)
+        with our_errors(self.address):
+            async with self._session.head(
+                url, headers=self._headers(), allow_redirects=False, timeout=self._timeouts.for_answers
+            ) as response:
+                if response.status != 404:
+                    await self._check(response)
+                return response.status != 404
+
+    async def put_nar(self, nar_hash: Hash, chunks: AsyncIterable[memoryview]) -> None:
+        """Send a NAR, compressed; it is there, checked, when this returns.
+
+        Raises TryAgain when it may work from the start, Conflict, TooLarge or Refused when the server does not take
+        this NAR. An exception of `chunks` ends the request so that nothing is kept, and shows as TryAgain: the caller
+        has to look there first.
+        """
+        url = self.address.nar(nar_hash.bare_nix32)
+        headers = self._headers() | {"Content-Type": "application/x-nix-nar"}
+        with our_errors(self.address):
+            async with (
+                asyncio.timeout(None) as deadline,
+                self._session.put(
+                    url,
+                    data=self._watched(chunks, deadline),
+                    headers=headers,
+                    allow_redirects=False,
+                    timeout=self._timeouts.for_nars,
+                ) as response,
+            ):
+                deadline.reschedule(asyncio.get_running_loop().time() + self._timeouts.answer)
+                await self._check(response)
+
+    async def _watched(self, chunks: AsyncIterable[memoryview], deadline: asyncio.Timeout) -> AsyncIterator[memoryview]:
+        """The chunks; the deadline runs while the server is to move, and rests while we are."""
+        now = asyncio.get_running_loop().time
+        async for chunk in chunks:
+            deadline.reschedule(now() + self._timeouts.stall)
+            yield chunk
+            deadline.reschedule(None)
+        deadline.reschedule(now() + self._timeouts.store)
+
+    async def _call(self, method: str, action: str, body: bytes, kind: type[Answer], backoff: Backoff) -> Answer:
+        async def once() -> Answer:
+            return _decode(await self._request(method, self.address.api(action), body), kind, self.address)
+
+        return await retry(once, f"asking {self.address}", backoff, self._emit)
+
+    async def _request(self, method: str, url: str, body: bytes) -> bytes:
+        headers = self._headers() | {"Accept": "application/json"}
+        if body:
+            headers["Content-Type"] = "application/json"
+        if len(body) >= _COMPRESS_FROM:
+            headers["Content-Encoding"] = "zstd"
+            body = zstandard.ZstdCompressor().compress(body)
+        with our_errors(self.address):
+            async with self._session.request(
+                method,
+                url,
+                data=body or None,
+                headers=headers,
+                allow_redirects=False,
+                timeout=self._timeouts.for_answers,
+            ) as response:
+                await self._check(response)
+                return await _read(response, MAX_REQUEST_SIZE)
+
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self._token}"} if self._token is not None else {}
+
+    async def _check(self, response: aiohttp.ClientResponse) -> None:
+        """Raise what an answer without success means. A token that was renewed meanwhile is worth another try."""
+        if 200 <= response.status < 300:
+            return
+        body = await response.content.read(_MAX_ERROR_SIZE)
+        error = refusal(
+            response.status,
+            said_in(body, response.content_type),
+            self.address,
+            self._tokens,
+            location=response.headers.get("Location", ""),
+            retry_after=seconds_until(response.headers.get("Retry-After", "")),
+        )
+        if isinstance(error, NotAuthenticated):
+            used, self._token = self._token, self._tokens.read()
+            if used != self._token:
+                raise TryAgain(f"the token from {self._tokens} has been renewed")
+        raise error
+
+
+@asynccontextmanager
+async def connect(
+    address: Address,
+    tokens: TokenSource,
+    *,
+    connections: int = 8,
+    backoff: Backoff | None = None,
+    timeouts: Timeouts | None = None,
+    emit: Emit = ignore,
+) -> AsyncIterator[Server]:
+    """Nothing is sent yet. Raises ConfigError when the token or the authorities' certificates cannot be read."""
+    async with open_session(address, connections) as session:
+        yield Server(session, address, tokens, backoff=backoff or Backoff(), timeouts=timeouts or Timeouts(), emit=emit)
+
+
+def _decode(body: bytes, kind: type[Answer], address: Address) -> Answer:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.DecodeError as error:
+        raise ServerError(f"{address} does not answer as the push API does, is it a cachesrv? ({error})") from None
+
+
+async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > limit:
+            raise ServerError(f"an answer of more than {limit} bytes")
+    return bytes(body)

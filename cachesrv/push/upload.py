@@ -1,0 +1,177 @@
+"""Carries a plan out: NARs in parallel, each from the start when its connection breaks, and paths published in
+batches as soon as they and all they refer to are there. What is published stays, however the push ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cachesrv.api import MAX_BATCH, PathToPublish
+from cachesrv.errors import CachesrvError, ConfigError, NotAllowed, ServerError
+from cachesrv.push.events import Failed, Published
+from cachesrv.push.one_line import one_line
+from cachesrv.push.plan import Decision
+from cachesrv.push.publish_order import PublishOrder
+from cachesrv.push.retry import TryAgain, Unreachable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from cachesrv.api import PathOutcome
+    from cachesrv.nix.path_info import PathInfo
+    from cachesrv.nix.store_path import StorePath
+    from cachesrv.push.delivery import Delivery
+    from cachesrv.push.events import Emit
+    from cachesrv.push.plan import Nar, Plan
+    from cachesrv.push.server import Server
+
+MAX_REFERENCES = 200_000
+"""In one request to publish: with names of the greatest length it stays below MAX_REQUEST_SIZE."""
+
+GATHER = 0.2
+"""Seconds from the first path that is ready to the request that publishes it: others join it meanwhile."""
+
+_MISSING_REFERENCES = "missing-references"
+
+
+@dataclass(slots=True)
+class Result:
+    """What became of the paths. `refused` by the server for want of references, or because of such a one: nobody has
+    been told of these. `stored`: paths whose NAR the server has by now.
+    """
+
+    published: set[StorePath] = field(default_factory=set)
+    refused: dict[StorePath, str] = field(default_factory=dict)
+    stored: set[StorePath] = field(default_factory=set)
+
+
+class Upload:
+    """One plan on its way to one server, with `jobs` NARs at once."""
+
+    def __init__(self, plan: Plan, server: Server, delivery: Delivery, *, jobs: int, emit: Emit) -> None:
+        infos = list(plan.those(Decision.UPLOAD, Decision.PUBLISH))
+        self._nars = plan.nars
+        self._server = server
+        self._delivery = delivery
+        self._jobs = jobs
+        self._emit = emit
+        self._order = PublishOrder(infos)
+        self._result = Result()
+        self._changed = asyncio.Event()
+        self._all_sent = asyncio.Event()
+        to_send = {info.store_path for nar in plan.nars for info in nar.infos}
+        self._nar_is_there(info for info in infos if info.store_path not in to_send)
+
+    async def run(self) -> Result:
+        """Raises what concerns all paths: no connection, no permission, a server that makes no sense."""
+        nars = iter(self._nars)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._publish())
+                senders = [tasks.create_task(self._send(nars)) for _ in range(min(self._jobs, len(self._nars)))]
+                for sender in senders:
+                    await sender
+                self._all_sent.set()
+                self._changed.set()
+        except BaseExceptionGroup as group:
+            raise foremost(group) from None
+        return self._result
+
+    async def _send(self, nars: Iterator[Nar]) -> None:
+        for nar in nars:
+            for info in nar.infos:
+                # a path that turns out to be damaged may have an intact twin
+                if self._order.is_open(info.store_path) and await self._bring(info):
+                    self._nar_is_there(nar.infos)
+                    break
+
+    async def _bring(self, info: PathInfo) -> bool:
+        """Whether the NAR is there; the path has failed if not."""
+        try:
+            await self._delivery.bring(info)
+        except CachesrvError as error:
+            if concerns_all(error):
+                raise
+            self._settle((), {info.store_path: str(error)})
+            return False
+        return True
+
+    def _nar_is_there(self, infos: Iterable[PathInfo]) -> None:
+        for info in infos:
+            if self._order.is_open(info.store_path):
+                self._order.nar_is_there(info.store_path)
+                self._result.stored.add(info.store_path)
+        self._changed.set()
+
+    async def _publish(self) -> None:
+        while not self._order.is_done:
+            await self._changed.wait()
+            self._changed.clear()
+            if self._order.is_ready:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._all_sent.wait(), GATHER)
+            while batch := self._order.take(MAX_BATCH, MAX_REFERENCES):
+                self._hear(batch, await self._server.publish([_to_publish(info) for info in batch]))
+
+    def _hear(self, batch: Sequence[PathInfo], outcomes: Sequence[PathOutcome]) -> None:
+        published: list[StorePath] = []
+        failed: dict[StorePath, str] = {}
+        for info, outcome in zip(batch, outcomes, strict=True):
+            if outcome.error is None:
+                published.append(info.store_path)
+                self._emit(Published(outcome.path))
+            elif outcome.kind == _MISSING_REFERENCES:
+                self._result.refused[info.store_path] = one_line(outcome.error)
+            else:
+                failed[info.store_path] = one_line(outcome.error)
+        self._result.published.update(published)
+        self._settle(published, failed)
+
+    def _settle(self, published: Sequence[StorePath], failed: Mapping[StorePath, str]) -> None:
+        """Pass on what has failed, and what has failed with it."""
+        for path, error in failed.items():
+            self._emit(Failed(path.base_name, error))
+        refused = [path for path in self._result.refused if self._order.is_open(path)]
+        for path, cause in self._order.settle(published, [*failed, *refused]).items():
+            error = f"it refers to {cause}, which is not in the cache"
+            if cause in self._result.refused:
+                self._result.refused[path] = error
+            else:
+                self._emit(Failed(path.base_name, error))
+        self._changed.set()
+
+
+def concerns_all(error: CachesrvError) -> bool:
+    """Whether no other path can fare better."""
+    if isinstance(error, TryAgain):
+        return isinstance(error, Unreachable)
+    return isinstance(error, ServerError | NotAllowed | ConfigError)
+
+
+def foremost(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one of several errors at once that people should read: one of ours, if there is one."""
+    leaves = list(_leaves(group))
+    return next((error for error in leaves if isinstance(error, CachesrvError)), leaves[0])
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
+
+
+def _to_publish(info: PathInfo) -> PathToPublish:
+    return PathToPublish(
+        path=info.store_path.base_name,
+        nar_hash=info.nar_hash.nix32,
+        nar_size=info.nar_size,
+        references=[path.base_name for path in info.references],
+        deriver=info.deriver.base_name if info.deriver else None,
+        signatures=list(info.signatures),
+        ca=info.ca,
+    )

@@ -1,0 +1,262 @@
+"""Stand-ins for both ends of a push: a local store of temporary files, and a cache server that can be made to fail."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+import zstandard
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from cachesrv import api
+from cachesrv.errors import BadInput, NotFound
+from cachesrv.nix.hashes import Hash
+from cachesrv.nix.nar_writer import dump
+from cachesrv.nix.path_info import PathInfo, in_reference_order
+from cachesrv.nix.store_path import StorePath
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+    from pathlib import Path
+    from typing import Self
+
+    from cachesrv.nix.realisation import OutputId, Realisation, TracedOutput
+
+    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+Body = TypeVar("Body")
+
+STORE_DIR = "/nix/store"
+
+
+def store_path(name: str) -> StorePath:
+    """A path with this name; equal names, equal paths."""
+    digits = hashlib.sha256(name.encode()).hexdigest()[:32].replace("e", "z")
+    return StorePath(digits, name)
+
+
+def path_info(name: str, references: Iterable[str] = (), nar: str | None = None, size: int = 100) -> PathInfo:
+    """Of a path that does not exist; `nar` tells NARs apart, by default the name does."""
+    return PathInfo(
+        store_path=store_path(name),
+        nar_hash=Hash.of("sha256", (nar or name).encode()),
+        nar_size=size,
+        references=tuple(sorted(store_path(other) for other in references)),
+    )
+
+
+class TemporaryStore:
+    """A `LocalStore` in a directory: `add` files to it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.store_dir = STORE_DIR
+        self.name = "temporary store"
+        self.directory = directory
+        self.infos: dict[StorePath, PathInfo] = {}
+        self.unreadable: set[StorePath] = set()
+
+    def add(self, name: str, contents: bytes | Mapping[str, bytes] = b"", references: Iterable[str] = ()) -> PathInfo:
+        """A file, or a directory of files."""
+        path = store_path(name)
+        file = self.directory / path.base_name
+        if isinstance(contents, bytes):
+            file.write_bytes(contents)
+        else:
+            file.mkdir()
+            for member, data in contents.items():
+                (file / member).write_bytes(data)
+        nar = b"".join(dump(file))
+        others = tuple(sorted(store_path(other) for other in references))
+        self.infos[path] = PathInfo(path, Hash.of("sha256", nar), len(nar), others)
+        return self.infos[path]
+
+    def file(self, name: str) -> Path:
+        return self.directory / store_path(name).base_name
+
+    async def resolve(self, path: str) -> StorePath:
+        if path.startswith("nowhere"):
+            raise NotFound(f"{path!r} leads nowhere")
+        return StorePath.parse_full(path, STORE_DIR)
+
+    def real_path(self, path: StorePath) -> str | None:
+        return None if path in self.unreadable else str(self.directory / path.base_name)
+
+    async def path_info(self, path: StorePath) -> PathInfo:
+        if path not in self.infos:
+            raise NotFound(f"{path.full(STORE_DIR)} is not valid")
+        return self.infos[path]
+
+    async def closure(self, paths: Iterable[StorePath]) -> list[PathInfo]:
+        found: dict[StorePath, PathInfo] = {}
+        pending = list(paths)
+        while pending:
+            info = await self.path_info(pending.pop())
+            if info.store_path not in found:
+                found[info.store_path] = info
+                pending += info.references
+        return in_reference_order(found.values())
+
+    async def nar(self, info: PathInfo) -> AsyncGenerator[bytes, None]:
+        for chunk in dump(self.directory / info.store_path.base_name, chunk_size=1000):
+            yield chunk
+            await asyncio.sleep(0)
+
+    async def realisations(self, paths: Iterable[StorePath]) -> Mapping[OutputId | TracedOutput, Realisation]:
+        return {}
+
+    async def close(self) -> None:
+        pass
+
+
+@dataclass
+class FakeCache:
+    """The cache `main`, as `cachesrv.api` describes it. `faults` answer before it does, each once, by route:
+    `cache`, `missing`, `paths`, `head`, `nar`.
+    """
+
+    token: str | None = "secret"
+    store_dir: str = STORE_DIR
+    max_nar_size: int = 0
+    upstreams: list[api.UpstreamAnswer] = field(default_factory=list)
+    nars: dict[str, bytes] = field(default_factory=dict)
+    published: dict[str, api.PathToPublish] = field(default_factory=dict)
+    elsewhere: set[str] = field(default_factory=set)
+    faults: dict[str, list[Handler]] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+    batches: list[list[str]] = field(default_factory=list)
+    publication: asyncio.Event = field(default_factory=asyncio.Event)
+    _server: TestServer | None = None
+
+    async def __aenter__(self) -> Self:
+        app = web.Application(client_max_size=api.MAX_REQUEST_SIZE)
+        app.router.add_get("/api/v1/caches/main", self._route("cache", self._cache))
+        app.router.add_post("/api/v1/caches/main/missing", self._route("missing", self._missing))
+        app.router.add_post("/api/v1/caches/main/paths", self._route("paths", self._publish))
+        app.router.add_head("/main/nar/{file}", self._route("head", self._head))
+        app.router.add_put("/main/nar/{file}", self._route("nar", self._put))
+        self._server = TestServer(app)
+        await self._server.start_server(auto_decompress=False, shutdown_timeout=0.01)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        assert self._server is not None
+        await self._server.close()
+
+    @property
+    def url(self) -> str:
+        assert self._server is not None
+        return str(self._server.make_url("/main"))
+
+    def fail(self, route: str, *faults: Handler) -> None:
+        """Let the next requests to `route` go to these."""
+        self.faults.setdefault(route, []).extend(faults)
+
+    def count(self, route: str) -> int:
+        return self.requests.count(route)
+
+    def _route(self, name: str, handler: Handler) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            self.requests.append(name)
+            if self.faults.get(name):
+                return await self.faults[name].pop(0)(request)
+            if self.token is not None and request.headers.get("Authorization") != f"Bearer {self.token}":
+                return web.json_response({"error": "no valid token"}, status=401)
+            return await handler(request)
+
+        return handle
+
+    async def _cache(self, request: web.Request) -> web.Response:
+        return _json(api.CacheAnswer("main", self.store_dir, 30, True, [], self.upstreams, self.max_nar_size))
+
+    async def _missing(self, request: web.Request) -> web.Response:
+        paths = (await _body(request, api.MissingRequest)).paths
+        assert len(paths) <= api.MAX_BATCH
+        absent = [path for path in paths if path.path not in self.published]
+        there = {path.path: self.published[path.path].nar_hash for path in paths if path.path in self.published}
+        return _json(
+            api.MissingAnswer(
+                [path.path for path in absent],
+                [path.path for path in absent if path.nar_hash in self.nars],
+                [
+                    api.PublishedOtherwise(p.path, there[p.path])
+                    for p in paths
+                    if there.get(p.path, "") not in ("", p.nar_hash)
+                ],
+            )
+        )
+
+    async def _publish(self, request: web.Request) -> web.Response:
+        paths = (await _body(request, api.PublishRequest)).paths
+        assert len(paths) <= api.MAX_BATCH
+        self.batches.append([path.path for path in paths])
+        return _json(api.PublishAnswer([self._publish_one(path) for path in paths]))
+
+    def _publish_one(self, path: api.PathToPublish) -> api.PathOutcome:
+        if path.nar_hash not in self.nars:
+            return api.PathOutcome(path.path, "its NAR is not here", "missing-nar")
+        lacking = set(path.references) - self.published.keys() - {path.path} - self.elsewhere
+        if lacking:
+            return api.PathOutcome(path.path, f"refers to {min(lacking)}", "missing-references")
+        self.published[path.path] = path
+        self.publication.set()
+        return api.PathOutcome(path.path)
+
+    async def _head(self, request: web.Request) -> web.Response:
+        return web.Response(status=200 if _nar_hash(request) in self.nars else 404)
+
+    async def _put(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        nar = zstandard.ZstdDecompressor().decompressobj(read_across_frames=True).decompress(body)
+        if Hash.of("sha256", nar).nix32 != _nar_hash(request):
+            return web.Response(status=422, text="the NAR has another hash\n")
+        self.nars[_nar_hash(request)] = body
+        return web.Response(status=201)
+
+
+def answer(status: int, text: str = "", **headers: str) -> Handler:
+    """A fault: this answer, to a request that was read."""
+
+    async def handle(request: web.Request) -> web.Response:
+        await request.read()
+        return web.Response(
+            status=status, text=text, headers={name.replace("_", "-"): headers[name] for name in headers}
+        )
+
+    return handle
+
+
+async def drop(request: web.Request) -> web.StreamResponse:
+    """A fault: the connection breaks before the body was read."""
+    assert request.transport is not None
+    request.transport.abort()
+    raise ConnectionResetError
+
+
+async def hang(request: web.Request) -> web.StreamResponse:
+    """A fault: nothing is read and nothing answered."""
+    await asyncio.sleep(60)
+    raise ConnectionResetError
+
+
+def _nar_hash(request: web.Request) -> str:
+    file = request.match_info["file"]
+    assert file.endswith(".nar.zst")
+    return f"sha256:{file.removesuffix('.nar.zst')}"
+
+
+async def _body(request: web.Request, kind: type[Body]) -> Body:
+    data = await request.read()
+    if request.headers.get("Content-Encoding") == "zstd":
+        data = zstandard.ZstdDecompressor().decompress(data)
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.DecodeError as error:
+        raise BadInput(str(error)) from error
+
+
+def _json(value: msgspec.Struct) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json")
