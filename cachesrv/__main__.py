@@ -1,0 +1,5 @@
+"""`python -m cachesrv`."""
+
+from cachesrv.cli import main
+
+main()

@@ -1,0 +1,93 @@
+"""The command `cachesrv`.
+
+Exit status: 0 done; 1 failed; 2 wrong usage or configuration; 3 some paths failed and were named; 130 interrupted.
+An error is one line on stderr. A command is a module of this package with a click command `command`, which returns an
+exit status or nothing; it is imported when it is called, so that no command waits for what another one needs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from cachesrv.errors import CachesrvError, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+FAILED = 1
+WRONG_USAGE = 2
+SOME_FAILED = 3
+INTERRUPTED = 130
+
+COMMANDS: Mapping[str, str] = {
+    "serve": "Answer Nix clients over HTTP.",
+    "push": "Push store paths to a cache.",
+}
+"""Name and help of each; its module has the same name, with underscores."""
+
+
+class LazyGroup(click.Group):
+    """Imports a command when it is called, and none to list them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  the interface of click
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  see above
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"cachesrv.cli.{cmd_name.replace('-', '_')}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002  see above
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="cachesrv", message="%(prog)s %(version)s")
+def cli() -> None:
+    """A Nix binary cache: `serve` answers Nix clients, `push` fills it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit; `arguments` are those of the process unless given."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status."""
+    try:
+        status = cli.main(arguments, prog_name="cachesrv", standalone_mode=False)
+    except click.ClickException as error:
+        return _wrong_usage(error)
+    except (click.Abort, KeyboardInterrupt):
+        return _say("interrupted", INTERRUPTED)
+    except ConfigError as error:
+        return _say(str(error), WRONG_USAGE)
+    except CachesrvError as error:
+        return _say(str(error), FAILED)
+    except BrokenPipeError:
+        # who read our output has gone; what is still buffered must not be written at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if os.environ.get("CACHESRV_DEBUG"):
+            raise
+        return _say(f"defect, please report it: {type(error).__name__}: {error} (CACHESRV_DEBUG=1 says more)", FAILED)
+    return status if isinstance(status, int) else 0
+
+
+def _wrong_usage(error: click.ClickException) -> int:
+    context = getattr(error, "ctx", None)
+    hint = f" (see {context.command_path} --help)" if context is not None else ""
+    return _say(f"{error.format_message()}{hint}", WRONG_USAGE)
+
+
+def _say(message: str, status: int) -> int:
+    print(f"cachesrv: {message}", file=sys.stderr)  # noqa: T201  this is where errors are told
+    return status

@@ -1,0 +1,105 @@
+"""`cachesrv push`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cachesrv.cli import SOME_FAILED
+
+if TYPE_CHECKING:
+    from cachesrv.push.events import Emit, Summary
+    from cachesrv.push.progress import Rendering
+    from cachesrv.push.run import Options
+    from cachesrv.push.settings import Settings
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  cachesrv push ./result
+  cachesrv push --to https://cache.example.org/main --token-file token ./result
+  nix-store -qR --include-outputs $(nix-instantiate) | cachesrv push --stdin --no-closure
+  cachesrv push --dry-run /run/current-system
+
+PATH is a store path, a symlink to one, or a name inside one. What it needs at run time is pushed with it.
+
+\b
+The cache is that of --to, $CACHESRV_URL, or url in ~/.config/cachesrv/client.toml; on a machine that runs
+`cachesrv serve` as it is, none of them is needed. The token is read from --token-file, $CACHESRV_TOKEN,
+token_file in client.toml, netrc, or the data directory of a server on this machine.
+
+\b
+Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 3 some paths failed and were named.
+"""
+)
+@click.argument("paths", metavar="PATH...", nargs=-1)
+@click.option("--to", metavar="URL", help="The cache, such as http://127.0.0.1:5000/main.")
+@click.option("--token-file", type=click.Path(path_type=Path), help="A file that holds the token.")
+@click.option("--data-dir", metavar="DIR", help="Of a server on this machine, for its push-token.")
+@click.option("--stdin", "from_stdin", is_flag=True, help="Read more paths from standard input, one a line.")
+@click.option("--no-closure", is_flag=True, help="Push just these paths, not what they refer to.")
+@click.option("--dry-run", is_flag=True, help="Say of each path what would be done and why, and do nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print events as JSON, one object a line.")
+@click.option("--jobs", type=click.IntRange(1, 256), default=8, show_default=True, help="NARs on their way at once.")
+@click.option("--level", type=click.IntRange(1, 19), default=3, show_default=True, help="Of the zstd compression.")
+@click.option("--store", metavar="STORE", help="The local store, as Nix names it.  [default: auto]")
+def command(
+    paths: tuple[str, ...],
+    to: str | None,
+    token_file: Path | None,
+    data_dir: str | None,
+    *,
+    from_stdin: bool,
+    no_closure: bool,
+    dry_run: bool,
+    as_json: bool,
+    jobs: int,
+    level: int,
+    store: str | None,
+) -> int:
+    """Push store paths to a cache, with all they need."""
+    import asyncio
+
+    from cachesrv.push.run import Options
+    from cachesrv.push.settings import Given, find_settings
+
+    if not paths and not from_stdin:
+        raise click.UsageError("which paths? name them, or say --stdin", click.get_current_context())
+    settings = find_settings(Given(to, token_file, data_dir), os.environ)
+    names = [*paths, *(_lines_of_stdin() if from_stdin else ())]
+    options = Options(jobs=jobs, level=level, closure=not no_closure, dry_run=dry_run)
+    with _rendering(as_json=as_json, dry_run=dry_run) as rendering:
+        summary = asyncio.run(_push(names, store, settings, options, rendering))
+    return SOME_FAILED if summary.failed else 0
+
+
+async def _push(names: list[str], store: str | None, settings: Settings, options: Options, emit: Emit) -> Summary:
+    from cachesrv.push.local_store import open_store
+    from cachesrv.push.run import push
+
+    opened = await open_store(store, os.environ)
+    try:
+        return await push(names, opened, settings, options, emit)
+    finally:
+        await opened.close()
+
+
+def _lines_of_stdin() -> list[str]:
+    return [name for line in sys.stdin if (name := line.strip())]
+
+
+def _rendering(*, as_json: bool, dry_run: bool) -> Rendering:
+    from cachesrv.push.progress import JsonLines, Lines
+
+    if as_json:
+        return JsonLines(sys.stdout)
+    if sys.stderr.isatty() and not dry_run and os.environ.get("TERM") != "dumb":
+        from cachesrv.push.progress_bars import Bars
+
+        return Bars(sys.stdout, sys.stderr)
+    return Lines(sys.stdout, sys.stderr, dry_run=dry_run)

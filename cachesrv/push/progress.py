@@ -1,0 +1,119 @@
+"""Events of a push as text: lines for people, JSON lines for scripts. For bars on a terminal see `progress_bars`.
+
+People read progress and failures on stderr; results, which are the summary and what `--dry-run` would do, go to stdout.
+JSON lines go to stdout, all of them but Sent, which says nothing that Stored does not say at the end.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, Self, TextIO
+
+import msgspec
+
+from cachesrv.push.events import Event, Failed, PlanMade, Planned, Retrying, Sent, Stored, Summary
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+class Rendering(Protocol):
+    """Shows events; a context in which it may use the terminal."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+
+
+class JsonLines:
+    """One object a line."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __call__(self, event: Event) -> None:
+        if not isinstance(event, Sent):
+            self._out.write(msgspec.json.encode(event).decode() + "\n")
+            self._out.flush()
+
+
+class Lines:
+    """A line for each NAR that has been sent and for whatever goes wrong."""
+
+    def __init__(self, out: TextIO, err: TextIO, *, dry_run: bool = False) -> None:
+        self._out = out
+        self._err = err
+        self._dry_run = dry_run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Planned() if self._dry_run:
+                self._print(self._out, f"{event.decision:8} {event.path}  {size_text(event.nar_size)}: {event.reason}")
+            case PlanMade() if event.nars:
+                self._print(self._err, plan_text(event))
+            case Stored():
+                sent = f"{size_text(event.sent_bytes)} sent" if event.sent_bytes else "was there already"
+                self._print(self._err, f"sent {event.path}  {size_text(event.nar_size)}, {sent}")
+            case Failed() | Retrying():
+                self._print(self._err, trouble_text(event))
+            case Summary():
+                self._print(self._out, summary_text(event, dry_run=self._dry_run))
+
+    def _print(self, to: TextIO, line: str) -> None:
+        to.write(line + "\n")
+        to.flush()
+
+
+def plan_text(plan: PlanMade) -> str:
+    """What is going to be done."""
+    return (
+        f"{plan.upload + plan.publish} of {plan.paths} paths to push, {plan.nars} NARs of {size_text(plan.nar_bytes)}"
+    )
+
+
+def trouble_text(event: Failed | Retrying) -> str:
+    """What went wrong."""
+    if isinstance(event, Failed):
+        return f"failed {event.path}: {event.error}"
+    return f"{event.error}; trying again in {event.delay:.1f} s ({event.what}, attempt {event.attempt})"
+
+
+def summary_text(summary: Summary, *, dry_run: bool = False) -> str:
+    """How it came out, on one line."""
+    parts = []
+    if not dry_run:
+        amount = f" ({size_text(summary.nar_bytes)}, {size_text(summary.sent_bytes)} sent)" if summary.uploaded else ""
+        parts.append(f"{summary.uploaded} pushed{amount}")
+    parts.append(f"{summary.present} already there")
+    if summary.upstream:
+        parts.append(f"{summary.upstream} left to upstream caches")
+    if summary.failed:
+        parts.append(f"{summary.failed} failed")
+    return f"{summary.paths} paths in {summary.seconds:.1f} s: {', '.join(parts)}"
+
+
+def size_text(size: float) -> str:
+    """Bytes as people read them."""
+    for unit in _UNITS[:-1]:
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} {_UNITS[-1]}"
