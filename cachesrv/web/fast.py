@@ -134,7 +134,7 @@ class FastAnswers:
         if cache is None or not (cache.public or self._may_read(rules, cache, block)):
             return None
         text = name.decode("ascii")
-        content = self._storage.at_once(cache.key(f"nar/{text}"), SMALL_NAR)
+        content = self._storage.at_once(cache.key(f"nar/{text}"), limit=SMALL_NAR)
         if content is None:
             return None
         self._cells[self._cell[method, "nar", 200]] += 1
