@@ -116,7 +116,7 @@ class _GzipMember:
 
     def decompress(self, data: bytes | memoryview, max_length: int) -> bytes:
         piece = self._decompressor.decompress(data or self._decompressor.unconsumed_tail, max_length)
-        self.needs_input = len(piece) < max_length and not self._decompressor.unconsumed_tail
+        self.needs_input = not self._decompressor.unconsumed_tail
         return piece
 
 
@@ -182,7 +182,6 @@ def _truncated(name: str) -> BadInput:
 
 _ZSTD_MAGIC = 0xFD2FB528
 _ZSTD_SKIPPABLE = range(0x184D2A50, 0x184D2A60)
-_ZSTD_LARGEST_BLOCK = 128 * 1024
 _ZSTD_RLE = 1  # the kind of block that is one byte, repeated
 
 
@@ -202,7 +201,7 @@ class _Input:
             self._data = memoryview(chunk)
         return False
 
-    def take(self, size: int) -> memoryview:
+    def take(self, size: int) -> bytes | memoryview:
         """The next `size` bytes; raises BadInput if there are fewer."""
         if len(self._data) >= size:
             taken, self._data = self._data[:size], self._data[size:]
@@ -210,7 +209,7 @@ class _Input:
         joined = bytearray()
         while len(joined) < size:
             joined += self._some(size - len(joined))
-        return memoryview(joined)
+        return bytes(joined)
 
     def skip(self, size: int) -> None:
         while size:
@@ -247,16 +246,13 @@ def _zstd_frame(source: _Input, frame: "zstandard.ZstdDecompressionObj") -> Iter
         frame.decompress(_ZSTD_MAGIC.to_bytes(4, "little") + descriptor)
         frame.decompress(source.take(_zstd_header_size(descriptor[0])))
         last = False
-        while not last:
-            piece, last = _zstd_block(source, frame)
+        while not frame.eof:
+            part, last = (source.take(4), True) if last else _zstd_block(source)  # 4: the checksum
+            piece = frame.decompress(part)
             if piece:
                 yield piece
-        if descriptor[0] & 4:
-            frame.decompress(source.take(4))
     except zstandard.ZstdError as error:
         raise BadInput(f"not zstd data: {error}") from error
-    if not frame.eof:
-        raise BadInput("not zstd data: a frame does not end with its last block")
 
 
 def _zstd_header_size(descriptor: int) -> int:
@@ -267,15 +263,13 @@ def _zstd_header_size(descriptor: int) -> int:
     return (1 - single_segment) + dictionary + content_size
 
 
-def _zstd_block(source: _Input, frame: "zstandard.ZstdDecompressionObj") -> tuple[bytes, bool]:
-    """The contents of the next block, and whether it is the last of its frame."""
+def _zstd_block(source: _Input) -> tuple[bytes, bool]:
+    """The next block, and whether it is the last of its frame."""
     header = source.take(3)
     fields = int.from_bytes(header, "little")
     kind, size = fields >> 1 & 3, fields >> 3
-    if size > _ZSTD_LARGEST_BLOCK:
-        raise BadInput(f"not zstd data: a block of {size} bytes")
     content = source.take(1 if kind == _ZSTD_RLE else size)
-    return frame.decompress(b"".join((header, content))), bool(fields & 1)
+    return b"".join((header, content)), bool(fields & 1)
 
 
 def _none(chunks: Iterable[bytes]) -> Iterator[bytes]:

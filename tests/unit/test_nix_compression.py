@@ -9,6 +9,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import brotli  # type: ignore[import-untyped]  # the package has no stubs
 import pytest
@@ -45,6 +46,7 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 PACKED = [name for name in COMPRESS if name != "none"]
 MANY = [name for name in PACKED if name != "br"]  # formats in which one file may follow another
 
+MAGIC = bytes.fromhex("28b52ffd")
 SKIPPABLE = bytes.fromhex("5e2a4d18 05000000 ffffffffff")
 TEXT = b"".join(b"line %d of a text that compresses\n" % (number * number) for number in range(30))
 
@@ -273,7 +275,7 @@ def test_input_is_read_only_as_output_is_wanted(name: str) -> None:
 
 def zstd_frame(*blocks: tuple[int, int, bytes], window: int = 0x58) -> bytes:
     """A frame of (kind, stated size, content) with a window of 2 MiB, or of another one."""
-    frame = bytes.fromhex("28b52ffd 00") + bytes([window])
+    frame = MAGIC + bytes([0, window])
     for number, (kind, size, content) in enumerate(blocks):
         last = number == len(blocks) - 1
         frame += (size << 3 | kind << 1 | last).to_bytes(3, "little") + content
@@ -285,6 +287,23 @@ RAW, RLE, COMPRESSED, RESERVED = range(4)
 
 def test_zstd_blocks() -> None:
     assert whole("zstd", zstd_frame((RAW, 3, b"abc"), (RLE, 4, b"d"), (RAW, 0, b""))) == b"abcdddd"
+
+
+def test_zstd_headers_of_every_shape() -> None:
+    """Descriptor, then a window unless the frame is one segment, a dictionary's number, the content's size."""
+    for size_flag in range(4):
+        for single in (False, True):
+            for dictionary_flag in range(4):
+                descriptor = bytes([size_flag << 6 | single << 5 | dictionary_flag])
+                window = b"" if single else b"\x58"
+                dictionary = bytes((0, 1, 2, 4)[dictionary_flag])
+                size = (3).to_bytes(8, "little")  # two bytes say what there is beyond 256
+                length = (single, 2, 4, 8)[size_flag]
+                content = b"x" * (259 if size_flag == 1 else 3)
+                block = (RAW | len(content) << 3 | 1).to_bytes(3, "little") + content
+                frame = MAGIC + descriptor + window + dictionary + size[:length] + block
+                assert whole("zstd", frame, 1) == content
+                assert whole("zstd", frame * 2) == content * 2
 
 
 @pytest.mark.parametrize(
@@ -356,7 +375,9 @@ print(size, largest, peak() - before)
 def test_a_bomb_expands_in_little_memory(name: str) -> None:
     bomb = zeros(name)
     assert len(bomb) < 3_000_000
-    run = subprocess.run([sys.executable, "-c", EXPAND, name], input=bomb, capture_output=True, check=True)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", EXPAND, name]
+    run = subprocess.run(command, input=bomb, capture_output=True, check=True, cwd=root)
     size, largest, growth = map(int, run.stdout.split())
     assert size == (4 << 30 if name == "zstd" else 256 << 20)
     assert largest <= MAX_PIECE

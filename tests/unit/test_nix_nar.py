@@ -52,8 +52,12 @@ def words(tree: Tree) -> Iterator[bytes]:
         case Dir(entries):
             yield b"directory"
             for name in sorted(entries):
-                yield from (b"entry", b"(", b"name", name, b"node", *words(entries[name]), b")")
+                yield from entry(name, entries[name])
     yield b")"
+
+
+def entry(name: bytes, tree: Tree) -> Iterator[bytes]:
+    yield from (b"entry", b"(", b"name", name, b"node", *words(tree), b")")
 
 
 def framed(strings: list[bytes]) -> bytes:
@@ -291,6 +295,20 @@ def test_every_change_of_one_byte(tree: Tree) -> None:
     assert 0 < taken < len(data) * 7 or tree == Dir()
 
 
+@pytest.mark.parametrize("tree", [SMALL, File(b"hello", True), Link(b"12345678"), Dir()], ids=repr)
+def test_every_byte_left_out_or_put_in(tree: Tree) -> None:
+    """Wrong amounts of padding are among these."""
+    data = encode(tree)
+    for position in range(len(data) + 1):
+        for mutant in (
+            data[:position] + data[position + 1 :],
+            data[:position] + data[position + 8 :],
+            data[:position] + b"\0" + data[position:],
+            data[:position] + bytes(8) + data[position:],
+        ):
+            assert is_accepted(mutant) == is_canonical(mutant), position
+
+
 @given(trees, st.data())
 @settings(max_examples=150, deadline=None)
 def test_strings_left_out_repeated_swapped_or_changed(tree: Tree, data: st.DataObject) -> None:
@@ -349,6 +367,9 @@ def test_64_levels_are_taken_and_65_are_not() -> None:
         ([*words(File(b"")), b")"], "behind its end"),
         ([*words(Dir({b"d": Dir()})), b")"], "behind its end"),
         ([*words(Dir({b"d": File(b"")}))][:-2], "ends too early"),
+        ([*words(Dir({b"a": Dir()})), b")", *entry(b"b", File(b""))], "closing brackets"),
+        ([*words(Dir({b"a": File(b"")})), b")", *entry(b"b", File(b""))], "closing brackets"),
+        ([*words(File(b"")), *entry(b"b", File(b""))], "behind its end"),
     ],
 )
 def test_the_error_says_what_is_wrong(strings: Iterator[bytes] | list[bytes], message: str) -> None:
@@ -397,6 +418,13 @@ def test_a_promised_size_allocates_nothing(head: list[bytes], size: int) -> None
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 500_000
+
+
+def test_a_file_larger_than_anything_can_hold() -> None:
+    head = framed([b"nix-archive-1", b"(", b"type", b"regular", b"contents"])
+    for size, message in ((2**63, "a file of 9223372036854775808 bytes"), (2**63 - 1, "ends inside the contents")):
+        with pytest.raises(BadInput, match=message):
+            read(head + size.to_bytes(8, "little"))
 
 
 def test_contents_are_skipped_without_being_kept() -> None:
@@ -473,8 +501,7 @@ def test_memory_does_not_grow_beyond_the_limit() -> None:
     reader.feed(framed([b"nix-archive-1", b"(", b"type", b"directory"]))
     tracemalloc.start()
     for number in range(6000):
-        link = words(Link(b"%d" % number * 100))
-        reader.feed(framed([b"entry", b"(", b"name", b"%020d" % number, b"node", *link, b")"]))
+        reader.feed(framed([*entry(b"%020d" % number, Link(b"%d" % number * 100))]))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     reader.feed(framed([b")"]))

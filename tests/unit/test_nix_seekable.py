@@ -215,6 +215,7 @@ def test_tables_with_checksums_are_read() -> None:
         table(bytes(8), 1)[1:],
         b"x" * 8 + table(bytes(8), 1)[8:],
         table(b"", MAX_FRAMES),
+        struct.pack("<II", 0x184D2A5E, 18) + table(bytes(8), 1)[8:],
     ],
 )
 def test_what_is_no_table(tail: bytes) -> None:
