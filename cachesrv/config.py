@@ -2,7 +2,8 @@
 
 Every key stands in `config.example.toml` with its default and why. Unknown keys are refused, and all mistakes are
 reported at once. Any key can come from the environment, as `CACHESRV_<SECTION>__<KEY>`; the tables of an array are
-counted: `CACHESRV_CACHE__0__PRIORITY=30`. Environment wins over file.
+counted: `CACHESRV_CACHE__0__PRIORITY=30` (the first cache, also where no file names one). Environment wins over file;
+lists are written with commas.
 
 Sizes are bytes or "10 GiB"; durations are seconds or "30 min". Secrets come by file only.
 """
@@ -11,21 +12,77 @@ from __future__ import annotations
 
 import re
 import tomllib
+from fnmatch import fnmatchcase
+from itertools import permutations
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 
-from cachesrv.errors import ConfigError
+from cachesrv.errors import BadInput, ConfigError
+from cachesrv.nix.store_path import check_store_dir
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
-Size = Annotated[int, msgspec.Meta(ge=0, title="size")]
-Duration = Annotated[int, msgspec.Meta(ge=0, title="duration")]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-CacheName = Annotated[str, msgspec.Meta(pattern=r"\A[0-9A-Za-z][0-9A-Za-z_-]{0,62}\Z")]
-Sha256 = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+_LARGEST = 2**63 - 1
+_SIZE = 'a size in bytes, or with a unit, as "10 GiB"'
+_DURATION = 'a time in seconds, or with a unit, as "30 min"'
+_FOLDER = "[0-9A-Za-z_-][0-9A-Za-z_.-]{0,100}"
+
+# Descriptions end the sentence "expected …"; what is secret is not repeated in messages.
+Size = Annotated[int, msgspec.Meta(ge=0, le=_LARGEST, title="size", description=_SIZE)]
+Duration = Annotated[int, msgspec.Meta(ge=0, le=_LARGEST, title="duration", description=_DURATION)]
+PositiveDuration = Annotated[
+    int, msgspec.Meta(ge=1, le=_LARGEST, title="duration", description='one second or more, as 60 or "30 min"')
+]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=_LARGEST, description="a whole number, 1 or more")]
+Priority = Annotated[int, msgspec.Meta(ge=0, le=10_000, description="a whole number from 0 to 10000")]
+Listen = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"\A(unix:/.+|((\[[^\]]+\]|[^:\[\]]*):)?[0-9]{1,5})\Z",
+        description='"HOST:PORT", "[IPv6]:PORT" or "unix:/PATH"',
+    ),
+]
+Url = Annotated[
+    str,
+    msgspec.Meta(pattern=r"\Ahttps?://[!-~]+\Z", description='a URL such as "https://cache.example.org"'),
+]
+CatalogUrl = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"\Asqlite:///.+",
+        description='"sqlite:///" and the path of a file, as "sqlite:////srv/catalog.sqlite"',
+        extra={"secret": True},
+    ),
+]
+CacheName = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"\A[0-9A-Za-z][0-9A-Za-z_-]{0,62}\Z",
+        description="1 to 63 letters, digits, dashes and underscores, the first a letter or digit",
+    ),
+]
+Prefix = Annotated[
+    str,
+    msgspec.Meta(pattern=rf"\A{_FOLDER}(/{_FOLDER}){{0,4}}\Z", description='a folder such as "main" or "team/main"'),
+]
+PublicKeyText = Annotated[
+    str,
+    msgspec.Meta(pattern=r"\A[!-9;-~]{1,255}:[0-9A-Za-z+/]{43}=\Z", description='a public key, "<name>:<base64>"'),
+]
+TokenName = Annotated[
+    str, msgspec.Meta(pattern=r"\A[!-~]([ -~]{0,98}[!-~])?\Z", description="1 to 100 characters of printable ASCII")
+]
+Sha256 = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"\A[0-9a-f]{64}\Z",
+        description="the sha256 of a token, 64 hexadecimal digits, never the token itself",
+        extra={"secret": True},
+    ),
+]
 Permission = Literal["pull", "push", "delete", "admin"]
 
 RESERVED_NAMES = frozenset({"api", "health", "metrics", "nar", "log", "realisations", "build-trace-v2", "debuginfo"})
@@ -41,14 +98,14 @@ _UNITS = {
 class Server(msgspec.Struct, frozen=True):
     """How the server listens."""
 
-    listen: tuple[str, ...] = ("127.0.0.1:5000",)
+    listen: tuple[Listen, ...] = ("127.0.0.1:5000",)
     workers: Positive = 1
-    base_url: str | None = None
+    base_url: Url | None = None
     store_dir: str = "/nix/store"
     tls_certificate: str | None = None
     tls_private_key: str | None = None
     max_nar_size: Size = 0
-    stall_timeout: Positive = 60
+    stall_timeout: PositiveDuration = 60
     shutdown_timeout: Duration = 60
 
 
@@ -62,7 +119,7 @@ class Storage(msgspec.Struct, frozen=True):
 class Catalog(msgspec.Struct, frozen=True):
     """The SQL database."""
 
-    url: str | None = None
+    url: CatalogUrl | None = None
     pool_size: Positive = 5
 
 
@@ -76,7 +133,7 @@ class Index(msgspec.Struct, frozen=True):
 class Lookup(msgspec.Struct, frozen=True):
     """What is remembered of paths that are not there."""
 
-    negative_ttl: Positive = 3600
+    negative_ttl: PositiveDuration = 3600
     negative_limit: Positive = 1_000_000
 
 
@@ -84,20 +141,20 @@ class Cache(msgspec.Struct, frozen=True):
     """One binary cache."""
 
     name: CacheName
-    prefix: str | None = None
+    prefix: Prefix | None = None
     root: bool = False
     public: bool = True
-    priority: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 40
+    priority: Priority = 40
     want_mass_query: bool = True
     signing_key_files: tuple[str, ...] | None = None
     references: Literal["strict", "any"] = "strict"
-    trusted_keys: tuple[str, ...] = ()
+    trusted_keys: tuple[PublicKeyText, ...] = ()
 
 
 class Token(msgspec.Struct, frozen=True):
     """Who may do what; the token itself is known to its holder only."""
 
-    name: str
+    name: TokenName
     sha256: Sha256
     caches: tuple[str, ...] = ("*",)
     permissions: tuple[Permission, ...] = ("pull",)
@@ -139,21 +196,25 @@ def load(path: Path | None, directory: Path, environ: Mapping[str, str]) -> Conf
     """
     document = _read(path) if path else {}
     mistakes: list[str] = []
-    _overlay_environment(document, environ, mistakes)
-    values: dict[str, Any] = {"data_dir": directory}
-    sections = {field.name: field.type for field in msgspec.structs.fields(Config) if field.name != "data_dir"}
+    variables = _overlay_environment(document, environ, mistakes)
+    sections = {field.name: field for field in msgspec.structs.fields(Config) if field.name != "data_dir"}
+    values: dict[str, Any] = {name: field.default for name, field in sections.items()}
     for key, value in document.items():
         if key in sections:
-            values[key] = _section(sections[key], value, key, mistakes)
+            before = len(mistakes)
+            section = _section(sections[key].type, value, key, mistakes)
+            values[key] = section if len(mistakes) == before else None
         else:
             mistakes.append(f"{key}: no such section; there are {', '.join(sections)}")
+    mistakes += _contradictions(values)
     if not mistakes:
-        config = Config(**values)
-        mistakes = _contradictions(config)
-        if not mistakes:
-            return config
-    source = str(path) if path else "environment"
-    raise ConfigError("\n".join(f"{source}: {mistake}" for mistake in mistakes))
+        return Config(data_dir=directory, **values)
+    raise ConfigError("\n".join(_with_source(mistake, path, variables) for mistake in mistakes))
+
+
+def _with_source(mistake: str, path: Path | None, variables: Mapping[str, str]) -> str:
+    source = variables.get(re.split("[ :]", mistake, maxsplit=1)[0], path)
+    return f"{source}: {mistake}" if source and not mistake.startswith("$") else mistake
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -178,7 +239,7 @@ def _section(kind: Any, value: Any, where: str, mistakes: list[str]) -> Any:
 
 def _struct(kind: type[msgspec.Struct], table: Any, where: str, mistakes: list[str]) -> Any:
     if not isinstance(table, dict):
-        mistakes.append(f"{where}: expected a table, found {table!r}")
+        mistakes.append(f"{where}: expected a table, written [{where.partition('[')[0]}] with its keys below")
         return None
     known = {field.name: field for field in msgspec.structs.fields(kind)}
     before = len(mistakes)
@@ -189,46 +250,84 @@ def _struct(kind: type[msgspec.Struct], table: Any, where: str, mistakes: list[s
             continue
         try:
             values[key] = _value(known[key].type, value)
-        except (msgspec.ValidationError, ValueError) as error:
-            mistakes.append(f"{where}.{key} = {value!r}: {str(error)[:1].lower()}{str(error)[1:]}")
+        except (msgspec.ValidationError, ValueError):
+            mistakes.append(f"{where}.{key} = {_shown(known[key].type, value)}: expected {_expected(known[key].type)}")
     mistakes += [f"{where}.{name}: is required" for name, f in known.items() if f.required and name not in table]
     return kind(**values) if len(mistakes) == before else None
 
 
 def _value(kind: Any, value: Any) -> Any:
-    for meta in getattr(kind, "__metadata__", ()):
-        if isinstance(meta, msgspec.Meta) and meta.title in _UNITS and isinstance(value, str):
-            return msgspec.convert(_with_unit(value, meta.title), kind)
+    for meta in _metas(kind):
+        if meta.title in _UNITS and isinstance(value, str):
+            return msgspec.convert(with_unit(value, meta.title), kind)
     return msgspec.convert(value, kind)
 
 
-def _with_unit(text: str, measure: str) -> int:
+def with_unit(text: str, measure: str) -> int:
+    """Bytes of a "size" such as "10 GiB", or seconds of a "duration" such as "30 min". Raises ValueError."""
     units = _UNITS[measure]
-    match = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,18})\s*([A-Za-z]*)\s*", text)
     if not match or match[2].lower() not in units:
-        example = "10 GiB" if measure == "size" else "30 min"
-        raise ValueError(f"expected a {measure} such as {example!r}")
+        raise ValueError(f"not a {measure}: {text[:100]!r}")
     return int(match[1]) * units[match[2].lower()]
 
 
-def _overlay_environment(document: dict[str, Any], environ: Mapping[str, str], mistakes: list[str]) -> None:
+def _metas(kind: Any) -> tuple[msgspec.Meta, ...]:
+    return getattr(kind, "__metadata__", ())
+
+
+def _expected(kind: Any) -> str:
+    """What a value of this type looks like, in words."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if metas := _metas(kind):
+        return metas[0].description or _expected(arguments[0])
+    if origin is tuple:
+        return f"a list, each item {_expected(arguments[0])}"
+    if origin is Literal:
+        return " or ".join(f'"{choice}"' for choice in arguments)
+    if arguments:  # of a union with None, which no file can say
+        return _expected(arguments[0])
+    return {bool: "true or false", str: "text in quotes"}[kind]
+
+
+def _shown(kind: Any, value: Any) -> str:
+    """The value as a message may repeat it."""
+    secret = any((meta.extra or {}).get("secret") for part in (kind, *get_args(kind)) for meta in _metas(part))
+    return "…" if secret else repr(value)[:200]
+
+
+def _overlay_environment(document: dict[str, Any], environ: Mapping[str, str], mistakes: list[str]) -> dict[str, str]:
+    """Puts the values of variables into the document; which variable each key has its value from."""
+    variables: dict[str, str] = {}
     for name in sorted(environ):
-        if not name.startswith("CACHESRV_") or "__" not in name:
+        match = re.fullmatch(r"CACHESRV_(?P<section>[A-Z]+)(?:__(?P<number>[0-9]{1,4}))?__(?P<key>[0-9A-Z_]+)", name)
+        if not match:
+            if name.startswith("CACHESRV_") and "__" in name:
+                mistakes.append(f"${name}: expected CACHESRV_<SECTION>__<KEY>, or CACHESRV_<SECTION>__<NUMBER>__<KEY>")
             continue
-        section, *rest = name.removeprefix("CACHESRV_").lower().split("__")
-        table: Any = document.setdefault(section, [] if rest[0].isdigit() else {})
-        if rest[0].isdigit() and isinstance(table, list):
-            number = int(rest.pop(0))
-            if number > len(table):
-                mistakes.append(f"${name}: there are only {len(table)} tables before it, expected number {len(table)}")
-                continue
-            if number == len(table):
-                table.append({})
-            table = table[number]
-        if len(rest) != 1 or not isinstance(table, dict):
-            mistakes.append(f"${name}: expected CACHESRV_<SECTION>__<KEY>, or CACHESRV_<SECTION>__<NUMBER>__<KEY>")
+        section, number, key = match["section"].lower(), match["number"], match["key"].lower()
+        where = section if number is None else f"{section}[{int(number)}]"
+        table = _table(document, section, number)
+        if table is None:
+            mistakes.append(f"${name}: there is no table {where} to put it into")
             continue
-        table[rest[0]] = _from_text(section, rest[0], environ[name])
+        table[key] = _from_text(section, key, environ[name])
+        variables[f"{where}.{key}"] = f"${name}"
+    return variables
+
+
+def _table(document: dict[str, Any], section: str, number: str | None) -> dict[str, Any] | None:
+    """Where a variable's value goes, made when it is the next of its array; None when it has no place."""
+    if number is None:
+        table: Any = document.setdefault(section, {})
+    else:
+        tables: Any = document.setdefault(section, [{"name": "main", "root": True}] if section == "cache" else [])
+        if not isinstance(tables, list) or int(number) > len(tables):
+            return None
+        if int(number) == len(tables):
+            tables.append({})
+        table = tables[int(number)]
+    return table if isinstance(table, dict) else None
 
 
 def _from_text(section: str, key: str, text: str) -> Any:
@@ -237,34 +336,59 @@ def _from_text(section: str, key: str, text: str) -> Any:
     kind: Any = sections.get(section)
     struct = getattr(kind, "__args__", (kind,))[0]
     types = {field.name: field.type for field in msgspec.structs.fields(struct)} if kind else {}
-    wanted = str(types.get(key, ""))
-    if "tuple[" in wanted:
+    wanted = types.get(key)
+    kinds = (get_origin(wanted), wanted, *get_args(wanted), *map(get_origin, get_args(wanted)))
+    if tuple in kinds:
         return [item.strip() for item in text.split(",") if item.strip()]
-    if wanted == "<class 'bool'>" and text.lower() in {"true", "false", "1", "0"}:
+    if bool in kinds and text.lower() in {"true", "false", "1", "0"}:
         return text.lower() in {"true", "1"}
-    if "int" in wanted and re.fullmatch(r"-?\d+", text):
+    if int in kinds and re.fullmatch(r"-?[0-9]{1,18}", text):
         return int(text)
     return text
 
 
-def _contradictions(config: Config) -> list[str]:
-    """What is wrong although each key by itself is right."""
-    mistakes: list[str] = []
-    mistakes += _repeated("cache", [cache.name for cache in config.cache])
-    mistakes += _repeated("token", [token.name for token in config.token])
-    if not config.cache:
-        mistakes.append("cache: at least one [[cache]] is needed")
-    if sum(cache.root for cache in config.cache) > 1:
-        mistakes.append("cache: only one cache can be the root")
-    for number, cache in enumerate(config.cache):
-        where = f"cache[{number}]"
+def _contradictions(sections: Mapping[str, Any]) -> list[str]:
+    """What is wrong although each key by itself is right; sections in which one is not are None."""
+    server, caches, tokens = sections["server"], sections["cache"], sections["token"]
+    return [
+        *(_contradictions_of_server(server) if server else ()),
+        *(_contradictions_of_caches(caches) if caches is not None else ()),
+        *(_contradictions_of_tokens(tokens, caches) if tokens else ()),
+    ]
+
+
+def _contradictions_of_server(server: Server) -> Iterator[str]:
+    if (server.tls_certificate is None) != (server.tls_private_key is None):
+        yield "server: tls_certificate and tls_private_key belong together"
+    try:
+        check_store_dir(server.store_dir)
+    except BadInput:
+        yield f"server.store_dir = {server.store_dir!r}: expected an absolute path without a final /"
+
+
+def _contradictions_of_caches(caches: tuple[Cache, ...]) -> Iterator[str]:
+    yield from _repeated("cache", [cache.name for cache in caches])
+    if not caches:
+        yield "cache: at least one [[cache]] is needed"
+    if sum(cache.root for cache in caches) > 1:
+        yield "cache: only one cache can be the root"
+    for number, cache in enumerate(caches):
         if cache.name in RESERVED_NAMES:
-            mistakes.append(f"{where}.name = {cache.name!r}: is taken by the paths of HTTP, choose another")
-    if (config.server.tls_certificate is None) != (config.server.tls_private_key is None):
-        mistakes.append("server: tls_certificate and tls_private_key belong together")
-    if not config.server.store_dir.startswith("/") or config.server.store_dir.endswith("/"):
-        mistakes.append(f"server.store_dir = {config.server.store_dir!r}: expected an absolute path without a final /")
-    return mistakes
+            yield f"cache[{number}].name = {cache.name!r}: is taken by the paths of HTTP, choose another"
+    for outer, inner in permutations(sorted({cache.prefix or cache.name for cache in caches}), 2):
+        if inner.startswith(f"{outer}/"):
+            yield f"cache: the prefix {inner!r} lies inside {outer!r}; expected the same prefix, or one beside it"
+
+
+def _contradictions_of_tokens(tokens: tuple[Token, ...], caches: tuple[Cache, ...] | None) -> Iterator[str]:
+    yield from _repeated("token", ["push-token", *(token.name for token in tokens)])
+    if len({token.sha256 for token in tokens}) < len(tokens):
+        yield "token: two of them have the same sha256"
+    names = [cache.name for cache in caches or ()]
+    for number, token in enumerate(tokens):
+        for pattern in token.caches:
+            if names and not any(fnmatchcase(name, pattern) for name in names):
+                yield f"token[{number}].caches: no cache matches {pattern!r}; there are {', '.join(names)}"
 
 
 def _repeated(section: str, names: list[str]) -> list[str]:
