@@ -146,7 +146,9 @@ def test_damage_that_is_met_later_leads_to_a_new_beginning(path: Path) -> None:
     with pytest.raises(StoreError, match="MDB_"):
         index.get("main", "0-1")
     index.close()
+    assert (path / "damaged").exists()
     assert begun_anew(path)
+    assert not (path / "damaged").exists()
 
 
 def test_files_in_use_by_others_are_never_thrown_away(path: Path) -> None:
@@ -307,6 +309,21 @@ def test_a_killed_reader_does_not_fill_the_index(path: Path) -> None:
         for _ in range(40):
             index.put(IndexEntry("main", f"{n}", body) for n in range(500))
         assert (path / "data.mdb").stat().st_size < 19 * 2**20
+
+
+def test_a_killed_reader_is_forgotten_at_the_next_opening(path: Path) -> None:
+    with (
+        program("print('open', flush=True); sys.stdin.read()", path) as holder,
+        program("t = index._env.begin(); t.get(b'x'); print('reads', flush=True); time.sleep(60)", path) as reader,
+    ):
+        for other in (holder, reader):
+            assert other.stdout
+            other.stdout.readline()
+        reader.kill()
+        reader.wait()
+        with contextlib.closing(LmdbIndex(str(path))) as index:
+            assert str(reader.pid) not in index._env.readers()
+        holder.communicate("")
 
 
 def test_lookups_and_scans_hold_no_pages(path: Path) -> None:
