@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    import socket
+    import ssl
     from collections.abc import Callable
 
     from cachesrv.config import Config
+    from cachesrv.telemetry import Metrics
     from cachesrv.web.site import Rules
 
 
@@ -29,47 +32,90 @@ token in the data directory, and prints what clients need.
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML; see config.example.toml.")
 @click.option("--data-dir", help="Where everything is kept.  [default: ~/.local/state/cachesrv]")
 @click.option("--listen", multiple=True, metavar="ADDRESS", help="HOST:PORT or unix:PATH.  [default: 127.0.0.1:5000]")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes that answer on the same port.  [default: 1]")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
-def command(config_file: Path | None, data_dir: str | None, listen: tuple[str, ...], log_level: str) -> None:
+def command(
+    config_file: Path | None, data_dir: str | None, listen: tuple[str, ...], workers: int | None, log_level: str
+) -> None:
     """Answer Nix clients over HTTP."""
-    import asyncio
-
     from cachesrv import config, telemetry, wiring
 
     telemetry.configure_logging(log_level)
     wiring.private_umask()
+    _raise_limit_of_files()
     directory = config.data_dir(data_dir, os.environ)
 
     def load() -> config.Config:
-        loaded = config.load(config_file, directory, os.environ)
-        return loaded.listening(listen) if listen else loaded
+        return config.load(config_file, directory, os.environ).changed(listen=listen or None, workers=workers)
 
-    asyncio.run(_serve(load))
+    _serve(load)
 
 
-async def _serve(load: Callable[[], Config]) -> None:
-    from cachesrv import systemd, wiring
+def _raise_limit_of_files() -> None:
+    """Each connection is an open file; the soft limit is made for programs that use select."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _serve(load: Callable[[], Config]) -> None:
+    import asyncio
+
+    from cachesrv import systemd
     from cachesrv.services.data_directory import DataDirectory
     from cachesrv.telemetry import Metrics
     from cachesrv.web.listen import open_sockets, url_of
-    from cachesrv.web.server import serve, tls_context
-    from cachesrv.web.site import Site
+    from cachesrv.web.server import tls_context
+    from cachesrv.web.workers import Supervisor
 
     config = load()
+    count = config.server.workers
     data = DataDirectory(config.data_dir)
     first_start = not data.push_token.exists()
     data.make()
     tls = tls_context(config.server.tls_certificate, config.server.tls_private_key)
-    sockets = systemd.inherited_sockets(os.environ) or open_sockets(config.server.listen)
-    urls = [url_of(sock, tls=tls is not None) for sock in sockets]
-    async with wiring.open_services(config, Metrics()) as services:
+    inherited = systemd.inherited_sockets(os.environ)
+    sockets = [inherited] * count if inherited else open_sockets(config.server.listen, count)
+    urls = [url_of(sock, tls=tls is not None) for sock in sockets[0]]
+    metrics = Metrics(count)
+    rules = asyncio.run(_check(config, metrics, urls[0]))
+    click.echo(_greeting(rules, urls, data.push_token, first_start=first_start))
 
-        def reload() -> Rules:
-            return wiring.build_rules(load(), services.catalog, urls[0])
+    def work(number: int) -> None:
+        metrics.become(number)
+        asyncio.run(_work(load, metrics, sockets[number], tls, urls[0]))
 
-        site = Site(services, wiring.build_rules(config, services.catalog, urls[0]))
-        click.echo(_greeting(site.rules, urls, data.push_token, first_start=first_start))
-        await serve(site, sockets, tls=tls, shutdown_timeout=config.server.shutdown_timeout, reload=reload)
+    if count == 1:
+        work(0)
+    else:
+        systemd.notify("READY=1", os.environ)
+        Supervisor(count, work).run()
+
+
+async def _check(config: Config, metrics: Metrics, url: str) -> Rules:
+    """Open everything once, so that what is wrong is found, and migrated, before anything is served."""
+    from cachesrv import wiring
+
+    async with wiring.open_services(config, metrics) as services:
+        return wiring.build_rules(config, services.catalog, url)
+
+
+async def _work(
+    load: Callable[[], Config], metrics: Metrics, sockets: list[socket.socket], tls: ssl.SSLContext | None, url: str
+) -> None:
+    from cachesrv import wiring
+    from cachesrv.web.server import serve
+    from cachesrv.web.site import Site
+
+    config = load()
+    async with wiring.open_services(config, metrics) as services:
+
+        def rules() -> Rules:
+            return wiring.build_rules(load(), services.catalog, url)
+
+        site = Site(services, rules())
+        await serve(site, sockets, tls=tls, shutdown_timeout=config.server.shutdown_timeout, reload=rules)
 
 
 def _greeting(rules: Rules, urls: list[str], token_file: Path, *, first_start: bool) -> str:

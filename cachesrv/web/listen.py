@@ -49,39 +49,55 @@ def parse_address(text: str) -> TcpAddress | UnixAddress:
     return TcpAddress(host, int(port))
 
 
-def open_sockets(addresses: Sequence[str]) -> list[socket.socket]:
-    """Listening sockets for all of these. Raises ConfigError, that says which one and why."""
-    sockets: list[socket.socket] = []
-    try:
-        for text in addresses:
-            address = parse_address(text)
-            sockets += _unix(address) if isinstance(address, UnixAddress) else _tcp(address)
-    except OSError as error:
-        for opened in sockets:
-            opened.close()
-        raise ConfigError(f"cannot listen on {text}: {error.strerror or error}") from error
-    return sockets
+def open_sockets(addresses: Sequence[str], workers: int = 1) -> list[list[socket.socket]]:
+    """Listening sockets on all of these, for each worker. With several workers each has its own on a TCP address; one
+    in the file system is shared. Raises ConfigError, that says which one and why.
+    """
+    opened: list[list[socket.socket]] = []
+    for text in addresses:
+        address = parse_address(text)
+        try:
+            opened += _unix(address, workers) if isinstance(address, UnixAddress) else _tcp(address, workers)
+        except OSError as error:
+            for sock in (sock for shares in opened for sock in shares):
+                sock.close()
+            raise ConfigError(f"cannot listen on {text}: {error.strerror or error}") from error
+    return [list(share) for share in zip(*opened, strict=True)]
 
 
-def _tcp(address: TcpAddress) -> list[socket.socket]:
+def _tcp(address: TcpAddress, workers: int) -> list[list[socket.socket]]:
+    """For each address that the host stands for, a socket a worker."""
     found = socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets = []
-    for family, kind, protocol, _, where in dict.fromkeys(found):
-        sock = socket.socket(family, kind, protocol)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sockets.append(_listening(sock, where))
+    for family, _, _, _, where in dict.fromkeys(found):
+        first = _bound(family, where, share=False)
+        if workers > 1:
+            # The first one was not shared, to find out whether somebody else is there.
+            where = first.getsockname()  # noqa: PLW2901  with the port that was given to it
+            first.close()
+            sockets.append([_bound(family, where, share=True) for _ in range(workers)])
+        else:
+            sockets.append([first])
     return sockets
 
 
-def _unix(address: UnixAddress) -> list[socket.socket]:
+def _bound(family: int, where: object, *, share: bool) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if share:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    return _listening(sock, where)
+
+
+def _unix(address: UnixAddress, workers: int) -> list[list[socket.socket]]:
     with contextlib.suppress(FileNotFoundError):
         if stat.S_ISSOCK(Path(address.path).lstat().st_mode) and not _is_answered(address.path):
             Path(address.path).unlink()
     sock = _listening(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), address.path)
     os.chmod(address.path, 0o666)  # noqa: PTH101,S103  who may come in is decided by tokens, as on TCP
-    return [sock]
+    return [[sock] * workers]
 
 
 def _is_answered(path: str) -> bool:

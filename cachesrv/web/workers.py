@@ -1,0 +1,123 @@
+"""Several processes on one port: the first one opens the sockets, starts the workers, and keeps them running.
+
+Each worker has listening sockets of its own on the same addresses (SO_REUSEPORT), so that the kernel deals connections
+out. They stay open in the first process: what waits in the queue of a worker that died is answered by the one that
+takes its place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from cachesrv import systemd
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_log = structlog.get_logger()
+
+_STOP = (signal.SIGTERM, signal.SIGINT)
+_WAITED_FOR = {*_STOP, signal.SIGHUP, signal.SIGCHLD}
+_SHORT_LIFE = 5.0
+"""Seconds. A worker that dies sooner is not replaced at once: a new one will hardly do better."""
+_PAUSE = 1.0
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    number: int
+    started: float
+
+
+class Supervisor:
+    """Runs `work(number)` in `count` processes until it is told to stop by SIGTERM or SIGINT; SIGHUP is passed on.
+
+    It forks: nothing that does not survive a fork (threads, an event loop, an open index) may exist in this process.
+    """
+
+    def __init__(self, count: int, work: Callable[[int], None]) -> None:
+        self._count = count
+        self._work = work
+        self._workers: dict[int, _Worker] = {}
+        self._to_start: dict[int, float] = {}
+        self._stopping = False
+
+    def run(self) -> None:
+        """Return when all workers have stopped."""
+        # Signals are waited for instead of handled, so that none is lost between a look and a sleep.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED_FOR)
+        self._to_start = dict.fromkeys(range(self._count), 0.0)
+        watchdog = systemd.watchdog_interval(os.environ)
+        while self._workers or not self._stopping:
+            self._start_due()
+            systemd.notify("WATCHDOG=1", os.environ)
+            received = signal.sigtimedwait(_WAITED_FOR, self._patience(watchdog))
+            if received is not None:
+                self._handle(received.si_signo)
+
+    def _patience(self, watchdog: float | None) -> float:
+        """Seconds until there is something to do even without a signal."""
+        due = min(self._to_start.values(), default=time.monotonic() + 3600)
+        return min(max(0.0, due - time.monotonic()), watchdog or 3600)
+
+    def _handle(self, number: int) -> None:
+        if number == signal.SIGCHLD:
+            self._reap()
+            return
+        if number in _STOP:
+            self._stopping = True
+            self._to_start = {}
+            systemd.notify("STOPPING=1", os.environ)
+        for pid in self._workers:
+            os.kill(pid, number)
+
+    def _reap(self) -> None:
+        while self._workers:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            worker = self._workers.pop(pid, None)
+            if worker is None or self._stopping:
+                continue
+            lived = time.monotonic() - worker.started
+            _log.error("a worker died and is replaced", worker=worker.number, status=os.waitstatus_to_exitcode(status))
+            self._to_start[worker.number] = time.monotonic() + (_PAUSE if lived < _SHORT_LIFE else 0)
+
+    def _start_due(self) -> None:
+        now = time.monotonic()
+        for number in [number for number, due in self._to_start.items() if due <= now]:
+            del self._to_start[number]
+            self._start(number)
+
+    def _start(self, number: int) -> None:
+        supervisor = os.getpid()
+        pid = os.fork()
+        if pid:
+            self._workers[pid] = _Worker(number, time.monotonic())
+            return
+        status = 1
+        try:
+            _die_with(supervisor)
+            os.environ.pop("NOTIFY_SOCKET", None)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITED_FOR)
+            self._work(number)
+            status = 0
+        except BaseException:  # noqa: BLE001  whatever it was, it must not run on as a second supervisor
+            _log.exception("a worker failed", worker=number)
+        finally:
+            os._exit(status)
+
+
+def _die_with(supervisor: int) -> None:
+    """A worker must not outlive the process that owns its sockets, however that ended. Source: prctl(2)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != supervisor:
+        os._exit(1)
