@@ -127,9 +127,10 @@ class Index(Protocol):
         fastest door. An absence is given even when it has ended: the caller compares its end with the clock.
         """
 
-    def put(self, entries: Iterable[IndexEntry]) -> None:
-        """Make paths visible, all in one transaction. Raises BadInput for names that cannot be stored, StoreFull,
-        StoreError.
+    def put(self, entries: Iterable[IndexEntry], *, replace: bool = True) -> None:
+        """Make paths visible, all in one transaction; without `replace`, answers that are stored already stay as they
+        are (what was looked up may be older than what was published meanwhile). Raises BadInput for names that cannot
+        be stored, StoreFull, StoreError.
         """
 
     def put_absent(self, absences: Iterable[tuple[str, str]], until: int) -> None:

@@ -96,13 +96,15 @@ class LmdbIndex:
                 raise error from None
         return value
 
-    def put(self, entries: Iterable[IndexEntry]) -> None:
+    def put(self, entries: Iterable[IndexEntry], *, replace: bool = True) -> None:
         items = {storage_key(entry.cache, entry.hash_part): encode_present(entry.answer) for entry in entries}
 
         def store(txn: lmdb.Transaction[bytes]) -> None:
             for key, value in sorted(items.items()):
-                old = txn.replace(key, value)
-                self._unlist_absence(txn, key, old)
+                old = txn.get(key)
+                if replace or old is None or old[0] == ABSENT:
+                    txn.put(key, value)
+                    self._unlist_absence(txn, key, old)
             if not self._make_room(txn):
                 raise StoreFull("the index has reached its size limit; raise [index] size_limit")
 

@@ -41,9 +41,11 @@ class MemoryIndex:
     def raw(self, key: bytes) -> bytes | None:
         return self._values.get(key)
 
-    def put(self, entries: Iterable[IndexEntry]) -> None:
+    def put(self, entries: Iterable[IndexEntry], *, replace: bool = True) -> None:
         new = {storage_key(entry.cache, entry.hash_part): encode_present(entry.answer) for entry in entries}
         with self._writing:
+            if not replace:
+                new = {key: value for key, value in new.items() if key not in self._values or key in self._absences}
             self._values.update(new)
             self._absences.difference_update(new)
 

@@ -71,6 +71,15 @@ class IndexContract:
         assert index.get("main", "b" * 32) == OTHER
         assert index.count() == (2, 0)
 
+    def test_what_is_learnt_does_not_replace_what_was_published(self, index: Index) -> None:
+        index.put([entry(HASH)])
+        index.put_absent([("main", "b" * 32)], LATER)
+        index.put([entry(HASH, OTHER), entry("b" * 32, OTHER), entry("c" * 32, OTHER)], replace=False)
+        assert index.get("main", HASH) == entry(HASH).answer
+        assert index.get("main", "b" * 32) == OTHER
+        assert index.get("main", "c" * 32) == OTHER
+        assert index.count() == (3, 0)
+
     def test_put_replaces(self, index: Index) -> None:
         index.put([entry(HASH)])
         index.put([entry(HASH, OTHER)])
