@@ -27,6 +27,7 @@ INTERRUPTED = 130
 COMMANDS: Mapping[str, str] = {
     "serve": "Answer Nix clients over HTTP.",
     "push": "Push store paths to a cache.",
+    "key": "Make signing keys, and sign with them.",
 }
 """Name and help of each; its module has the same name, with underscores."""
 
