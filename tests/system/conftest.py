@@ -1,0 +1,97 @@
+"""Real processes: `cachesrv serve`, `cachesrv push`, and the installed Nix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import count
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.system.nix import Nix
+from tests.system.server import Server
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+StartServer = Callable[..., Server]
+MakeNix = Callable[..., Nix]
+MakeClient = Callable[[Server], Nix]
+
+
+@pytest.fixture
+def make_server(tmp_path: Path) -> Iterator[StartServer]:
+    """Servers, each with a folder of its own; not yet started."""
+    servers: list[Server] = []
+
+    def make(
+        *,
+        environment: Mapping[str, str] | None = None,
+        config: str | None = None,
+        listen: str = "127.0.0.1:0",
+        data_dir: Path | None = None,
+    ) -> Server:
+        folder = tmp_path / f"server-{len(servers)}"
+        server = Server(folder, environment=environment, config=config, listen=listen, data_dir=data_dir)
+        servers.append(server)
+        return server
+
+    yield make
+    for server in servers:
+        server.dispose()
+
+
+@pytest.fixture
+def server(make_server: StartServer) -> Server:
+    """A server as it is when it is started with nothing."""
+    return make_server().start()
+
+
+@pytest.fixture
+def make_nix(tmp_path: Path) -> MakeNix:
+    """Machines with Nix."""
+    numbers = count()
+
+    def make(*, builds: bool = False, store_dir: str = "/nix/store") -> Nix:
+        return Nix(tmp_path / f"nix-{next(numbers)}", builds=builds, store_dir=store_dir)
+
+    return make
+
+
+@pytest.fixture
+def nix(make_nix: MakeNix) -> Nix:
+    """A machine with an empty store in the usual store directory."""
+    return make_nix()
+
+
+@pytest.fixture
+def builder(make_nix: MakeNix) -> Nix:
+    """A machine that builds."""
+    return make_nix(builds=True)
+
+
+@pytest.fixture
+def cache(builder: Nix, make_server: StartServer) -> Server:
+    """A server for what the builder builds, whose token the builder has in netrc."""
+    server = make_server(environment={"CACHESRV_SERVER__STORE_DIR": builder.store_dir}).start()
+    builder.log_in(server.token)
+    return server
+
+
+@pytest.fixture
+def client(cache: Server, make_client: MakeClient) -> Nix:
+    """Another machine, that has nothing but that cache."""
+    return make_client(cache)
+
+
+@pytest.fixture
+def make_client(builder: Nix, make_nix: MakeNix) -> MakeClient:
+    """Machines that cannot build, and have nothing but a cache for what the builder builds."""
+
+    def make(cache: Server) -> Nix:
+        client = make_nix(store_dir=builder.store_dir)
+        client.configure(substituters=cache.main, trusted_public_keys=cache.public_key, max_jobs="0")
+        return client
+
+    return make
