@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, str] = {
     "serve": "Answer Nix clients over HTTP.",
     "push": "Push store paths to a cache.",
     "key": "Make signing keys, and sign with them.",
+    "token": "Say who may read, push and delete.",
 }
 """Name and help of each; its module has the same name, with underscores."""
 
