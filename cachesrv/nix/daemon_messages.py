@@ -28,6 +28,10 @@ class OperationFailed(DaemonError):
     """The daemon said why it did not do an operation; the connection is still in step."""
 
 
+class HungUp(DaemonError):
+    """The daemon ended the connection; thrown into an exchange by who drives it."""
+
+
 class Frame(IntEnum):
     """Kinds of frames."""
 

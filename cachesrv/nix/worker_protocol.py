@@ -5,8 +5,8 @@ Protocol 1.32 (Nix 2.4) to 1.38; Lix speaks 1.35 and refuses less.
 
 An exchange is a generator of `Steps`: it yields bytes that are to be written, or a number of bytes that it needs
 next and is then sent exactly those; it returns what the exchange was for. The driver owns the socket and the clock;
-when bytes fail to come, it throws the `DaemonError` that says so into the generator. Three things go wrong, and
-differ in what they mean for the connection:
+when bytes fail to come, it throws the `DaemonError` that says why into the generator, `HungUp` if there will be no
+more. Three things go wrong, and differ in what they mean for the connection:
 
 - `OperationFailed`: the daemon said why it did not do one operation; the connection is still in step;
 - `DaemonError` otherwise: this daemon cannot be talked to;
@@ -19,7 +19,7 @@ from enum import IntEnum
 from typing import Generic, TypeAlias, TypeVar
 
 from cachesrv.errors import BadInput, DaemonError
-from cachesrv.nix.daemon_messages import OperationFailed, clean, read_until_last
+from cachesrv.nix.daemon_messages import HungUp, OperationFailed, clean, read_until_last
 from cachesrv.nix.hashes import Hash
 from cachesrv.nix.path_info import PathInfo
 from cachesrv.nix.store_path import StorePath
@@ -69,7 +69,11 @@ class Session:
 def handshake() -> Steps[Session]:
     """Opens a connection."""
     yield encode_u64(CLIENT_MAGIC) + encode_u64(OURS[0] << 8 | OURS[1])
-    if (magic := (yield from read_u64())) != DAEMON_MAGIC:
+    try:
+        magic = yield from read_u64()
+    except HungUp as end:
+        raise HungUp(f"{end}, as it does with users that it does not allow") from end
+    if magic != DAEMON_MAGIC:
         raise BadInput(f"it greets with {magic.to_bytes(8, 'little')!r}, which no Nix daemon does")
     version = min(OURS, _supported((yield from read_u64())))
     if version >= (1, 38):

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cachesrv.errors import BadInput, DaemonError, TooLarge
-from cachesrv.nix.daemon_messages import Frame, NarTail, OperationFailed, clean, find_error
+from cachesrv.nix.daemon_messages import Frame, HungUp, NarTail, OperationFailed, clean, find_error
 from cachesrv.nix.hashes import Hash
 from cachesrv.nix.path_info import PathInfo
 from cachesrv.nix.store_path import StorePath
@@ -50,10 +50,6 @@ path_infos = st.builds(
 )
 
 
-class End(DaemonError):
-    """Thrown by `drive` where its bytes end."""
-
-
 def drive(steps: Steps[T], received: bytes) -> tuple[T, bytes, bytes]:
     """Runs an exchange over given bytes; returns its result, what it sent, and the bytes that it left."""
     sent = b""
@@ -64,7 +60,7 @@ def drive(steps: Steps[T], received: bytes) -> tuple[T, bytes, bytes]:
                 sent += wanted
                 wanted = next(steps)
             elif wanted > len(received):
-                steps.throw(End())
+                steps.throw(HungUp("it hung up"))
             else:
                 data, received = received[:wanted], received[wanted:]
                 wanted = steps.send(data)
@@ -182,6 +178,13 @@ def test_too_old_a_daemon_is_refused_with_a_way_out(version: Version) -> None:
 def test_another_major_version_is_refused(version: Version) -> None:
     with pytest.raises(DaemonError, match=rf"protocol {version[0]}\.{version[1]}, which is not"):
         drive(handshake(), greeting(version))
+
+
+def test_a_daemon_that_hangs_up_at_once_may_not_like_the_user() -> None:
+    with pytest.raises(HungUp, match=r"^it hung up, as it does with users that it does not allow$"):
+        drive(handshake(), b"")
+    with pytest.raises(HungUp, match=r"^it hung up$"):
+        drive(handshake(), greeting((1, 34))[:10])
 
 
 def test_another_protocol_is_bad_input() -> None:
@@ -338,7 +341,7 @@ def test_a_failure_is_what_counts_when_the_daemon_then_hangs_up() -> None:
 
 
 def test_without_a_failure_the_end_is_what_counts() -> None:
-    with pytest.raises(End):
+    with pytest.raises(HungUp):
         drive(perform_all([query_path_info(HELLO, STORE)] * 2), LAST + encode_u64(0))
 
 
@@ -350,7 +353,7 @@ def test_a_conversation_that_ends_anywhere_raises_what_the_driver_throws(name: s
     _, received = recorded(name)
     for end in range(len(received)):
         exchange: Steps[Any] = handshake() if name == "handshake" else perform(query_path_info(HELLO, RECORDED_STORE))
-        with pytest.raises(End):
+        with pytest.raises(HungUp):
             drive(exchange, received[:end])
 
 

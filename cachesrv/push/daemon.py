@@ -1,0 +1,153 @@
+"""A local store as the Nix daemon shows it: a pool of connections, and the questions of `LocalStore` over it."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Self
+
+from cachesrv.errors import DaemonError, NotFound
+from cachesrv.nix.path_info import PathInfo, in_reference_order
+from cachesrv.nix.realisation import OutputId, Realisation, TracedOutput
+from cachesrv.nix.store_path import StorePath
+from cachesrv.nix.worker_protocol import Session, nar_from_path, perform, perform_all, query_path_info
+from cachesrv.push.daemon_connection import Connection, connect
+from cachesrv.push.store_db import StoreDatabase
+from cachesrv.push.store_location import StoreLocation
+
+CONNECTIONS = 4
+"""The daemon starts a process for each."""
+TIMEOUT = 60.0
+"""Seconds for a handshake, a batch of questions, or silence in the middle of a NAR."""
+LARGEST_BATCH = 64
+"""Questions that are asked on one connection before their answers are read; about 8 KiB."""
+SMALLEST_BATCH = 16
+"""A new connection costs the daemon more than so many answers."""
+
+
+class ConnectionPool:
+    """At most `size` connections to one daemon, made when needed and kept while they work."""
+
+    def __init__(self, socket: Path, *, size: int, timeout: float) -> None:
+        self.size = size
+        self._socket = socket
+        self._timeout = timeout
+        self._places = asyncio.Semaphore(size)
+        self._idle: list[Connection] = []
+        self._open: set[Connection] = set()
+        self._closed = False
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """A connection for the block alone; afterwards it goes back if it is `reusable`, else it is ended."""
+        async with self._places:
+            connection = await self._get()
+            try:
+                yield connection
+            finally:
+                if connection.reusable and not self._closed:
+                    self._idle.append(connection)
+                else:
+                    connection.abort()
+
+    async def close(self) -> None:
+        """Ends all connections; exchanges under way on them fail."""
+        self._closed = True
+        self._idle.clear()
+        for connection in self._open:
+            connection.abort()
+        if self._open:
+            await asyncio.wait([connection.lost for connection in self._open])
+
+    async def _get(self) -> Connection:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.reusable:
+                return connection
+            connection.abort()
+        if self._closed:
+            raise DaemonError(f"the connections to the Nix daemon at {self._socket} have been closed")
+        connection = await connect(self._socket, timeout=self._timeout)
+        self._open.add(connection)
+        connection.lost.add_done_callback(lambda _: self._open.discard(connection))
+        return connection
+
+
+class DaemonStore:
+    """`LocalStore` by way of the daemon. Errors are `DaemonError` and name the daemon."""
+
+    def __init__(self, location: StoreLocation, pool: ConnectionPool, session: Session) -> None:
+        self.store_dir = location.store_dir
+        version = f" {session.nix_version}" if session.nix_version else ""
+        self.name = f"Nix daemon{version} at {location.socket}"
+        self._location = location
+        self._pool = pool
+
+    @classmethod
+    async def open(cls, location: StoreLocation, *, connections: int = CONNECTIONS, timeout: float = TIMEOUT) -> Self:
+        """Connects once, so that a daemon that is of no use fails here; `timeout` is in seconds."""
+        pool = ConnectionPool(location.socket, size=connections, timeout=timeout)
+        async with pool.connection() as connection:
+            return cls(location, pool, connection.session)
+
+    async def resolve(self, path: str) -> StorePath:
+        return await asyncio.to_thread(self._location.resolve, path)
+
+    def real_path(self, path: StorePath) -> str | None:
+        return self._location.real_path(path)
+
+    async def path_info(self, path: StorePath) -> PathInfo:
+        return (await self._batch([path]))[0]
+
+    async def closure(self, paths: Iterable[StorePath]) -> list[PathInfo]:
+        infos: dict[StorePath, PathInfo] = {}
+        wave = sorted(set(paths))
+        while wave:
+            found = await self._path_infos(wave)
+            infos.update((info.store_path, info) for info in found)
+            wave = sorted({path for info in found for path in info.references} - infos.keys())
+        return in_reference_order(infos.values())
+
+    async def nar(self, info: PathInfo) -> AsyncGenerator[bytes, None]:
+        path = info.store_path.full(self.store_dir)
+        if not info.nar_size:
+            raise DaemonError(f"the {self.name} does not know the size of {path}, so its NAR would have no end")
+        async with self._pool.connection() as connection:
+            asked = nar_from_path(info.store_path, self.store_dir)
+            await connection.run(perform(asked), f"asked for the NAR of {path}")
+            async with aclosing(connection.nar(info.nar_size)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    async def realisations(self, paths: Iterable[StorePath]) -> Mapping[OutputId | TracedOutput, Realisation]:
+        """From the database where this user may read it: by daemon they cannot be found by path."""
+        database = StoreDatabase(self._location)
+        return await asyncio.to_thread(database.realisations, list(paths)) if database.readable else {}
+
+    async def close(self) -> None:
+        await self._pool.close()
+
+    async def _path_infos(self, paths: Sequence[StorePath]) -> list[PathInfo]:
+        """Infos of many paths, asked for over all connections at once."""
+        share = -(-len(paths) // self._pool.size)
+        size = min(max(share, SMALLEST_BATCH), LARGEST_BATCH)
+        starts = range(0, len(paths), size)
+        tasks = [asyncio.create_task(self._batch(paths[start : start + size])) for start in starts]
+        try:
+            return [info for infos in await asyncio.gather(*tasks) for info in infos]
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+
+    async def _batch(self, paths: Sequence[StorePath]) -> list[PathInfo]:
+        """Infos of a few paths over one connection; raises `NotFound` for the first that is not valid."""
+        questions = [query_path_info(path, self.store_dir) for path in paths]
+        async with self._pool.connection() as connection:
+            answers = await connection.run(perform_all(questions), "asked for path infos")
+        infos = [info for info in answers if info is not None]
+        if len(infos) < len(paths):
+            missing = paths[answers.index(None)].full(self.store_dir)
+            raise NotFound(f"{missing} is not valid: the {self.name} does not know it")
+        return infos

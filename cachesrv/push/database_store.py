@@ -1,0 +1,52 @@
+"""A local store without the daemon: its database for what it knows, its files for what it holds."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from typing import Self
+
+from cachesrv.errors import StoreUnavailable
+from cachesrv.nix.path_info import PathInfo
+from cachesrv.nix.realisation import OutputId, Realisation, TracedOutput
+from cachesrv.nix.store_path import StorePath
+from cachesrv.push.store_db import StoreDatabase
+from cachesrv.push.store_location import StoreLocation
+
+
+class DatabaseStore:
+    """`LocalStore` by way of the database, read in threads. Errors are `StoreError` and name the file."""
+
+    def __init__(self, location: StoreLocation, database: StoreDatabase) -> None:
+        self.store_dir = location.store_dir
+        self.name = f"Nix store with database {database.file}"
+        self._location = location
+        self._database = database
+
+    @classmethod
+    async def open(cls, location: StoreLocation) -> Self:
+        """Reads a little, so that a database that is of no use fails here."""
+        database = StoreDatabase(location)
+        await asyncio.to_thread(database.check)
+        return cls(location, database)
+
+    async def resolve(self, path: str) -> StorePath:
+        return await asyncio.to_thread(self._location.resolve, path)
+
+    def real_path(self, path: StorePath) -> str | None:
+        return self._location.real_path(path)
+
+    async def path_info(self, path: StorePath) -> PathInfo:
+        return await asyncio.to_thread(self._database.path_info, path)
+
+    async def closure(self, paths: Iterable[StorePath]) -> list[PathInfo]:
+        return await asyncio.to_thread(self._database.closure, list(paths))
+
+    def nar(self, info: PathInfo) -> AsyncGenerator[bytes, None]:
+        """Always raises: where a path has no `real_path`, there is nobody else to read it."""
+        file = info.store_path.full(self._location.real_store_dir)
+        raise StoreUnavailable(f"{file} cannot be read, and there is no Nix daemon to read it for us")
+
+    async def realisations(self, paths: Iterable[StorePath]) -> Mapping[OutputId | TracedOutput, Realisation]:
+        return await asyncio.to_thread(self._database.realisations, list(paths))
+
+    async def close(self) -> None:
+        """Nothing is held open."""
