@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from cachesrv.nix import cache_info
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -37,6 +39,11 @@ class ServedCache:
     signing_keys: tuple[SecretKey, ...]
     trusted_keys: Mapping[str, PublicKey]
     references: ReferencePolicy
+
+    @property
+    def info(self) -> bytes:
+        """Its `nix-cache-info`."""
+        return cache_info.render(cache_info.CacheInfo(self.store_dir, self.want_mass_query, self.priority))
 
     def key(self, name: str) -> str:
         """The storage key of an object of this cache, such as `nar/…` or `<hash part>.narinfo`."""

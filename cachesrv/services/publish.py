@@ -58,6 +58,7 @@ class Publish:
         self._metrics = metrics
         self._locks = NamedLocks()
         self._batches: Batcher[list[_Admitted]] = Batcher(self._flush)
+        self._described: dict[str, bytes] = {}
 
     async def one(self, cache: ServedCache, path: Candidate, pusher: str) -> None:
         """Publish a path as `many` does. Raises why not."""
@@ -159,6 +160,7 @@ class Publish:
 
     async def _flush(self, groups: list[list[_Admitted]]) -> None:
         batch = [path for group in groups for path in group]
+        await self._describe({path.cache.name: path.cache for path in batch})
         listings = {path.cache.listing_key(path.record.hash_part): path.listing for path in batch if path.listing}
         await self._storage.put_many(listings)
         await self._write_narinfos({path.cache.narinfo_key(path.record.hash_part): path.record for path in batch})
@@ -168,6 +170,13 @@ class Publish:
         self._metrics.add("paths_published", len(batch))
         for path in batch:
             await self._catalog.drop_listing(path.record.nar_key)
+
+    async def _describe(self, caches: dict[str, ServedCache]) -> None:
+        """The objects of a cache are one without us as well: they begin with what it says of itself."""
+        for cache in caches.values():
+            if self._described.get(cache.name) != cache.info:
+                await self._storage.put(cache.key("nix-cache-info"), cache.info, replace=True)
+                self._described[cache.name] = cache.info
 
     async def _write_narinfos(self, records: dict[str, PathRecord]) -> None:
         """Create them. One that is there already is replaced when it is of the same NAR (it gains signatures), or is no

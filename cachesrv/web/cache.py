@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from cachesrv.errors import BadInput, NotFound
-from cachesrv.nix import cache_info, narinfo
+from cachesrv.nix import narinfo
 from cachesrv.nix.store_path import is_hash_part
 from cachesrv.services import metadata
 from cachesrv.services.candidate import Candidate
@@ -49,10 +49,8 @@ Handler = Callable[[Ask], Awaitable[web.StreamResponse]]
 
 async def get_cache_info(ask: Ask) -> web.StreamResponse:
     """What the cache says of itself; never 404, for then clients try to write it."""
-    cache = ask.cache
-    info = cache_info.CacheInfo(cache.store_dir, cache.want_mass_query, cache.priority)
     return web.Response(
-        body=cache_info.render(info), headers={"Content-Type": CACHE_INFO_TYPE, "Cache-Control": "max-age=3600"}
+        body=ask.cache.info, headers={"Content-Type": CACHE_INFO_TYPE, "Cache-Control": "max-age=3600"}
     )
 
 
