@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, str] = {
     "push": "Push store paths to a cache.",
     "key": "Make signing keys, and sign with them.",
     "token": "Say who may read, push and delete.",
+    "check-config": "Say what is wrong with a configuration, or what it comes to.",
 }
 """Name and help of each; its module has the same name, with underscores."""
 
