@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tests.system.client import Client
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 CACHESRV = (sys.executable, "-m", "cachesrv")
 PATIENCE = 60.0
@@ -165,6 +165,14 @@ class Server:
         uri = f"file:{self.data_dir / 'catalog.sqlite'}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True, timeout=PATIENCE)) as connection:
             return connection.execute(sql, values).fetchall()
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for a condition that is to come true by itself; `what` says of it that it did not."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
 
 
 def peak_memory(pid: int) -> int:
