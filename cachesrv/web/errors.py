@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger()
 
-BEGUN = "answer begun"
+BEGUN = web.RequestKey("answer begun", bool)
 """Set in a request whose answer has begun and is sent bit by bit."""
 
 RETRY_AFTER = 5

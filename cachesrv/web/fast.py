@@ -10,6 +10,7 @@ import time
 from email.utils import formatdate
 from typing import TYPE_CHECKING
 
+from cachesrv.errors import StoreError
 from cachesrv.index.base import PRESENT
 from cachesrv.web.app import SERVER
 from cachesrv.web.cache import MISS_HEADERS, MISS_TEXT, NAR_TYPE
@@ -25,10 +26,10 @@ SMALL_NAR = 512 * 1024
 """Bytes up to which a NAR leaves in one write."""
 
 _NAR_NAME = re.compile(rb"[0-9A-Za-z][0-9A-Za-z_.-]{0,199}\Z")
-_GET, _HEAD = b"GET ", b"HEAD "
+_LINE = re.compile(rb"(?:GET|HEAD) /[!-~]* HTTP/1\.1")
+_GET, _HEAD = b"GET /", b"HEAD /"
 _VERSION = b" HTTP/1.1"
 _NARINFO = b".narinfo"
-_NAR = b"nar/"
 
 
 class FastAnswers:
@@ -65,11 +66,9 @@ class FastAnswers:
         self._miss = self._miss_head + MISS_TEXT.encode()
 
     def block(self, data: bytes) -> Block | None:
-        """The header fields of the one request that `data` is, None when it is anything else."""
+        """The header fields of the one plain request that `data` is, None when it is anything else."""
         line, _, fields = data.partition(b"\r\n")
-        if not (line.startswith((_GET, _HEAD)) and line.endswith(_VERSION)):
-            return None
-        return self._blocks.get(fields)
+        return self._blocks.get(fields) if _LINE.fullmatch(line) else None
 
     def answer(self, data: bytes) -> bytes | None:
         """The answer to the one request that `data` is, None when it is not for us to answer."""
@@ -79,9 +78,9 @@ class FastAnswers:
         block = self._blocks.get(fields)
         if block is None or block.conditional:
             return None
-        if line[:4] == _GET:
+        if line[:5] == _GET:
             method, target = "GET", line[5:-9]
-        elif line[:5] == _HEAD:
+        elif line[:6] == _HEAD:
             method, target = "HEAD", line[6:-9]
         else:
             return None
@@ -103,8 +102,12 @@ class FastAnswers:
             key = self._root_prefix + target
         if cache is None or not (cache.public or self._may_read(rules, cache, block)):
             return None
-        value = self._raw(key)
-        if value is None:
+        try:
+            value = self._raw(key)
+        except StoreError:
+            # Aiohttp's handler meets it too, and has words for it.
+            return None
+        if not value:
             return None
         if value[0] == PRESENT:
             self._cells[self._cell[method, "narinfo", 200]] += 1

@@ -9,6 +9,9 @@ A middleware (`reporting`) tells when aiohttp begins to handle a request and whe
 was handed over since the connection was last idle is one plain request, the connection is then as good as new, and the
 front answers again. After anything else, what follows on the connection stays with aiohttp: there is no telling here
 where its requests end.
+
+A client that does not take its answers gets no further ones made: the front reads no more from it, and the middleware
+holds back aiohttp, which has no such limit of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import TYPE_CHECKING, cast
 from aiohttp import web
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from aiohttp.typedefs import Handler
 
@@ -29,11 +32,32 @@ IDLE_SECONDS = 75
 """How long a connection is held on which no request is being handled: longer than proxies hold theirs, so that it is
 they who close first. It is also the time that a client has to send the head of a request.
 """
-_SWEEP_SECONDS = 15
+_HEAD_GRACE = 1.0
+"""Seconds that the server waits for the rest of a head when it stops."""
+_STOP_INTERVAL = 0.02
+_SWEEPS = 5
+"""Looks at each connection in that time."""
+_UNSENT = 64 * 1024
+"""Bytes that may wait in a connection before it is held back, TLS or not."""
 
 
 class Front(asyncio.Protocol):
     """One connection."""
+
+    __slots__ = (
+        "_answers",
+        "_busy",
+        "_fronts",
+        "_handling",
+        "_head_begun",
+        "_inner",
+        "_make_inner",
+        "_paused",
+        "_single",
+        "_taken",
+        "_transport",
+        "quiet_sweeps",
+    )
 
     def __init__(self, answers: FastAnswers, make_inner: Callable[[], asyncio.Protocol], fronts: Fronts) -> None:
         self._answers = answers
@@ -44,24 +68,33 @@ class Front(asyncio.Protocol):
         self._busy = False
         self._single = False
         self._paused = False
+        self._taken: asyncio.Future[None] | None = None
         self._handling = 0
+        self._head_begun = False
         self.quiet_sweeps = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(_UNSENT)
         self._fronts.add(self)
 
     def data_received(self, data: bytes) -> None:
-        self.quiet_sweeps = 0
         if not self._busy:
-            answer = self._answers.answer(data)
+            answer = None if self._fronts.stopping else self._answers.answer(data)
             if answer is not None:
+                self.quiet_sweeps = 0
                 self._transport.write(answer)
                 return
             self._busy = True
             self._single = self._answers.block(data) is not None
         else:
             self._single = False
+        if not self._head_begun:
+            self._head_begun = True
+            self.quiet_sweeps = 0
+        self._pass_on(data)
+
+    def _pass_on(self, data: bytes) -> None:
         if self._inner is None:
             self._inner = self._make_inner()
             self._inner.connection_made(self._transport)
@@ -74,11 +107,14 @@ class Front(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._fronts.discard(self)
+        self._go_on()
         if self._inner:
             self._inner.connection_lost(exc)
 
     def pause_writing(self) -> None:
         """The client does not take what it asked for: it may not ask for more."""
+        if self._paused:
+            return
         self._paused = True
         if self._inner:
             self._inner.pause_writing()
@@ -86,42 +122,79 @@ class Front(asyncio.Protocol):
             self._transport.pause_reading()
 
     def resume_writing(self) -> None:
-        self._paused = False
+        # Under TLS, `loop.sendfile` takes the place of this protocol, and may give back one call too many.
+        if not self._paused:
+            return
+        self._go_on()
         if self._inner:
             self._inner.resume_writing()
         if not self._busy:
             self._transport.resume_reading()
 
+    def _go_on(self) -> None:
+        self._paused = False
+        if self._taken and not self._taken.done():
+            self._taken.set_result(None)
+
+    async def taken(self) -> None:
+        """Wait until the client has taken most of what was written."""
+        if self._transport.get_write_buffer_size() > _UNSENT:
+            # Also after `loop.sendfile`, which keeps the call to itself.
+            self.pause_writing()
+        if self._paused:
+            self._taken = asyncio.get_running_loop().create_future()
+            await self._taken
+
     def begun(self) -> None:
         """Aiohttp handles a request."""
         self._handling += 1
+        self._head_begun = False
 
-    def finished(self) -> None:
-        """Its answer is written out."""
+    def finished(self, *, answered: bool) -> None:
+        """Its answer is written out, or will not be."""
         self._handling -= 1
+        self._head_begun = False
         self.quiet_sweeps = 0
-        if self._single and self._busy:
+        if answered and self._single:
             self._busy = False
-            if self._paused:
-                self._transport.pause_reading()
 
     @property
     def idle(self) -> bool:
-        """No request is being handled."""
-        return self._handling == 0
+        """No request is being handled, and all answers are sent."""
+        return self._handling == 0 and not self._transport.get_write_buffer_size()
+
+    @property
+    def stopping(self) -> bool:
+        """The server will answer no more requests on this connection."""
+        return self._fronts.stopping
+
+    @property
+    def head_begun(self) -> bool:
+        """Something was handed to aiohttp that is not being handled yet: most likely a part of a head."""
+        return self._head_begun
 
     def close(self) -> None:
-        """Send what is written, then end the connection."""
+        """End the connection when all is sent."""
         self._transport.close()
+
+    def abort(self) -> None:
+        """End it now."""
+        self._transport.abort()
 
 
 class Fronts:
-    """All connections of this process."""
+    """All connections of this process; one is closed when it was idle for `idle_timeout` seconds, or when the head of a
+    request takes longer to come.
+    """
 
-    def __init__(self, answers: FastAnswers, make_inner: Callable[[], asyncio.Protocol]) -> None:
+    def __init__(
+        self, answers: FastAnswers, make_inner: Callable[[], asyncio.Protocol], *, idle_timeout: float = IDLE_SECONDS
+    ) -> None:
         self._answers = answers
         self._make_inner = make_inner
+        self._interval = idle_timeout / _SWEEPS
         self._open: set[Front] = set()
+        self.stopping = False
         self._tasks: list[asyncio.Task[None]] = []
 
     def __call__(self) -> Front:
@@ -142,11 +215,30 @@ class Fronts:
         """Begin to keep the time."""
         self._tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._sweep())]
 
-    def stop(self) -> None:
-        """Close the connections on which nothing is under way; aiohttp sees to the others."""
+    async def stop(self, timeout: float) -> None:
+        """End each connection as soon as nothing is under way on it; return when all have ended, or after `timeout`
+        seconds. (Aiohttp, told to stop, would take in no more of the bodies that are on their way.)
+        """
+        self.stopping = True
         for task in self._tasks:
             task.cancel()
-        for front in [front for front in self._open if front.idle]:
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        while under_way := [front for front in self._open if not front.idle or front.head_begun]:
+            waited = loop.time() - begun
+            if waited > timeout or (waited > _HEAD_GRACE and all(front.idle for front in under_way)):
+                return
+            self._close(self._open.difference(under_way))
+            await asyncio.sleep(_STOP_INTERVAL)
+        self._close(self._open)
+
+    def abort(self) -> None:
+        """End the connections that are left."""
+        for front in list(self._open):
+            front.abort()
+
+    def _close(self, fronts: Collection[Front]) -> None:
+        for front in list(fronts):
             front.close()
 
     async def _tick(self) -> None:
@@ -156,11 +248,11 @@ class Fronts:
 
     async def _sweep(self) -> None:
         while True:
-            await asyncio.sleep(_SWEEP_SECONDS)
-            for front in [front for front in self._open if front.idle]:
+            await asyncio.sleep(self._interval)
+            quiet = [front for front in self._open if front.idle]
+            for front in quiet:
                 front.quiet_sweeps += 1
-                if front.quiet_sweeps * _SWEEP_SECONDS > IDLE_SECONDS:
-                    front.close()
+            self._close([front for front in quiet if front.quiet_sweeps > _SWEEPS])
 
 
 @web.middleware
@@ -170,10 +262,15 @@ async def reporting(request: web.Request, handler: Handler) -> web.StreamRespons
     if not isinstance(front, Front):
         return await handler(request)
     front.begun()
+    answered = False
     try:
         response = await handler(request)
+        if front.stopping:
+            response.force_close()
         await response.prepare(request)
         await response.write_eof()
+        await front.taken()
+        answered = True
     finally:
-        front.finished()
+        front.finished(answered=answered)
     return response

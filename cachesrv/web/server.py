@@ -7,7 +7,7 @@ import os
 import signal
 import ssl
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from aiohttp import web
@@ -16,7 +16,7 @@ from cachesrv import systemd
 from cachesrv.errors import CachesrvError, ConfigError
 from cachesrv.web.app import create_app
 from cachesrv.web.fast import FastAnswers
-from cachesrv.web.front import Fronts, reporting
+from cachesrv.web.front import IDLE_SECONDS, Fronts, reporting
 from cachesrv.web.listen import BACKLOG
 
 if TYPE_CHECKING:
@@ -31,6 +31,16 @@ _FOR_EVER = 10**8
 """Seconds. How long a connection may be idle is for the front to see to: it knows of the requests it answers itself."""
 
 _MAX_LINE = 8190
+
+RUNNER_OPTIONS: dict[str, Any] = {
+    "access_log": None,
+    "auto_decompress": False,
+    "keepalive_timeout": _FOR_EVER,
+    "max_line_size": _MAX_LINE,
+    "max_field_size": _MAX_LINE,
+    "shutdown_timeout": 1.0,  # for handlers that are being cancelled: those in time were waited for before
+}
+"""How aiohttp handles connections."""
 
 
 def tls_context(certificate: str | None, private_key: str | None) -> ssl.SSLContext | None:
@@ -59,7 +69,7 @@ async def serve(
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, stop.set)
     loop.add_signal_handler(signal.SIGHUP, _reload, site, reload)
-    async with _listening(site, sockets, tls, shutdown_timeout):
+    async with listening(site, sockets, tls=tls, shutdown_timeout=shutdown_timeout):
         systemd.notify("READY=1", os.environ)
         watchdog = asyncio.create_task(_feed_watchdog())
         await stop.wait()
@@ -73,22 +83,19 @@ async def serve(
 
 
 @asynccontextmanager
-async def _listening(
-    site: Site, sockets: Sequence[socket.socket], tls: ssl.SSLContext | None, shutdown_timeout: float
+async def listening(
+    site: Site,
+    sockets: Sequence[socket.socket],
+    *,
+    tls: ssl.SSLContext | None,
+    shutdown_timeout: float,
+    idle_timeout: float = IDLE_SECONDS,
 ) -> AsyncIterator[None]:
     """Accept connections; leaving stops that, and waits for requests in flight."""
-    runner = web.AppRunner(
-        create_app(site, [reporting]),
-        access_log=None,
-        auto_decompress=False,
-        keepalive_timeout=_FOR_EVER,
-        max_line_size=_MAX_LINE,
-        max_field_size=_MAX_LINE,
-        shutdown_timeout=shutdown_timeout,
-    )
+    runner = web.AppRunner(create_app(site, [reporting]), **RUNNER_OPTIONS)
     await runner.setup()
     assert runner.server is not None
-    fronts = Fronts(FastAnswers(site), runner.server)
+    fronts = Fronts(FastAnswers(site), runner.server, idle_timeout=idle_timeout)
     loop = asyncio.get_running_loop()
     servers = [await loop.create_server(fronts, sock=sock, ssl=tls, backlog=BACKLOG) for sock in sockets]
     fronts.start()
@@ -99,8 +106,9 @@ async def _listening(
         usage.cancel()
         for server in servers:
             server.close()
-        fronts.stop()
+        await fronts.stop(shutdown_timeout)
         await runner.cleanup()
+        fronts.abort()
 
 
 def _reload(site: Site, reload: Callable[[], Rules]) -> None:

@@ -63,7 +63,7 @@ class Site:
 
 
 SITE = web.AppKey("site", Site)
-ROUTE = "route"
+ROUTE = web.RequestKey("route", str)
 """Where a request notes which route of `cachesrv.telemetry.ROUTES` it took."""
 
 

@@ -1,0 +1,158 @@
+"""A site with real stores below a folder, and servers for it in this process: with the front, and aiohttp's alone."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from hashlib import sha256
+from random import Random
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from cachesrv import config, wiring
+from cachesrv.catalog.base import TokenRecord
+from cachesrv.index.base import IndexEntry
+from cachesrv.nix import base32
+from cachesrv.services.access import token_hash
+from cachesrv.services.answer import present
+from cachesrv.telemetry import Metrics
+from cachesrv.web import server
+from cachesrv.web.app import create_app
+from cachesrv.web.front import IDLE_SECONDS
+from cachesrv.web.site import Site
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from cachesrv.web.site import Services
+
+READER = "csrv_reads-the-team-cache"
+STRANGER = "csrv_reads-another-cache"
+IN_CATALOG = "csrv_a-token-of-the-catalog"
+
+_CONFIG = f"""
+[[cache]]
+name = "main"
+root = true
+
+[[cache]]
+name = "open"
+
+[[cache]]
+name = "team"
+prefix = "private/team"
+public = false
+
+[[token]]
+name = "reader"
+sha256 = "{token_hash(READER)}"
+caches = ["team"]
+
+[[token]]
+name = "stranger"
+sha256 = "{token_hash(STRANGER)}"
+caches = ["main"]
+"""
+
+CACHES = ("main", "open", "team")
+SMALL, MEDIUM, LARGE = 1000, 100_000, 2_000_000
+"""Sizes of NARs, in bytes: the first two are small enough for the front."""
+
+
+def hash_part(number: int) -> str:
+    """Of the path with this number."""
+    return base32.encode(sha256(b"path %d" % number).digest()[:20])
+
+
+def narinfo(number: int) -> bytes:
+    """A text of the size that narinfos have; nothing here reads it."""
+    digest = base32.encode(sha256(b"nar %d" % number).digest())
+    return (
+        f"StorePath: /nix/store/{hash_part(number)}-path-{number}\nURL: nar/{digest}.nar.zst\nCompression: zstd\n"
+        f"NarHash: sha256:{digest}\nNarSize: 1000\nReferences: \nSig: main-1:{'A' * 86}==\n"
+    ).encode()
+
+
+def nar(size: int) -> bytes:
+    """Bytes of this number, the same each time."""
+    return Random(size).randbytes(size)
+
+
+PRESENT = tuple(map(hash_part, range(4)))
+ABSENT = tuple(map(hash_part, range(100, 103)))
+ENDED = hash_part(200)
+"""An absence that is known no more."""
+UNKNOWN = hash_part(300)
+NARS = {f"{'0' * 51}{number}.nar.zst": size for number, size in enumerate((0, 1, SMALL, MEDIUM, LARGE))}
+
+
+async def fill(services: Services) -> None:
+    """The same content in each cache."""
+    entries = [IndexEntry(cache, part, present(narinfo(n))) for cache in CACHES for n, part in enumerate(PRESENT)]
+    services.index.put(entries)
+    services.index.put_absent([(cache, part) for cache in CACHES for part in ABSENT], int(time.time()) + 3600)
+    services.index.put_absent([(cache, ENDED) for cache in CACHES], int(time.time()) - 1)
+    for prefix in ("main", "open", "private/team"):
+        await services.storage.put_many({f"{prefix}/nar/{name}": nar(size) for name, size in NARS.items()})
+    record = TokenRecord("later", token_hash(IN_CATALOG), ("t*",), ("pull",), int(time.time()), None, None)
+    await services.catalog.put_token(record)
+
+
+@asynccontextmanager
+async def open_site(folder: Path) -> AsyncIterator[Site]:
+    """A site that is filled."""
+    (folder / "cachesrv.toml").write_text(_CONFIG)
+    (folder / "data" / "keys").mkdir(parents=True)
+    loaded = config.load(folder / "cachesrv.toml", folder / "data", {})
+    async with wiring.open_services(loaded, Metrics()) as services:
+        await fill(services)
+        yield Site(services, wiring.build_rules(loaded, services.catalog, "http://cache.test"))
+
+
+def counting_apart(site: Site) -> Site:
+    """The same site, with counters of its own."""
+    return Site(replace(site.services, metrics=Metrics()), site.rules)
+
+
+def listening() -> socket.socket:
+    """A socket on a free port of this machine."""
+    sock = socket.create_server(("127.0.0.1", 0), backlog=4096)
+    sock.setblocking(False)
+    return sock
+
+
+@asynccontextmanager
+async def front_server(
+    site: Site,
+    *,
+    idle_timeout: float = IDLE_SECONDS,
+    shutdown_timeout: float = 1,
+    tls: ssl.SSLContext | None = None,
+) -> AsyncIterator[int]:
+    """The server as `cachesrv serve` runs it; its port."""
+    sock = listening()
+    port: int = sock.getsockname()[1]
+    async with server.listening(site, [sock], tls=tls, shutdown_timeout=shutdown_timeout, idle_timeout=idle_timeout):
+        yield port
+
+
+@asynccontextmanager
+async def plain_server(site: Site) -> AsyncIterator[int]:
+    """The same application behind aiohttp's own protocol; its port."""
+    runner = web.AppRunner(create_app(site), **server.RUNNER_OPTIONS)
+    await runner.setup()
+    assert runner.server is not None
+    sock = listening()
+    port: int = sock.getsockname()[1]
+    accepting = await asyncio.get_running_loop().create_server(runner.server, sock=sock)
+    try:
+        yield port
+    finally:
+        accepting.close()
+        await runner.cleanup()
