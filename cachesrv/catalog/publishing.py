@@ -140,6 +140,6 @@ def _values(record: PathRecord, columns: Iterable[str]) -> dict[str, Any]:
 
 
 def _execute(connection: Connection, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Once for each row, in one call of the driver; SQLAlchemy takes no rows for one row of defaults."""
+    """Once for each row, in one call of the driver. To SQLAlchemy, no rows would mean once without values."""
     if rows:
         connection.execute(statement, rows)

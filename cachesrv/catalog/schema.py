@@ -3,11 +3,11 @@
 Made for millions of paths and ten times as many references:
 
 - **Names are rows, references are pairs of integers.** Every base name that a cache publishes or refers to stands once
-  in `names`; a published path has the id of its name. A reference costs a dozen bytes in each direction instead of a
-  hundred (on disk a quarter of what base names in each row take), may point to what is not published, and a closure
-  is a walk over integers. Names that nothing needs any more go with the paths that used them.
-- **`paths` is narrow.** The text of the narinfo, the bulk of a path, lies in `narinfos`: counting, collecting and
-  noting last use pass over it.
+  in `names`; a published path has the id of its name. A reference may point to what is not published, costs a dozen
+  bytes in each direction instead of a base name in both, and a closure is a walk over integers. Names that nothing
+  needs any more go with the paths that used them.
+- **`paths` is narrow.** The text of the narinfo, the bulk of a path, lies in `narinfos`: collecting and noting last
+  use pass over it. Counting and summing up a cache reads one index only.
 - `cache` and `hash_part` stand in `paths` again, so that the database itself keeps a hash part from being published
   twice and answers what is present from one index.
 
@@ -71,6 +71,7 @@ paths = Table(
     Column("registered_at", BigInteger, nullable=False),
     Column("last_used_at", BigInteger),
     UniqueConstraint("cache", "hash_part"),
+    Index(None, "cache", "nar_size"),
 )
 
 narinfos = Table(

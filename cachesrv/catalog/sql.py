@@ -51,6 +51,9 @@ class SqlCatalog:
     async def referrers(self, cache: str, hash_part: str) -> set[str]:
         return await self._database.read(paths.referrers, cache, hash_part)
 
+    async def dangling(self, cache: str, limit: int) -> list[tuple[str, str]]:
+        return await self._database.read(paths.dangling, cache, limit)
+
     async def remove(self, cache: str, hash_parts: Collection[str]) -> None:
         await self._database.write(publishing.remove, cache, hash_parts)
 

@@ -6,6 +6,7 @@ that readers and the writer do not wait for each other, and synced at each commi
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import time
@@ -36,6 +37,7 @@ def open_database(url: str, *, readers: int) -> Database:
     try:
         _create(path)
         _set_wal(path)
+        # To alter a table, SQLite makes a new one and drops the old: foreign keys would drop what refers to it too.
         with _engine(path, "BEGIN IMMEDIATE", foreign_keys=False, poolclass=NullPool).begin() as connection:
             migrate(connection)
     except (OSError, sqlite3.Error, SQLAlchemyError) as error:
@@ -58,10 +60,14 @@ def _path(url: str) -> str:
 
 
 def _create(path: str) -> None:
-    """Never opens a file that is there: to close it again would drop the locks that this process has on it."""
+    """Never opens a file that is there: to close it again would drop the locks that this process has on it. SQLite
+    would open one that cannot be written, and fail only later.
+    """
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, _PRIVATE))
     except FileExistsError:
+        if not os.access(path, os.R_OK | os.W_OK, effective_ids=True):
+            raise PermissionError(errno.EACCES, "no permission to read and write it", path) from None
         return
     folder = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -116,7 +122,8 @@ def _engine(path: str, begin: str, *, foreign_keys: bool = True, **pool: Any) ->
 def _explain(path: str, error: Exception) -> CachesrvError:
     cause = getattr(error, "orig", None) or error
     if isinstance(cause, OSError):
-        return StoreError(f"the catalog {path} cannot be made: {cause.strerror}")
+        kind = StoreFull if cause.errno in (errno.ENOSPC, errno.EDQUOT) else StoreError
+        return kind(f"the catalog {path} cannot be used: {cause.strerror}")
     match getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF:
         case sqlite3.SQLITE_FULL:
             return StoreFull(f"no room for the catalog {path}")

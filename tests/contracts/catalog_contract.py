@@ -267,6 +267,20 @@ class LookupContract(Fixtures):
         assert await catalog.referrers("main", hash_part(9)) == {hash_part(1)}
         assert await catalog.referrers("main", hash_part(8)) == set()
 
+    async def test_dangling_references_are_those_to_paths_that_are_not_published(self, catalog: Catalog) -> None:
+        await catalog.publish([path(1, 1, 2), path(2, 7, 3), path(4, 3), path(5, 9, cache="other"), path(9)])
+        await catalog.publish([path(3, 4), path(6, references=(f"{hash_part(2)}-wrong", base_name(5)))])
+        expected = [
+            (hash_part(2), base_name(7)),
+            (hash_part(6), f"{hash_part(2)}-wrong"),
+            (hash_part(6), base_name(5)),
+        ]
+        assert await catalog.dangling("main", 10) == expected
+        assert await catalog.dangling("main", 2) == expected[:2]
+        assert await catalog.dangling("other", 10) == [(hash_part(5), base_name(9))]
+        await catalog.remove("main", [hash_part(2), hash_part(6)])
+        assert await catalog.dangling("main", 10) == [(hash_part(1), base_name(2))]
+
     async def test_count_is_of_one_cache(self, catalog: Catalog) -> None:
         assert await catalog.count("main") == (0, 0)
         await catalog.publish([path(1), path(2), path(3, cache="other")])
@@ -365,6 +379,12 @@ class TokenContract(Fixtures):
         await catalog.put_token(token("ci", 2, created_at=NOW + 3))
         assert await catalog.revoke_token("ci", NOW + 4) is True
         assert [record.revoked_at for record in await catalog.tokens()] == [NOW + 1, NOW + 4]
+
+    async def test_a_token_that_comes_revoked_may_have_a_name_in_use(self, catalog: Catalog) -> None:
+        old = token("ci", 2, created_at=NOW - 1, revoked_at=NOW)
+        await catalog.put_token(token("ci", 1))
+        await catalog.put_token(old)
+        assert await catalog.tokens() == [old, token("ci", 1)]
 
     async def test_a_revoked_secret_does_not_come_back(self, catalog: Catalog) -> None:
         await catalog.put_token(token("ci", 1))
@@ -487,6 +507,9 @@ class CatalogMachine(RuleBasedStateMachine):
         known = [self.model[key] for key in sorted(self.model)]
         assert self.run(scanned(self.catalog)) == known
         assert self.run(self.catalog.count("main")) == (len(known), sum(record.nar_size for record in known))
+        there = {base_name(int(record.hash_part)) for record in known}
+        missing = [(r.hash_part, reference) for r in known for reference in r.references if reference not in there]
+        assert self.run(self.catalog.dangling("main", 100)) == missing
         for number in range(7):
             referrers = {r.hash_part for r in known if base_name(number) in r.references} - {hash_part(number)}
             assert self.run(self.catalog.referrers("main", hash_part(number))) == referrers

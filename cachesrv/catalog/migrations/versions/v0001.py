@@ -44,6 +44,7 @@ def _paths() -> None:
         sa.ForeignKeyConstraint(["id"], ["names.id"], name="paths_id_fkey"),
         sa.UniqueConstraint("cache", "hash_part", name="paths_cache_hash_part_key"),
     )
+    op.create_index("paths_cache_nar_size_idx", "paths", ["cache", "nar_size"])
     op.create_table(
         "narinfos",
         sa.Column("path_id", _ID, autoincrement=False, nullable=False),

@@ -1,0 +1,128 @@
+"""Migrations give the schema, run once, and refuse databases that are not theirs."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+from cachesrv.catalog import migrations
+from cachesrv.catalog.schema import metadata
+from cachesrv.catalog.sql import SqlCatalog
+from cachesrv.errors import ConfigError
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "catalog.sqlite"
+
+
+async def make(path: Path) -> None:
+    await (await SqlCatalog.open(f"sqlite:///{path}")).close()
+
+
+def definitions(path: Path) -> dict[str, set[str]]:
+    """The lines of each statement that made a table or an index; constraints may come in another order."""
+    with sqlite3.connect(path) as connection:
+        rows = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+    connection.close()
+    return {name: {re.sub(r"\s+", " ", line).strip(" ,") for line in sql.splitlines()} for name, sql in rows}
+
+
+async def test_migrations_make_exactly_the_schema(path: Path, tmp_path: Path) -> None:
+    await make(path)
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_server_default": True})
+        assert compare_metadata(context, metadata) == []
+    engine.dispose()
+
+    direct = create_engine(f"sqlite:///{tmp_path}/direct.sqlite")
+    metadata.create_all(direct)
+    direct.dispose()
+    migrated = definitions(path)
+    del migrated["alembic_version"]
+    assert migrated == definitions(tmp_path / "direct.sqlite")
+
+
+def test_the_head_is_the_last_of_the_packaged_migrations() -> None:
+    packaged = ScriptDirectory(str(Path(migrations.__file__).parent))
+    assert packaged.get_heads() == [migrations.HEAD]
+
+
+def test_the_schema_can_be_written_for_postgresql() -> None:
+    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy has no types there
+    statements = [str(CreateTable(table).compile(dialect=dialect)) for table in metadata.sorted_tables]
+    indexes = [CreateIndex(index) for table in metadata.sorted_tables for index in table.indexes]
+    statements += [str(index.compile(dialect=dialect)) for index in indexes]
+    text = "\n".join(statements)
+    assert "id BIGSERIAL" in text
+    assert 'TEXT COLLATE "C"' in text
+    assert "WHERE revoked_at IS NULL" in text
+
+
+def test_alembic_is_imported_only_where_there_is_something_to_migrate(path: Path) -> None:
+    program = (
+        "import asyncio, sys; from cachesrv.catalog.sql import SqlCatalog\n"
+        "async def main(): await (await SqlCatalog.open(sys.argv[1])).close()\n"
+        "asyncio.run(main()); print('alembic' in sys.modules)"
+    )
+    command_line = [sys.executable, "-c", program, f"sqlite:///{path}"]
+    first, second = (
+        subprocess.run(command_line, capture_output=True, text=True, cwd=ROOT, check=True) for _ in range(2)
+    )
+    assert (first.stdout, second.stdout) == ("True\n", "False\n")
+
+
+async def test_a_database_of_a_newer_version_is_left_alone(path: Path) -> None:
+    await make(path)
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    connection.close()
+    with pytest.raises(ConfigError, match=r"newer cachesrv .*9999.*run that version"):
+        await make(path)
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("9999",)]
+    connection.close()
+
+
+async def test_the_database_of_another_program_is_left_alone(path: Path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE ValidPaths (id INTEGER PRIMARY KEY)")
+    connection.close()
+    with pytest.raises(ConfigError, match="another program"):
+        await make(path)
+    assert definitions(path).keys() == {"ValidPaths"}
+
+
+async def test_a_migration_that_fails_leaves_nothing_behind(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    upgrade = command.upgrade
+
+    def fail_at_the_end(config: Config, revision: str) -> None:
+        upgrade(config, revision)
+        raise ConfigError("not today")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "upgrade", fail_at_the_end)
+        with pytest.raises(ConfigError, match="not today"):
+            await make(path)
+    assert definitions(path) == {}
+    await make(path)
+    assert definitions(path).keys() > {"paths", "alembic_version"}
