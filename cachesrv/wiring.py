@@ -14,6 +14,7 @@ from cachesrv.nix.signing import PublicKey, trusted_keys
 from cachesrv.services.access import Access, Principal, token_hash
 from cachesrv.services.caches import ReferencePolicy, ServedCache
 from cachesrv.services.data_directory import DataDirectory, parse_secret_key, read_secret
+from cachesrv.services.delivery import Delivery
 from cachesrv.services.ingest import Ingest
 from cachesrv.services.lookup import CatalogSource, Lookup
 from cachesrv.services.metadata import Metadata
@@ -74,7 +75,8 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
         usage = Usage(catalog)
         stack.push_async_callback(usage.flush)
         metadata = Metadata(storage, catalog)
-        yield Services(storage, catalog, index, lookup, ingest, publish, metadata, usage, metrics)
+        delivery = Delivery(storage, catalog, ingest)
+        yield Services(storage, catalog, index, lookup, ingest, delivery, publish, metadata, usage, metrics)
 
 
 def served_caches(config: Config) -> dict[str, ServedCache]:

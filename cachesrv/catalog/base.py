@@ -98,6 +98,8 @@ class Catalog(Protocol):
         """Make paths known, or update known ones: all may change but the name, the NAR hash and the time of the first
         registration. References need not be published. Raises Conflict, and writes nothing, when one of them is
         published with another NAR hash or another name; BadInput when a reference is no base name.
+
+        The listings of their NARs have been written to storage by now, and are kept here no longer.
         """
 
     async def path(self, cache: str, hash_part: str) -> PathRecord | None:
@@ -137,9 +139,6 @@ class Catalog(Protocol):
 
     async def nars_by_hash(self, scope: str, nar_hashes: Collection[str]) -> dict[str, NarRecord]:
         """Verified NARs by NAR hash; where several have it, the one verified first. Their listing is left out."""
-
-    async def drop_listing(self, key: str) -> None:
-        """The listing of this NAR has been written to storage: keep it no longer here."""
 
     async def remove_nars(self, keys: Collection[str]) -> None:
         """Forget NARs; those that are not there are passed over."""

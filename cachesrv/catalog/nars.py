@@ -24,7 +24,11 @@ _BY_HASH = (
     .order_by(nars.c.verified_at, nars.c.key)
 )
 _INSERT = insert(nars)
-_DROP_LISTING = update(nars).where(nars.c.key == bindparam("of"), nars.c.listing.is_not(None)).values(listing=null())
+_DROP_LISTINGS = (
+    update(nars)
+    .where(nars.c.key.in_(bindparam("keys", expanding=True)), nars.c.listing.is_not(None))
+    .values(listing=null())
+)
 _DELETE = delete(nars).where(nars.c.key.in_(bindparam("keys", expanding=True)))
 
 
@@ -50,9 +54,10 @@ def by_hash(connection: Connection, scope: str, nar_hashes: Collection[str]) -> 
     return found
 
 
-def drop_listing(connection: Connection, key: str) -> None:
-    """See `Catalog.drop_listing`."""
-    connection.execute(_DROP_LISTING, {"of": key})
+def drop_listings(connection: Connection, keys: Collection[str]) -> None:
+    """Keep the listings of these NARs no longer."""
+    for some in batches(keys):
+        connection.execute(_DROP_LISTINGS, {"keys": some})
 
 
 def remove(connection: Connection, keys: Collection[str]) -> None:

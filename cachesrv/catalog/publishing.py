@@ -10,6 +10,7 @@ from sqlalchemy import bindparam, delete, insert, or_, select, update
 
 from cachesrv.catalog.batches import batches
 from cachesrv.catalog.names import name_ids, prune_names
+from cachesrv.catalog.nars import drop_listings
 from cachesrv.catalog.paths import find
 from cachesrv.catalog.schema import narinfos, paths, refs
 from cachesrv.errors import Conflict
@@ -50,6 +51,7 @@ def publish(connection: Connection, records: Sequence[PathRecord]) -> None:
     """See `Catalog.publish`."""
     for cache, of_cache in groupby(_distinct(records), key=lambda record: record.cache):
         _publish_to(connection, cache, list(of_cache))
+    drop_listings(connection, {record.nar_key for record in records})
 
 
 def remove(connection: Connection, cache: str, hash_parts: Collection[str]) -> None:

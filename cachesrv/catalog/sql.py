@@ -72,9 +72,6 @@ class SqlCatalog:
     async def nars_by_hash(self, scope: str, nar_hashes: Collection[str]) -> dict[str, NarRecord]:
         return await self._database.read(nars.by_hash, scope, nar_hashes)
 
-    async def drop_listing(self, key: str) -> None:
-        await self._database.write(nars.drop_listing, key)
-
     async def remove_nars(self, keys: Collection[str]) -> None:
         await self._database.write(nars.remove, keys)
 

@@ -27,8 +27,10 @@ INTERRUPTED = 130
 COMMANDS: Mapping[str, str] = {
     "serve": "Answer Nix clients over HTTP.",
     "push": "Push store paths to a cache.",
+    "use": "Let Nix on this machine use a cache.",
     "key": "Make signing keys, and sign with them.",
     "token": "Say who may read, push and delete.",
+    "reindex": "Rebuild catalog and index from storage.",
     "check-config": "Say what is wrong with a configuration, or what it comes to.",
 }
 """Name and help of each; its module has the same name, with underscores."""

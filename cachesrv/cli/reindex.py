@@ -57,7 +57,7 @@ async def _reindex(config: Config, names: tuple[str, ...]) -> int:
         reindex = Reindex(services.storage, services.catalog, services.index)
         for cache in caches.values():
             if not names or cache.name in names:
-                report = await reindex.run(cache, lambda report: _progress(report))
+                report = await reindex.run(cache, _progress)
                 _tell(cache.name, report)
                 broken = broken or bool(report.broken)
     return 3 if broken else 0

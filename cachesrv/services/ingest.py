@@ -104,6 +104,19 @@ class Ingest:
             verified = await self._verified(compression, _coalesced(self._storage.read(key)))
         return await self._note(cache, key, compression, verified)
 
+    async def examine(self, name: str, chunks: AsyncIterator[bytes]) -> tuple[str, VerifiedNar]:
+        """Read a NAR called `name`, storing nothing; how it is compressed, and what it is. Raises BadInput when that is
+        not what the name says.
+        """
+        parsed = NarName.parse(name)
+        pieces = _coalesced(chunks)
+        first = await anext(pieces, b"")
+        compression = parsed.compression or _guess(first)
+        async with self._slots:
+            verified = await self._verified(compression, _preceded(first, pieces))
+        _check_name(parsed, verified)
+        return compression, verified
+
     async def listing(self, cache: ServedCache, nar: NarRecord) -> bytes | None:
         """The zstd-compressed listing of a stored NAR; made anew when the first one was given away to a path."""
         if nar.listing is None:
@@ -215,6 +228,13 @@ async def _coalesced(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
             gathered, size = [], 0
     if size:
         yield b"".join(gathered)
+
+
+async def _preceded(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    if first:
+        yield first
+    async for chunk in rest:
+        yield chunk
 
 
 def _guess(start: bytes) -> str:

@@ -168,8 +168,6 @@ class Publish:
         entries = [IndexEntry(path.cache.name, path.record.hash_part, present(path.record.narinfo)) for path in batch]
         await asyncio.to_thread(self._index.put, entries)
         self._metrics.add("paths_published", len(batch))
-        for path in batch:
-            await self._catalog.drop_listing(path.record.nar_key)
 
     async def _describe(self, caches: dict[str, ServedCache]) -> None:
         """The objects of a cache are one without us as well: they begin with what it says of itself."""

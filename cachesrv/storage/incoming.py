@@ -46,13 +46,14 @@ class IncomingFile:
     def create(self, size: int | None) -> None:
         """Make the file, and reserve `size` bytes for it if that is known. Raises StoreFull."""
         self._folder = self._tree.make_folder(self.folder_path)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         self._file = os.open(self._temporary, flags, _MODE, dir_fd=self._folder)
         _lock(self._file)
         if size:
-            self._reserve(size)
+            self.reserve(size)
 
-    def _reserve(self, size: int) -> None:
+    def reserve(self, size: int) -> None:
+        """Take room for `size` bytes in all; the file has that size from now on. Raises StoreFull."""
         # First a look: a reservation that fails half-way takes the room from all other writers for a moment.
         free = self._tree.free()
         if size > free:
@@ -68,6 +69,14 @@ class IncomingFile:
             rest = memoryview(buffer).cast("B")
             while rest:
                 rest = rest[os.write(self._file, rest) :]
+
+    def truncate(self, size: int) -> None:
+        """Give back the room that was reserved beyond `size` bytes."""
+        os.ftruncate(self._file, size)
+
+    def read(self, position: int, length: int) -> bytes:
+        """What was written there, which may be less than `length` bytes."""
+        return os.pread(self._file, length, position)
 
     def finish(self, last: bytes | bytearray, *, replace: bool) -> bool:
         """Write the last bytes, have all on disk and give the file its name; False when there is a file of that name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -14,7 +15,7 @@ from cachesrv.nix import narinfo
 from cachesrv.nix.store_path import is_hash_part
 from cachesrv.services import metadata
 from cachesrv.services.candidate import Candidate
-from cachesrv.storage.base import validate_key
+from cachesrv.storage.base import LocalFile, PresignedUrl, Stream, validate_key
 from cachesrv.web import bodies, objects, ranges
 from cachesrv.web.auth import token_of
 from cachesrv.web.errors import MethodNotAllowed, UnknownCoding
@@ -30,6 +31,7 @@ NAR_TYPE = "application/x-nix-nar"
 _ENCODED_LOG_LIMIT = 32 * 1024 * 1024
 MISS_HEADERS = {"Cache-Control": "no-store"}
 MISS_TEXT = "no such path\n"
+_NO_NAR = "there is no such NAR in this cache"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +51,7 @@ Handler = Callable[[Ask], Awaitable[web.StreamResponse]]
 
 async def get_cache_info(ask: Ask) -> web.StreamResponse:
     """What the cache says of itself; never 404, for then clients try to write it."""
-    return web.Response(
-        body=ask.cache.info, headers={"Content-Type": CACHE_INFO_TYPE, "Cache-Control": "max-age=3600"}
-    )
+    return web.Response(body=ask.cache.info, headers={"Content-Type": CACHE_INFO_TYPE, "Cache-Control": "max-age=3600"})
 
 
 async def get_narinfo(ask: Ask) -> web.StreamResponse:
@@ -79,10 +79,34 @@ async def put_narinfo(ask: Ask) -> web.StreamResponse:
 
 async def get_nar(ask: Ask) -> web.StreamResponse:
     """A NAR, whole or in part."""
+    name = ask.name.removeprefix("nar/")
+    validate_key(ask.cache.key(ask.name))
+    if ask.request.method == "HEAD":
+        # Never by a redirect: a presigned URL is good for GET alone.
+        size = await ask.services.delivery.size(ask.cache, name)
+        if size is None:
+            raise NotFound(_NO_NAR)
+        return await _send_nar(ask, objects.SizeOnly(size))
+    delivery = await ask.services.delivery.open(ask.cache, name)
+    if delivery is None:
+        raise NotFound(_NO_NAR)
+    if isinstance(delivery, PresignedUrl):
+        return web.Response(status=307, headers={"Location": delivery.url, "Cache-Control": "no-store"})
+    if isinstance(delivery, LocalFile):
+        with objects.opened(delivery) as body:
+            return await _send_nar(ask, body)
+    if isinstance(delivery, Stream):
+        key = ask.cache.key(ask.name)
+        return await _send_nar(
+            ask, objects.ChunksBody(delivery.size, lambda part: ask.services.storage.read(key, part))
+        )
+    return await _send_nar(ask, objects.ChunksBody(delivery.fetch.size, delivery.fetch.read))
+
+
+async def _send_nar(ask: Ask, body: objects.Body) -> web.StreamResponse:
     response = await objects.send(
         ask.request,
-        ask.services.storage,
-        validate_key(ask.cache.key(ask.name)),
+        body,
         content_type=NAR_TYPE,
         cache_control=objects.IMMUTABLE,
         etag=f'"{ask.name.removeprefix("nar/")}"',
@@ -105,13 +129,12 @@ async def get_metadata(ask: Ask) -> web.StreamResponse:
     """A listing, log, realisation or entry of the debug index."""
     kind = metadata.kind_of(ask.name)
     assert kind is not None
-    return await objects.send(
-        ask.request,
-        ask.services.storage,
-        validate_key(ask.cache.key(ask.name)),
-        content_type=kind.content_type,
-        cache_control=objects.REVALIDATE,
-    )
+    key = validate_key(ask.cache.key(ask.name))
+    info = await ask.services.storage.head(key)
+    if info is None:
+        raise NotFound("there is no such object in this cache")
+    body = objects.ChunksBody(info.size, partial(ask.services.storage.read, key))
+    return await objects.send(ask.request, body, content_type=kind.content_type, cache_control=objects.REVALIDATE)
 
 
 async def put_metadata(ask: Ask) -> web.StreamResponse:

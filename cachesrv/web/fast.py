@@ -37,7 +37,7 @@ class FastAnswers:
 
     def __init__(self, site: Site) -> None:
         self._site = site
-        self._storage = site.services.storage
+        self._delivery = site.services.delivery
         self._raw = site.services.index.raw
         self._usage = site.services.usage
         self._blocks = Blocks()
@@ -137,7 +137,7 @@ class FastAnswers:
         if cache is None or not (cache.public or self._may_read(rules, cache, block)):
             return None
         text = name.decode("ascii")
-        content = self._storage.at_once(cache.key(f"nar/{text}"), limit=SMALL_NAR)
+        content = self._delivery.at_once(cache.key(f"nar/{text}"), limit=SMALL_NAR)
         if content is None:
             return None
         self._cells[self._cell[method, "nar", 200]] += 1

@@ -1,22 +1,24 @@
-"""An object of storage on its way out: from a file, as a redirect, or as a stream; whole or in part."""
+"""An object on its way out: from a file or as it comes, whole or in part."""
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from aiohttp import web
 
 from cachesrv.errors import NotFound, StoreError
-from cachesrv.storage.base import ByteRange, LocalFile, PresignedUrl
+from cachesrv.storage.base import ByteRange
 from cachesrv.web import ranges
 from cachesrv.web.errors import BEGUN
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
     from typing import BinaryIO
 
-    from cachesrv.storage.base import ObjectStore
+    from cachesrv.storage.base import LocalFile
 
 IMMUTABLE = "max-age=31536000, immutable"
 """Cache-Control of objects that never change under their name."""
@@ -27,29 +29,45 @@ _SMALL = 256 * 1024
 """Bytes up to which a file leaves in one write."""
 
 
+class Body(Protocol):
+    """What is to be sent, whole or in part."""
+
+    size: int
+
+    async def small(self, part: ByteRange) -> bytes | None:
+        """The part, when it is small."""
+
+    async def send(self, request: web.Request, response: web.StreamResponse, part: ByteRange) -> None:
+        """Write the part. Raises when it breaks off."""
+
+
 async def send(
-    request: web.Request,
-    storage: ObjectStore,
-    key: str,
-    *,
-    content_type: str,
-    cache_control: str,
-    etag: str | None = None,
+    request: web.Request, body: Body, *, content_type: str, cache_control: str, etag: str | None = None
 ) -> web.StreamResponse:
-    """Answer a GET or HEAD with the object; `etag` is quoted. Raises NotFound before the first byte."""
-    delivery = await storage.delivery(key)
-    if delivery is None:
-        raise NotFound("there is no such object in this cache")
-    if isinstance(delivery, PresignedUrl):
-        return web.Response(status=307, headers={"Location": delivery.url, "Cache-Control": "no-store"})
+    """Answer a GET with the object, or the part of it that is asked for; `etag` is quoted."""
     headers = {"Content-Type": content_type, "Cache-Control": cache_control, "Accept-Ranges": "bytes"}
-    if isinstance(delivery, LocalFile):
-        file = await asyncio.to_thread(_open, delivery)
-        try:
-            return await _send_part(request, headers, _FileBody(file, delivery.size), etag)
-        finally:
-            file.close()
-    return await _send_part(request, headers, _StreamBody(storage, key, delivery.size), etag)
+    return await _send_part(request, headers, body, etag)
+
+
+@contextmanager
+def opened(file: LocalFile) -> Iterator[FileBody]:
+    """A file to be sent. Raises NotFound when it has gone meanwhile."""
+    with _open(file) as stream:
+        yield FileBody(stream, file.size)
+
+
+class SizeOnly:
+    """The body of an answer to HEAD."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    async def small(self, _part: ByteRange) -> bytes | None:
+        """There is nothing to send."""
+        return None
+
+    async def send(self, _request: web.Request, _response: web.StreamResponse, _part: ByteRange) -> None:
+        """There is nothing to send."""
 
 
 def _open(delivery: LocalFile) -> BinaryIO:
@@ -61,7 +79,7 @@ def _open(delivery: LocalFile) -> BinaryIO:
         raise StoreError(f"{delivery.path} cannot be read: {error.strerror}") from error
 
 
-class _FileBody:
+class FileBody:
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file = file
         self.size = size
@@ -89,25 +107,26 @@ class _FileBody:
             raise StoreError(f"{self._file.name} has become shorter")
 
 
-class _StreamBody:
-    def __init__(self, storage: ObjectStore, key: str, size: int) -> None:
-        self._storage = storage
-        self._key = key
-        self.size = size
+class ChunksBody:
+    """What comes bit by bit: `read` gives the chunks of a part."""
 
-    async def small(self, _part: ByteRange) -> bytes | None:
-        """Never: it may take long to come."""
-        return None
+    def __init__(self, size: int, read: Callable[[ByteRange], AsyncIterator[bytes]]) -> None:
+        self.size = size
+        self._read = read
+
+    async def small(self, part: ByteRange) -> bytes | None:
+        """The part, when it is small; what breaks off can then still be told."""
+        if part.length > _SMALL:
+            return None
+        return b"".join([chunk async for chunk in self._read(part)])
 
     async def send(self, _request: web.Request, response: web.StreamResponse, part: ByteRange) -> None:
         """Pass it on as it comes."""
-        async for chunk in self._storage.read(self._key, part):
+        async for chunk in self._read(part):
             await response.write(chunk)
 
 
-async def _send_part(
-    request: web.Request, headers: dict[str, str], body: _FileBody | _StreamBody, etag: str | None
-) -> web.StreamResponse:
+async def _send_part(request: web.Request, headers: dict[str, str], body: Body, etag: str | None) -> web.StreamResponse:
     if etag:
         headers["ETag"] = etag
         if ranges.matches(request.headers.get("If-None-Match"), etag):
@@ -121,7 +140,7 @@ async def _send_part(
 
 
 async def _send_bytes(
-    request: web.Request, status: int, headers: dict[str, str], body: _FileBody | _StreamBody, part: ByteRange
+    request: web.Request, status: int, headers: dict[str, str], body: Body, part: ByteRange
 ) -> web.StreamResponse:
     if request.method == "HEAD":
         return web.Response(status=status, headers={**headers, "Content-Length": str(part.length)})

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cachesrv.index.base import Index
     from cachesrv.services.access import Access, Principal
     from cachesrv.services.caches import ServedCache
+    from cachesrv.services.delivery import Delivery
     from cachesrv.services.ingest import Ingest
     from cachesrv.services.lookup import Lookup
     from cachesrv.services.metadata import Metadata
@@ -34,6 +35,7 @@ class Services:
     index: Index
     lookup: Lookup
     ingest: Ingest
+    delivery: Delivery
     publish: Publish
     metadata: Metadata
     usage: Usage

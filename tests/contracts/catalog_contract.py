@@ -309,12 +309,10 @@ class NarContract(Fixtures):
             await catalog.put_nar(record)
         assert await catalog.nars_by_hash("main", [nar_hash(1)]) == {nar_hash(1): first}
 
-    async def test_a_dropped_listing_is_gone_and_the_nar_stays(self, catalog: Catalog) -> None:
+    async def test_a_listing_goes_when_its_path_is_published(self, catalog: Catalog) -> None:
         await catalog.put_nar(nar(1))
         await catalog.put_nar(nar(2))
-        await catalog.drop_listing(nar(1).key)
-        await catalog.drop_listing(nar(1).key)
-        await catalog.drop_listing(nar(3).key)
+        await catalog.publish([path(1, nar_key=nar(1).key)])
         assert await catalog.nar(nar(1).key) == nar(1, listing=None)
         assert await catalog.nar(nar(2).key) == nar(2)
 
