@@ -185,7 +185,8 @@ async def handle(request: web.Request) -> web.StreamResponse:
     if request.method == "PUT" and route.put:
         principal = await check_writable(rules, cache, token)
         return await route.put(Ask(request, site.services, rules, cache, name, principal.name))
-    raise MethodNotAllowed(f"{request.method} is not for this; clients read it" + (" and PUT it" if route.put else ""))
+    allowed = ["GET", "HEAD", *(["PUT"] if route.put else [])]
+    raise MethodNotAllowed(f"{request.method} is not for this; it can be asked by {', '.join(allowed)}", allowed)
 
 
 def _hash_part(name: str, suffix: str) -> str:

@@ -14,8 +14,11 @@ import structlog
 from aiohttp import web
 
 from cachesrv import errors
+from cachesrv.web.ranges import Unsatisfiable
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aiohttp.typedefs import Handler
 
 _log = structlog.get_logger()
@@ -36,13 +39,18 @@ class UnknownCoding(errors.BadInput):
 
 
 class MethodNotAllowed(errors.CachesrvError):
-    """The resource is there, but not for this method."""
+    """The resource is there, but not for this method; `allowed` are those that it is for."""
+
+    def __init__(self, message: str, allowed: Sequence[str]) -> None:
+        super().__init__(message)
+        self.allowed = allowed
 
 
 STATUSES: dict[type[errors.CachesrvError], int] = {
     BodyTooSlow: 408,
     UnknownCoding: 415,
     MethodNotAllowed: 405,
+    Unsatisfiable: 416,
     errors.TooLarge: 413,
     errors.Mismatch: 422,
     errors.BadInput: 400,
@@ -85,6 +93,10 @@ def answer(request: web.BaseRequest, error: errors.CachesrvError) -> web.Respons
     headers = {"Cache-Control": "no-store"}
     if status == web.HTTPUnauthorized.status_code:
         headers["WWW-Authenticate"] = 'Basic realm="cachesrv"'
+    if isinstance(error, MethodNotAllowed):
+        headers["Allow"] = ", ".join(error.allowed)
+    if isinstance(error, Unsatisfiable):
+        headers["Content-Range"] = f"bytes */{error.size}"
     if status == web.HTTPServiceUnavailable.status_code:
         headers["Retry-After"] = str(RETRY_AFTER)
     return line(request, status, text_for_client(error), headers)

@@ -271,6 +271,11 @@ async def reporting(request: web.Request, handler: Handler) -> web.StreamRespons
         await response.write_eof()
         await front.taken()
         answered = True
+    except ConnectionError:
+        # The client has gone, or was cut off in the middle of its answer: no defect, as aiohttp would have it.
+        if request.transport is not None:
+            request.transport.abort()
+        response = web.Response()
     finally:
         front.finished(answered=answered)
     return response

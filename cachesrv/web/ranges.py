@@ -11,7 +11,11 @@ _RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})\Z")
 
 
 class Unsatisfiable(BadInput):
-    """No byte of the range is there."""
+    """No byte of the range is there; `size` is how many bytes are."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"the range lies outside of the {size} bytes that there are")
+        self.size = size
 
 
 def requested(header: str | None, size: int) -> ByteRange | None:
@@ -30,7 +34,7 @@ def requested(header: str | None, size: int) -> ByteRange | None:
         if match[2] and int(match[2]) < start:
             return None
     if start >= end:
-        raise Unsatisfiable(f"the range lies outside of the {size} bytes that there are")
+        raise Unsatisfiable(size)
     return ByteRange(start, end)
 
 
