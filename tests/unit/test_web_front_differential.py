@@ -62,10 +62,20 @@ class Servers:
 
     def compare(self, *steps: Step) -> Outcome:
         """Take the same steps with both; what they do has to be the same."""
-        quiet = QUIET
-        front, plain = self.run(self._both(steps, quiet))
+        return self.run(self._compare(steps))
+
+    def compare_all(self, exchanges: list[tuple[Step, ...]]) -> None:
+        """Each of them on connections of its own, all at the same time."""
+
+        async def together() -> None:
+            await asyncio.gather(*map(self._compare, exchanges))
+
+        self.run(together())
+
+    async def _compare(self, steps: tuple[Step, ...]) -> Outcome:
+        front, plain = await self._both(steps, QUIET)
         if front != plain and not (front.ended and plain.ended):
-            front, plain = self.run(self._both(steps, 20 * quiet))
+            front, plain = await self._both(steps, 20 * QUIET)
         assert front == plain
         return front
 
@@ -94,6 +104,8 @@ async def take(port: int, steps: tuple[Step, ...], quiet: float) -> Outcome:
             methods += step.methods or ()
             if known:
                 await connection.receive_answers(methods)
+            else:
+                await connection.receive(quiet / 5)
         if known:
             await connection.send(LAST)
             return await connection.receive_all(30)
@@ -243,34 +255,70 @@ FIELDS = [
     *(f"X-{number}: {number}" for number in range(3)),
 ]
 
+FIRST = request(f"/main/{PRESENT[0]}.narinfo")
+SECOND = request(f"/{ABSENT[0]}.narinfo", "HEAD")
+
 targets = st.sampled_from(TARGETS[:14]) | st.sampled_from(TARGETS)
-methods = st.sampled_from(
-    ["GET", "GET", "GET", "HEAD", "HEAD", "PUT", "POST", "DELETE", "OPTIONS", "get", "G\x00T", ""]
-)
+methods = st.sampled_from([*["GET"] * 4, *["HEAD"] * 3, "PUT", "POST", "DELETE", "OPTIONS", "get", "G\x00T", ""])
 versions = st.sampled_from(
     [*["HTTP/1.1"] * 8, "HTTP/1.0", "HTTP/1.2", "HTTP/2.0", "HTTP/1.10", "http/1.1", "", "HTTP/1.1 "]
 )
-bodies = st.sampled_from([b"", b"", b"", b"abcd", b"4\r\nabcd\r\n0\r\n\r\n", b"0\r\n\r\n", b"\r\n", b"x" * 3000])
-requests = st.builds(
-    lambda target, method, fields, version, host, body: request(
-        target, method, *fields, version=version, host=host, body=body
-    ),
-    targets,
-    methods,
+
+
+def twice(field: str) -> list[str]:
+    return [field, f"{field.partition(':')[0].swapcase()}: other"]
+
+
+header_fields = st.one_of(
     st.lists(st.sampled_from(FIELDS), max_size=3),
-    versions,
-    st.integers(0, 9).map(bool),
-    bodies,
+    st.sampled_from(FIELDS).map(twice),
+    st.sampled_from(FIELDS[:9]).map(twice),
 )
+
+
+def framed(body: bytes) -> list[tuple[list[str], bytes]]:
+    """Ways to say how long a body is, true and false."""
+    size, chunked = len(body), b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    return [
+        ([], b""),
+        ([], body),
+        ([f"Content-Length: {size}"], body),
+        ([f"Content-Length: {size - 1}"], body),
+        ([f"Content-Length: {size + 1}"], body),
+        ([f"Content-Length: {size}"] * 2, body),
+        ([f"Content-Length: {size}", f"Content-Length: {size - 1}"], body),
+        (["Content-Length: 0"], body),
+        (["Transfer-Encoding: chunked"], chunked),
+        (["Transfer-Encoding: chunked", "Content-Length: 0"], chunked),
+        (["Transfer-Encoding: chunked", f"Content-Length: {len(chunked)}"], chunked),
+        (["Transfer-Encoding: chunked", "Transfer-Encoding: identity"], chunked),
+        (["Transfer-Encoding: chunked", "X-Unheard-Of: 1"], chunked[:-2]),
+        (["Expect: 100-continue", f"Content-Length: {size}"], body),
+    ]
+
+
+bodies = st.sampled_from([b"abcd", b"\r\n", FIRST, SECOND, FIRST + SECOND, b"x" * 3000])
+frames: st.SearchStrategy[tuple[list[str], bytes]] = st.just(([], b"")) | bodies.flatmap(
+    lambda body: st.sampled_from(framed(body))
+)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> tuple[bytes, bytes]:
+    """A head and what follows it."""
+    framing, body = draw(frames)
+    fields = [*draw(header_fields), *framing]
+    head = request(draw(targets), draw(methods), *fields, version=draw(versions), host=draw(st.integers(0, 9)) > 0)
+    return head, body
+
+
 plain_fields = st.lists(
     st.sampled_from(FIELDS[:5]), max_size=2, unique_by=lambda field: field[:2].lower()
 ) | st.sampled_from(
     [[f"Authorization: Bearer {token}"] for token in (READER, STRANGER, IN_CATALOG, "nobody")]
     + [["Range: bytes=1-5"], ["If-None-Match: *"], ["Content-Length: 0"], ["X-Unheard-Of: 1"]]
 )
-good_requests = st.tuples(
-    targets.filter(lambda target: target in TARGETS[:36]), st.sampled_from(["GET", "HEAD"]), plain_fields
-)
+good_requests = st.tuples(st.sampled_from(TARGETS[:36]), st.sampled_from(["GET", "HEAD"]), plain_fields)
 
 
 def cut(data: bytes, places: list[int]) -> tuple[bytes, ...]:
@@ -279,9 +327,10 @@ def cut(data: bytes, places: list[int]) -> tuple[bytes, ...]:
 
 
 cuts = st.lists(st.integers(0, 100_000), max_size=3)
+"""Places where what is sent is cut; where a test has None for them, it is cut wherever a head or a body ends."""
 
 
-@examples(150)
+@examples(120)
 @given(st.lists(st.tuples(good_requests, cuts | st.just([])), min_size=1, max_size=5))
 def test_requests_one_after_the_other(
     servers: Servers, asked: list[tuple[tuple[str, str, list[str]], list[int]]]
@@ -293,44 +342,69 @@ def test_requests_one_after_the_other(
     assert len(outcome.answers) == len(steps) + 1
 
 
-@examples(100)
-@given(st.lists(good_requests, min_size=2, max_size=6), cuts)
+@examples(120)
+@given(st.lists(good_requests, min_size=2, max_size=6), st.none() | cuts)
+@example([("/nix-cache-info", "GET", []), (TARGETS[0], "GET", [])], None)
+@example([("/", "GET", []), (TARGETS[0], "GET", []), (TARGETS[1], "HEAD", [])], [len(request("/"))])
 def test_requests_that_do_not_wait_for_answers(
-    servers: Servers, asked: list[tuple[str, str, list[str]]], places: list[int]
+    servers: Servers, asked: list[tuple[str, str, list[str]]], places: list[int] | None
 ) -> None:
-    data = b"".join(request(target, method, *fields) for target, method, fields in asked)
-    outcome = servers.compare(Step(cut(data, places), tuple(method for _, method, _ in asked)))
+    parts = [request(target, method, *fields) for target, method, fields in asked]
+    segments = tuple(parts) if places is None else cut(b"".join(parts), places)
+    outcome = servers.compare(Step(segments, tuple(method for _, method, _ in asked)))
     assert len(outcome.answers) == len(asked) + 1
 
 
 @examples(250)
-@given(st.lists(requests, min_size=1, max_size=3), cuts)
-@example([request(TARGETS[0]), b"\r\n" + request(TARGETS[0])], [])
-@example([request(TARGETS[0], "GET", "Content-Length: 4", "Transfer-Encoding: chunked", body=b"0\r\n\r\n")] * 2, [])
-@example([request(TARGETS[0], "GET", "Content-Length: 4", "Content-Length: 5", body=b"abcde")] * 2, [])
-@example([request(TARGETS[0], "GET", "Content-Length: 4", body=b"abcd")] * 2, [])
-@example([request(TARGETS[0]).replace(b"\r\n", b"\n")] * 2, [])
-@example([request(TARGETS[0]).replace(b"\r\n", b"\r")] * 2, [])
-@example([request(TARGETS[0])[:-2] + b"\n"] * 2, [])
-@example([request(TARGETS[0])[:-1], request(TARGETS[0])], [])
-@example([request(TARGETS[0]).replace(b" ", b"\t")] * 2, [])
-@example([request(TARGETS[0]).replace(b" ", b"  ")] * 2, [])
-@example([b"GET /a\nX: HTTP/1.1\r\nHost: x\r\n\r\n" + request(TARGETS[0])], [])
-@example([b"GET /a HTTP/1.1\nContent-Length: 40\nX: HTTP/1.1\r\nHost: x\r\n\r\n" + request(TARGETS[0])], [])
-@example([b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"], [])
-@example([b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"], [])
-@example([b"", b"\x00" * 10_000], [])
-def test_anything(servers: Servers, asked: list[bytes], places: list[int]) -> None:
-    servers.compare(Step(cut(b"".join(asked), places)))
+@given(st.lists(requests(), min_size=1, max_size=3), st.none() | cuts)
+@example([(FIRST, b"\r\n"), (FIRST, b"")], [])
+@example([(FIRST.replace(b"\r\n", b"\n"), b"")] * 2, None)
+@example([(FIRST.replace(b"\r\n", b"\r"), b"")] * 2, None)
+@example([(FIRST[:-2] + b"\n", b"")] * 2, None)
+@example([(FIRST[:-1], FIRST)], None)
+@example([(FIRST.replace(b" ", b"\t"), b"")] * 2, None)
+@example([(FIRST.replace(b" ", b"  "), b"")] * 2, None)
+@example([(b"GET /a\nX: HTTP/1.1\r\nHost: x\r\n\r\n", FIRST)], None)
+@example([(b"GET /a HTTP/1.1\nContent-Length: 40\nX: HTTP/1.1\r\nHost: x\r\n\r\n", FIRST)], None)
+@example([(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"")], None)
+@example([(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"")], None)
+@example([(b"\x00" * 10_000, b"")], None)
+def test_anything(servers: Servers, asked: list[tuple[bytes, bytes]], places: list[int] | None) -> None:
+    servers.compare(Step(segments_of(asked, places)))
 
 
 @examples(150)
-@given(good_requests, requests, cuts)
+@given(good_requests, requests(), requests(), st.none() | cuts)
 def test_anything_after_an_answer(
-    servers: Servers, first: tuple[str, str, list[str]], second: bytes, places: list[int]
+    servers: Servers,
+    first: tuple[str, str, list[str]],
+    second: tuple[bytes, bytes],
+    third: tuple[bytes, bytes],
+    places: list[int] | None,
 ) -> None:
     target, method, fields = first
-    servers.compare(Step((request(target, method, *fields),), (method,)), Step(cut(second, places)))
+    step = Step((request(target, method, *fields),), (method,))
+    servers.compare(step, Step(segments_of([second], places)), Step(segments_of([third], places)))
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "HEAD"])
+@pytest.mark.parametrize("target", ["/nix-cache-info", TARGETS[0], "/main/x/y"])
+@pytest.mark.parametrize("body", [FIRST, SECOND + FIRST], ids=["one", "two"])
+def test_a_request_in_a_body_is_none(servers: Servers, method: str, target: str, body: bytes) -> None:
+    frames = [(request(target, method, *fields), content) for fields, content in framed(body)]
+    servers.compare_all([(Step((head, content, FIRST)),) for head, content in frames])
+    servers.compare_all([(Step((head,)), Step((content,)), Step((FIRST,))) for head, content in frames])
+
+
+def test_fields_that_are_there_twice(servers: Servers) -> None:
+    heads = [request(TARGETS[0], "GET", *fields) for field in FIELDS for fields in (twice(field), [field, field])]
+    servers.compare_all([(Step((head, FIRST)),) for head in heads])
+
+
+def segments_of(asked: list[tuple[bytes, bytes]], places: list[int] | None) -> tuple[bytes, ...]:
+    if places is None:
+        return tuple(part for head, body in asked for part in (head, body) if part)
+    return cut(b"".join(head + body for head, body in asked), places)
 
 
 SPECIAL = b'\x00\t\n\r "#%/:;?,.aA0\x7f\x80\xff'
