@@ -172,9 +172,10 @@ class Config(msgspec.Struct, frozen=True):
     cache: tuple[Cache, ...] = (Cache(name="main", root=True),)
     token: tuple[Token, ...] = ()
 
-    def listening(self, addresses: tuple[str, ...]) -> Config:
-        """The same, at other addresses."""
-        return msgspec.structs.replace(self, server=msgspec.structs.replace(self.server, listen=addresses))
+    def changed(self, *, listen: tuple[str, ...] | None, workers: int | None) -> Config:
+        """The same with what the command line says; None leaves it as it is."""
+        given = {key: value for key, value in {"listen": listen, "workers": workers}.items() if value is not None}
+        return msgspec.structs.replace(self, server=msgspec.structs.replace(self.server, **given))
 
 
 def data_dir(given: str | None, environ: Mapping[str, str]) -> Path:

@@ -19,6 +19,8 @@ class ReferencePolicy(Enum):
 
     STRICT = "strict"
     """In the cache itself."""
+    UPSTREAM = "upstream"
+    """In the cache, or in one of its upstreams."""
     ANY = "any"
     """Nowhere: for caches that hold only a part of what their clients use."""
 
@@ -26,7 +28,8 @@ class ReferencePolicy(Enum):
 @dataclass(frozen=True)
 class ServedCache:
     """`prefix` is where its objects lie in storage, without a slash at the end; `trusted_keys`, by name: when there are
-    any, a path must be signed by one of them or have a content address that holds.
+    any, a path must be signed by one of them or have a content address that holds. `pull_through`: what is not here
+    is fetched from upstream; `bucket_is_authority`: others write to its storage too.
     """
 
     name: str
@@ -39,6 +42,8 @@ class ServedCache:
     signing_keys: tuple[SecretKey, ...]
     trusted_keys: Mapping[str, PublicKey]
     references: ReferencePolicy
+    pull_through: bool
+    bucket_is_authority: bool
 
     @property
     def info(self) -> bytes:

@@ -34,17 +34,22 @@ NarDelivery = LocalFile | PresignedUrl | Stream | Following
 class Origin(Protocol):
     """Somebody who may have a NAR that storage has not."""
 
-    async def remote(self, cache: ServedCache, name: str) -> Remote | None:
-        """The NAR `nar/<name>` as it can be had there; None when it cannot."""
+    async def remote(self, cache: ServedCache, name: str, hash_part: str | None) -> Remote | None:
+        """The NAR `nar/<name>` as it can be had there; None when it cannot. `hash_part` is that of a path that it is
+        asked for, if that was said. Raises PeerError.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class FarAway:
-    """What it takes where objects are not files of this host: the disk cache, and the fetches that fill it."""
+    """What it takes where NARs are not all files of this host: the disk cache, and the fetches that fill it.
+    `storage_is_local`: those in storage are files of this host.
+    """
 
     disk_cache: DiskCache
     fetches: Fetches
     origin: Origin | None
+    storage_is_local: bool
 
 
 class Delivery:
@@ -63,46 +68,53 @@ class Delivery:
             content = self._far_away.disk_cache.at_once(key, limit=limit)
         return content
 
-    async def size(self, cache: ServedCache, name: str) -> int | None:
-        """The bytes of `nar/<name>`, None when there is no such NAR. Raises StoreError."""
-        key = cache.key(f"nar/{name}")
-        # A file is looked at; a question to a bucket is saved where the catalog knows the answer.
-        if self._far_away and (record := await self._catalog.nar(key)):
-            return record.file_size
-        if info := await self._storage.head(key):
-            return info.size
-        remote = await self._remote(cache, name)
-        return remote.size if remote else None
+    async def size(self, cache: ServedCache, name: str, hash_part: str | None) -> int | None:
+        """The bytes of `nar/<name>`, None when there is no such NAR. Raises StoreError, PeerError."""
+        size = await self._size_in_storage(cache.key(f"nar/{name}"))
+        if size is None and (remote := await self._remote(cache, name, hash_part)):
+            return remote.size
+        return size
 
-    async def open(self, cache: ServedCache, name: str) -> NarDelivery | None:
-        """The best way to `nar/<name>`, None when there is no such NAR. Raises StoreError."""
+    async def open(self, cache: ServedCache, name: str, hash_part: str | None) -> NarDelivery | None:
+        """The best way to `nar/<name>`, None when there is no such NAR. Raises StoreError, PeerError."""
         key = cache.key(f"nar/{name}")
         far_away = self._far_away
-        if far_away is None:
-            return await self._storage.delivery(key)
+        if far_away is None or far_away.storage_is_local:
+            delivery = await self._storage.delivery(key)
+            if delivery or far_away is None:
+                return delivery
         if kept := await far_away.disk_cache.get(key):
             return kept
         if fetch := far_away.fetches.under_way(key):
             return Following(fetch)
+        if not far_away.storage_is_local and (found := await self._from_afar(key)):
+            return found
+        remote = await self._remote(cache, name, hash_part)
+        return Following(far_away.fetches.start(remote)) if remote else None
+
+    async def _from_afar(self, key: str) -> NarDelivery | None:
+        """A NAR in a store that is not of this host. A redirect is given only to what is known to be there."""
         record = await self._catalog.nar(key)
         size = record.file_size if record else await self._size_in_storage(key)
-        if size is None:
-            remote = await self._remote(cache, name)
-            return Following(far_away.fetches.start(remote)) if remote else None
+        if size is None or self._far_away is None:
+            return None
         delivery = await self._storage.delivery(key)
-        if not isinstance(delivery, Stream):
-            return delivery
-        stored = StoredNar(self._storage, self._ingest, key, size=size, record=record)
-        return Following(far_away.fetches.start(stored))
+        if isinstance(delivery, Stream):
+            stored = StoredNar(self._storage, self._ingest, key, size=size, record=record)
+            return Following(self._far_away.fetches.start(stored))
+        return delivery
 
     async def _size_in_storage(self, key: str) -> int | None:
+        # A file is looked at; a question to a bucket is saved where the catalog knows the answer.
+        if self._far_away and not self._far_away.storage_is_local and (record := await self._catalog.nar(key)):
+            return record.file_size
         info = await self._storage.head(key)
         return info.size if info else None
 
-    async def _remote(self, cache: ServedCache, name: str) -> Remote | None:
+    async def _remote(self, cache: ServedCache, name: str, hash_part: str | None) -> Remote | None:
         if self._far_away is None or self._far_away.origin is None:
             return None
-        return await self._far_away.origin.remote(cache, name)
+        return await self._far_away.origin.remote(cache, name, hash_part)
 
 
 class StoredNar:
@@ -111,6 +123,7 @@ class StoredNar:
     def __init__(self, storage: ObjectStore, ingest: Ingest, key: str, *, size: int, record: NarRecord | None) -> None:
         self.key = key
         self.size = size
+        self.keep = True
         self._storage = storage
         self._ingest = ingest
         self._record = record

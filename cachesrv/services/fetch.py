@@ -16,7 +16,7 @@ import structlog
 from cachesrv.errors import CachesrvError, Mismatch, PeerError, StoreError, StoreUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
     from cachesrv.storage.base import ByteRange
     from cachesrv.storage.disk_cache import DiskCache, Incoming
@@ -30,16 +30,26 @@ _PAUSE = 0.2
 
 
 class Remote(Protocol):
-    """An object somewhere else; `key` is what it is called in the disk cache, `size` its bytes."""
+    """An object somewhere else. `key` is what it is called in the disk cache, `size` its bytes; `keep` says whether it
+    stays there.
+    """
 
-    key: str
-    size: int
+    @property
+    def key(self) -> str: ...
 
-    def read(self, start: int) -> AsyncGenerator[bytes, None]:
-        """Its bytes from `start` on. Raises StoreError or PeerError when it breaks."""
+    @property
+    def size(self) -> int: ...
 
-    async def receive(self, chunks: AsyncIterator[bytes]) -> None:
-        """Take in all of its bytes, as they are written to the disk cache. Returns when they are found to be right, and
+    @property
+    def keep(self) -> bool: ...
+
+    @property
+    def read(self) -> Callable[[int], AsyncGenerator[bytes, None]]:
+        """Gives its bytes from a position on. Raises StoreError or PeerError when it breaks."""
+
+    @property
+    def receive(self) -> Callable[[AsyncIterator[bytes]], Awaitable[None]]:
+        """Takes in all of its bytes, as they are written to the disk cache. Returns when they are found right, and
         kept wherever they are to be kept for good. Raises BadInput when they are not right.
         """
 
@@ -94,7 +104,8 @@ class Fetch:
                 self._incoming = await stack.enter_async_context(cache.incoming(self._remote.key, self.size))
                 async with aclosing(self._written(self._incoming)) as chunks:
                     await self._remote.receive(chunks)
-                await self._incoming.commit()
+                if self._remote.keep:
+                    await self._incoming.commit()
                 self._verified = True
             except CachesrvError as error:
                 _log.warning("a fetch failed", key=self._remote.key, error=str(error))

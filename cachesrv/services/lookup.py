@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
-from cachesrv.errors import StoreError
+from cachesrv.errors import PeerError, StoreError, StoreUnavailable
 from cachesrv.index.base import IndexEntry, Present
 from cachesrv.services.answer import present
 from cachesrv.services.batch import Batcher
@@ -31,7 +31,9 @@ class Source(Protocol):
     """Somewhere that may know a path."""
 
     async def narinfo(self, cache: ServedCache, hash_part: str) -> bytes | None:
-        """Its narinfo as it is to be served; None when the source is sure not to have it. Raises when it is not."""
+        """Its narinfo as it is to be served; None when the source is sure not to have it. Raises StoreError when it
+        cannot tell and has to be asked again, PeerError when it cannot tell and others may do instead.
+        """
 
 
 class CatalogSource:
@@ -49,16 +51,18 @@ class CatalogSource:
 class Lookup:
     """Answers questions that the index alone cannot, and teaches it."""
 
-    def __init__(self, index: Index, sources: Sequence[Source], *, negative_ttl: int) -> None:
+    def __init__(self, index: Index, sources: Sequence[Source], *, negative_ttl: int, timeout: float) -> None:
+        """`negative_ttl`: seconds for which an absence is believed; `timeout`: for one question to all sources."""
         self._index = index
         self._sources = sources
         self._negative_ttl = negative_ttl
+        self._timeout = timeout
         self._asked: dict[tuple[str, str], asyncio.Task[bytes | None]] = {}
         self._learnt: Batcher[tuple[str, str, bytes | None]] = Batcher(self._learn)
         self._learning: set[asyncio.Task[None]] = set()
 
     async def find(self, cache: ServedCache, hash_part: str) -> Present | None:
-        """The answer for a path, or None when it is not there. Raises StoreError when that cannot be told."""
+        """The answer for a path, or None when it is not there. Raises StoreError when that cannot be told now."""
         known = self._index.get(cache.name, hash_part)
         if known is not None:
             return known if isinstance(known, Present) else None
@@ -81,13 +85,31 @@ class Lookup:
         return await asyncio.shield(task)
 
     async def _ask(self, cache: ServedCache, hash_part: str) -> bytes | None:
-        text = None
-        for source in self._sources:
-            text = await source.narinfo(cache, hash_part)
-            if text is not None:
-                break
-        self._teach(cache.name, hash_part, text)
+        doubts: list[PeerError] = []
+        try:
+            async with asyncio.timeout(self._timeout):
+                text = await self._ask_sources(cache, hash_part, doubts)
+        except TimeoutError:
+            raise StoreUnavailable(
+                f"nobody could say within {self._timeout:g} s whether {hash_part} is there"
+            ) from None
+        for doubt in doubts:
+            _log.warning("a source could not answer", cache=cache.name, hash_part=hash_part, error=str(doubt))
+        if text is not None or not doubts:
+            self._teach(cache.name, hash_part, text)
         return text
+
+    async def _ask_sources(self, cache: ServedCache, hash_part: str, doubts: list[PeerError]) -> bytes | None:
+        """The first answer; who could not tell is added to `doubts`."""
+        for source in self._sources:
+            try:
+                text = await source.narinfo(cache, hash_part)
+            except PeerError as error:
+                doubts.append(error)
+            else:
+                if text is not None:
+                    return text
+        return None
 
     def _teach(self, cache: str, hash_part: str, text: bytes | None) -> None:
         """Write to the index, without making the one who asked wait for it."""

@@ -19,6 +19,7 @@ from cachesrv.nix.compression import decompress
 from cachesrv.services import admission
 from cachesrv.services.answer import present
 from cachesrv.services.batch import Batcher
+from cachesrv.services.caches import ReferencePolicy
 from cachesrv.services.content import needs_reading
 from cachesrv.services.locks import NamedLocks
 from cachesrv.services.verify_nar import LISTING_LIMIT
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from cachesrv.services.caches import ServedCache
     from cachesrv.services.candidate import Candidate
     from cachesrv.services.ingest import Ingest
+    from cachesrv.services.upstream import Upstreams
     from cachesrv.storage.base import ObjectStore
     from cachesrv.telemetry import Metrics
 
@@ -50,7 +52,17 @@ class _Admitted:
 class Publish:
     """Publishes paths whose NARs are in storage."""
 
-    def __init__(self, storage: ObjectStore, catalog: Catalog, index: Index, ingest: Ingest, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        storage: ObjectStore,
+        catalog: Catalog,
+        index: Index,
+        ingest: Ingest,
+        metrics: Metrics,
+        *,
+        upstreams: Upstreams | None = None,
+    ) -> None:
+        self._upstreams = upstreams
         self._storage = storage
         self._catalog = catalog
         self._index = index
@@ -97,7 +109,10 @@ class Publish:
         own = {path.store_path.hash_part for path in paths}
         wanted = {reference.hash_part for path in paths for reference in path.references} - own
         records: dict[str, PathRecord | None] = {**await self._catalog.paths(cache.name, own)}
-        return records | dict.fromkeys(await self._catalog.present(cache.name, wanted))
+        resolved = await self._catalog.present(cache.name, wanted)
+        if self._upstreams and cache.references is ReferencePolicy.UPSTREAM:
+            resolved |= await self._upstreams.resolve(cache, wanted - resolved)
+        return records | dict.fromkeys(resolved)
 
     async def _nars_by_hash(self, cache: ServedCache, paths: Sequence[Candidate]) -> dict[str, NarRecord]:
         hashes = {path.nar_hash.nix32 for path in paths if path.file is None}

@@ -81,13 +81,14 @@ async def get_nar(ask: Ask) -> web.StreamResponse:
     """A NAR, whole or in part."""
     name = ask.name.removeprefix("nar/")
     validate_key(ask.cache.key(ask.name))
+    hash_part = ask.request.query.get("path")
     if ask.request.method == "HEAD":
         # Never by a redirect: a presigned URL is good for GET alone.
-        size = await ask.services.delivery.size(ask.cache, name)
+        size = await ask.services.delivery.size(ask.cache, name, hash_part)
         if size is None:
             raise NotFound(_NO_NAR)
         return await _send_nar(ask, objects.SizeOnly(size))
-    delivery = await ask.services.delivery.open(ask.cache, name)
+    delivery = await ask.services.delivery.open(ask.cache, name, hash_part)
     if delivery is None:
         raise NotFound(_NO_NAR)
     if isinstance(delivery, PresignedUrl):
