@@ -20,6 +20,7 @@ from cachesrv.nix.path_info import PathInfo, in_reference_order
 from cachesrv.nix.store_path import StorePath
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
     from pathlib import Path
     from typing import Self
@@ -129,6 +130,7 @@ class FakeCache:
     requests: list[str] = field(default_factory=list)
     batches: list[list[str]] = field(default_factory=list)
     publication: asyncio.Event = field(default_factory=asyncio.Event)
+    tls: ssl.SSLContext | None = None
     _server: TestServer | None = None
 
     async def __aenter__(self) -> Self:
@@ -138,8 +140,8 @@ class FakeCache:
         app.router.add_post("/api/v1/caches/main/paths", self._route("paths", self._publish))
         app.router.add_head("/main/nar/{file}", self._route("head", self._head))
         app.router.add_put("/main/nar/{file}", self._route("nar", self._put))
-        self._server = TestServer(app)
-        await self._server.start_server(auto_decompress=False, shutdown_timeout=0.01)
+        self._server = TestServer(app, scheme="http" if self.tls is None else "https")
+        await self._server.start_server(auto_decompress=False, shutdown_timeout=0.01, ssl=self.tls)
         return self
 
     async def __aexit__(self, *error: object) -> None:

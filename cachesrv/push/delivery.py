@@ -65,7 +65,7 @@ class Delivery:
                 raise
             return nar.file_size
 
-    async def _counted(self, nar: CompressedNar) -> AsyncIterator[memoryview]:
+    async def _counted(self, nar: CompressedNar) -> AsyncIterator[bytes]:
         name, told = nar.info.store_path.base_name, 0
         async for chunk in nar:
             yield chunk

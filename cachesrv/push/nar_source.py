@@ -1,92 +1,125 @@
-"""Where the bytes of a NAR come from, cut into frames of equal size and hashed on the way.
+"""Where the bytes of a NAR come from: hashed on the way, and filled into buffers that the caller owns.
 
-Where a frame ends depends on the NAR alone, never on the chunks in which it came.
+How much a buffer gets depends on the NAR alone, never on the chunks in which it came.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from cachesrv.nix.hashes import Hash
-from cachesrv.nix.seekable import cut
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from concurrent.futures import Executor
+
+Result = TypeVar("Result")
 
 
 class NarSource(Protocol):
-    """A NAR, read once, frame by frame."""
+    """A NAR, read once, one buffer after the other."""
 
-    async def read(self) -> bytes | bytearray:
-        """The next frame; only the last one is shorter than the others, and an empty one says that there is no more.
-        Raises whatever the source does; nothing can be read afterwards.
+    async def read_into(self, buffer: memoryview) -> int:
+        """Fill the buffer with what comes next; how many bytes there were, which is less than it holds only at the
+        end. Raises whatever the source does; nothing can be read afterwards. When this is cancelled, the buffer is
+        still in use until `close` has returned.
         """
 
     def digest(self) -> Hash:
         """sha256 of all that has been read."""
 
     async def close(self) -> None:
-        """Let go of files and connections; waits for a thread that is reading."""
+        """Let go of files, connections and buffers."""
 
 
 class LocalNar:
     """From an iterator that reads files, in threads."""
 
-    def __init__(self, chunks: Iterator[bytes], frame_size: int, threads: Executor) -> None:
-        self._frames = cut(chunks, frame_size)
-        self._threads = threads
+    def __init__(self, chunks: Iterator[bytes], threads: Executor) -> None:
+        self._chunks = chunks
+        self._work = _InThread(threads)
+        self._rest = memoryview(b"")
         self._sha256 = hashlib.sha256()
-        self._reading: asyncio.Future[bytearray] | None = None
 
-    async def read(self) -> bytearray:
-        self._reading = asyncio.get_running_loop().run_in_executor(self._threads, self._read)
-        return await asyncio.shield(self._reading)
+    async def read_into(self, buffer: memoryview) -> int:
+        return await self._work.run(lambda: self._read_into(buffer))
 
     def digest(self) -> Hash:
         return Hash("sha256", self._sha256.digest())
 
     async def close(self) -> None:
-        if self._reading is not None:
-            await asyncio.wait([self._reading])
-            if not self._reading.cancelled():
-                self._reading.exception()  # nobody may have waited for it
-        self._frames = iter(())  # a generator closes its files when it goes
+        await self._work.end()
+        self._chunks = iter(())  # a generator closes its files when it goes
 
-    def _read(self) -> bytearray:
-        frame = next(self._frames, None) or bytearray()
-        self._sha256.update(frame)
-        return frame
+    def _read_into(self, buffer: memoryview) -> int:
+        free = buffer
+        while free:
+            if not self._rest:
+                chunk = next(self._chunks, None)
+                if chunk is None:
+                    break
+                self._rest = memoryview(chunk)
+            free, self._rest = _move(self._rest, free)
+        size = len(buffer) - len(free)
+        self._sha256.update(buffer[:size])
+        return size
 
 
 class StreamedNar:
     """From an asynchronous iterator, such as the Nix daemon's answer."""
 
-    def __init__(self, chunks: AsyncIterator[bytes], frame_size: int, threads: Executor) -> None:
+    def __init__(self, chunks: AsyncIterator[bytes], threads: Executor) -> None:
         self._chunks = chunks
-        self._frame_size = frame_size
-        self._threads = threads
-        self._rest: bytes | memoryview = b""
+        self._work = _InThread(threads)
+        self._rest = memoryview(b"")
         self._sha256 = hashlib.sha256()
 
-    async def read(self) -> bytearray:
-        frame = bytearray()
-        while room := self._frame_size - len(frame):
-            try:
-                chunk = self._rest or await anext(self._chunks)
-            except StopAsyncIteration:
-                break
-            frame += chunk[:room]
-            self._rest = memoryview(chunk)[room:]
-        await asyncio.get_running_loop().run_in_executor(self._threads, self._sha256.update, frame)
-        return frame
+    async def read_into(self, buffer: memoryview) -> int:
+        free = buffer
+        while free:
+            if not self._rest:
+                try:
+                    self._rest = memoryview(await anext(self._chunks))
+                except StopAsyncIteration:
+                    break
+            free, self._rest = _move(self._rest, free)
+        size = len(buffer) - len(free)
+        await self._work.run(lambda: self._sha256.update(buffer[:size]))
+        return size
 
     def digest(self) -> Hash:
         return Hash("sha256", self._sha256.digest())
 
     async def close(self) -> None:
+        await self._work.end()
         close = getattr(self._chunks, "aclose", None)
         if close is not None:
             await close()
+
+
+class _InThread:
+    """One call at a time in a thread, which cannot be interrupted, but waited for."""
+
+    def __init__(self, threads: Executor) -> None:
+        self._threads = threads
+        self._running: asyncio.Future[Any] | None = None
+
+    async def run(self, call: Callable[[], Result]) -> Result:
+        running = asyncio.get_running_loop().run_in_executor(self._threads, call)
+        self._running = running
+        return await asyncio.shield(running)
+
+    async def end(self) -> None:
+        if self._running is not None:
+            await asyncio.wait([self._running])
+            if not self._running.cancelled():
+                self._running.exception()  # whoever began it may not have waited for it
+
+
+def _move(chunk: memoryview, free: memoryview) -> tuple[memoryview, memoryview]:
+    """Copy what fits; the rest of both."""
+    size = min(len(chunk), len(free))
+    free[:size] = chunk[:size]
+    return free[size:], chunk[size:]

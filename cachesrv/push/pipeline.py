@@ -1,8 +1,10 @@
 """One pass over a NAR: dump, hash, compress in frames on all cores, hash again, hand out for sending.
 
 The output is a sequence of independent zstd frames of FRAME_SIZE bytes of NAR each, and a seek table: the same bytes
-for the same NAR, level and version of zstd, however many threads there are. Memory is bounded by one budget that all
-NARs in flight share; a NAR alone may have as much of it as keeps every core busy.
+for the same NAR, level and version of zstd, however many threads there are.
+
+Memory is bounded for all NARs in flight together: a part of it is buffers for what is read and compressed, the rest a
+budget for what waits to be sent. A NAR alone may have as much of both as keeps every core busy.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from typing import TYPE_CHECKING, Self
 from cachesrv.errors import Mismatch, TooLarge
 from cachesrv.nix.hashes import Hash
 from cachesrv.nix.seekable import FrameSize, compress_frame, seek_table
-from cachesrv.push.budget import Budget
+from cachesrv.push.budget import Budget, Buffers
+from cachesrv.push.memory import Shares
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
     from cachesrv.nix.path_info import PathInfo
     from cachesrv.push.budget import Lease
@@ -33,32 +36,38 @@ memory. It is part of what is sent: another value makes other files.
 """
 
 DEFAULT_LEVEL = 3
-DEFAULT_MEMORY = 128 * 1024 * 1024
-
-_FRAME_COST = FRAME_SIZE * 2 + FRAME_SIZE // 128
-"""Bytes that a frame takes while it is compressed: itself, and the most that may become of it."""
 
 _CHUNK_SIZE = 128 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A compressed frame, and how many bytes of NAR are in it."""
+    """A compressed frame in chunks, and how many bytes it has with and without compression."""
 
-    data: bytes
-    nar_size: int
+    chunks: Sequence[bytes]
+    sizes: FrameSize
 
 
 class Pipeline:
-    """Threads and budget, shared by all NARs of a push. `memory` in bytes; `cores` of None means those we may use."""
+    """Threads and memory, shared by all NARs of a push. `memory` in bytes, see `memory`; `cores` of None means those
+    that this process may use; `readers` are threads that read files and hash them.
+    """
 
     def __init__(
-        self, *, level: int = DEFAULT_LEVEL, memory: int = DEFAULT_MEMORY, cores: int | None = None, readers: int = 8
+        self, *, level: int = DEFAULT_LEVEL, memory: int | None = None, cores: int | None = None, readers: int = 8
     ) -> None:
-        self.cores = cores or len(os.sched_getaffinity(0))
-        self.budget = Budget(max(memory, _FRAME_COST))
+        shares = Shares.of(
+            memory,
+            frame_size=FRAME_SIZE,
+            level=level,
+            cores=cores or len(os.sched_getaffinity(0)),
+            readers=readers,
+        )
+        self.shares = shares
+        self.buffers = Buffers(shares.buffers, FRAME_SIZE)
+        self.budget = Budget(shares.budget)
         self.readers = ThreadPoolExecutor(readers, "cachesrv-read")
-        self._compressors = ThreadPoolExecutor(self.cores, "cachesrv-zstd")
+        self._compressors = ThreadPoolExecutor(shares.threads, "cachesrv-zstd")
         self._level = level
 
     def __enter__(self) -> Self:
@@ -80,12 +89,16 @@ class Pipeline:
             await asyncio.wait([feeder])
             await nar.close()
 
-    def compress(self, frame: bytes | bytearray) -> asyncio.Future[Frame]:
+    def compress(self, data: memoryview) -> asyncio.Future[Frame]:
         """As soon as a thread is free for it."""
-        return asyncio.get_running_loop().run_in_executor(self._compressors, self._compress, frame)
+        return asyncio.get_running_loop().run_in_executor(self._compressors, self._compress, data)
 
-    def _compress(self, frame: bytes | bytearray) -> Frame:
-        return Frame(compress_frame(frame, self._level), len(frame))
+    def _compress(self, data: memoryview) -> Frame:
+        # Copied, since what zstd returns keeps the memory of the largest that it could have become; in pieces of one
+        # size, since those leave no holes when they are freed.
+        compressed = memoryview(compress_frame(data, self._level))
+        chunks = [bytes(compressed[start : start + _CHUNK_SIZE]) for start in range(0, len(compressed), _CHUNK_SIZE)]
+        return Frame(chunks, FrameSize(len(compressed), len(data)))
 
 
 class CompressedNar:
@@ -109,17 +122,18 @@ class CompressedNar:
         self._limit = limit
         self._file_sha256 = hashlib.sha256()
         self._lease: Lease = pipeline.budget.lease()
-        # twice the cores: while one half is compressed, the other is read or waits to be sent
-        self._frames: asyncio.Queue[asyncio.Future[Frame] | None] = asyncio.Queue(2 * pipeline.cores)
+        # twice the threads: while one half is compressed, the other is read or waits to be sent
+        self._frames: asyncio.Queue[asyncio.Future[Frame] | None] = asyncio.Queue(2 * pipeline.shares.threads)
         self._compressing: set[asyncio.Future[Frame]] = set()
-        self._iterator: AsyncIterator[memoryview] | None = self._chunks()
+        self._buffer: memoryview | None = None
+        self._iterator: AsyncIterator[bytes] | None = self._chunks()
 
     @property
     def file_hash(self) -> Hash:
         """sha256 of what has been handed out."""
         return Hash("sha256", self._file_sha256.digest())
 
-    def __aiter__(self) -> AsyncIterator[memoryview]:
+    def __aiter__(self) -> AsyncIterator[bytes]:
         iterator, self._iterator = self._iterator, None
         if iterator is None:
             raise RuntimeError("a NAR on its way is iterated once")
@@ -128,11 +142,8 @@ class CompressedNar:
     async def feed(self) -> None:
         """Read and hash the NAR and have it compressed, as far ahead of the iteration as memory allows."""
         try:
-            while frame := await self._read():
-                compressed = self._pipeline.compress(frame)
-                self._compressing.add(compressed)
-                compressed.add_done_callback(self._compressed)
-                await self._frames.put(compressed)
+            while size := await self._read():
+                await self._frames.put(self._compress(size))
             self._check()
         except Exception as error:  # noqa: BLE001  the iteration raises it
             self.failure = error
@@ -143,15 +154,36 @@ class CompressedNar:
         await self._source.close()
         if self._compressing:
             await asyncio.wait(self._compressing)
+        if self._buffer is not None:
+            self._pipeline.buffers.give(self._buffer)
         self._lease.close()
 
-    async def _read(self) -> bytes | bytearray:
-        await self._lease.take(_FRAME_COST)
-        frame = await self._source.read()
-        self.nar_size += len(frame)
+    async def _read(self) -> int:
+        """Bytes that are in the buffer now."""
+        await self._lease.take(self._pipeline.shares.bound)
+        if self._buffer is None:
+            self._buffer = await self._pipeline.buffers.take()
+        size = await self._source.read_into(self._buffer)
+        self.nar_size += size
         if 0 < self.info.nar_size < self.nar_size:
             raise Mismatch(f"{self.info.store_path}: its NAR has more than the {self.info.nar_size} bytes {_STATED}")
-        return frame
+        return size
+
+    def _compress(self, size: int) -> asyncio.Future[Frame]:
+        """The buffer is no longer ours, and back in its place when the future is done."""
+        assert self._buffer is not None
+        buffer, self._buffer = self._buffer, None
+        compressing = self._pipeline.compress(buffer[:size])
+        self._compressing.add(compressing)
+
+        def done(future: asyncio.Future[Frame]) -> None:
+            self._compressing.discard(future)
+            self._pipeline.buffers.give(buffer)
+            if not future.cancelled() and not future.exception():
+                self._lease.give(self._pipeline.shares.bound - future.result().sizes.compressed)
+
+        compressing.add_done_callback(done)
+        return compressing
 
     def _check(self) -> None:
         stated, found = self.info.nar_hash, self._source.digest()
@@ -160,23 +192,18 @@ class CompressedNar:
         if self.info.nar_size not in (0, self.nar_size):
             raise Mismatch(f"{self.info.store_path}: its NAR has {self.nar_size} bytes, not {self.info.nar_size}")
 
-    def _compressed(self, done: asyncio.Future[Frame]) -> None:
-        self._compressing.discard(done)
-        if not done.cancelled() and not done.exception():
-            self._lease.give(_FRAME_COST - len(done.result().data))
-
-    async def _chunks(self) -> AsyncIterator[memoryview]:
+    async def _chunks(self) -> AsyncIterator[bytes]:
         try:
             table: list[FrameSize] = []
             while (compressing := await self._frames.get()) is not None:
                 frame = await asyncio.shield(compressing)
-                table.append(FrameSize(len(frame.data), frame.nar_size))
-                for chunk in self._hand_out(frame.data):
-                    yield chunk
-                self._lease.give(len(frame.data))
-                self.nar_sent += frame.nar_size
-            for chunk in self._hand_out(self._last(table)):
-                yield chunk
+                table.append(frame.sizes)
+                for chunk in frame.chunks:
+                    yield self._counted(chunk)
+                self._lease.give(frame.sizes.compressed)
+                self.nar_sent += frame.sizes.decompressed
+                del frame, compressing  # not to be held while the next one is waited for
+            yield self._counted(self._last(table))
         except Exception as error:
             self.failure = error
             raise
@@ -186,15 +213,13 @@ class CompressedNar:
             raise self.failure
         return seek_table(table)
 
-    def _hand_out(self, data: bytes) -> list[memoryview]:
-        self.file_size += len(data)
+    def _counted(self, chunk: bytes) -> bytes:
+        self.file_size += len(chunk)
         if 0 < self._limit < self.file_size:
-            raise TooLarge(
-                f"{self.info.store_path}: compressed it has more than the {self._limit} bytes that the cache takes"
-            )
-        self._file_sha256.update(data)
-        view = memoryview(data)
-        return [view[start : start + _CHUNK_SIZE] for start in range(0, len(data), _CHUNK_SIZE)]
+            path = self.info.store_path
+            raise TooLarge(f"{path}: compressed it has more than the {self._limit} bytes that the cache takes")
+        self._file_sha256.update(chunk)
+        return chunk
 
 
 _STATED = "that the store's database states: the path is damaged or changes (see nix-store --verify-path)"

@@ -70,8 +70,8 @@ class Lines:
             case PlanMade() if event.nars:
                 self._print(self._err, plan_text(event))
             case Stored():
-                sent = f"{size_text(event.sent_bytes)} sent" if event.sent_bytes else "was there already"
-                self._print(self._err, f"sent {event.path}  {size_text(event.nar_size)}, {sent}")
+                sent = f"as {size_text(event.sent_bytes)}" if event.sent_bytes else "was there already"
+                self._print(self._err, f"sent {event.path}  {size_text(event.nar_size)} {sent}")
             case Failed() | Retrying():
                 self._print(self._err, trouble_text(event))
             case Summary():
@@ -85,7 +85,8 @@ class Lines:
 def plan_text(plan: PlanMade) -> str:
     """What is going to be done."""
     return (
-        f"{plan.upload + plan.publish} of {plan.paths} paths to push, {plan.nars} NARs of {size_text(plan.nar_bytes)}"
+        f"{plan.upload + plan.publish} of {count_text(plan.paths, 'path')} to push, "
+        f"{count_text(plan.nars, 'NAR')} of {size_text(plan.nar_bytes)}"
     )
 
 
@@ -107,7 +108,12 @@ def summary_text(summary: Summary, *, dry_run: bool = False) -> str:
         parts.append(f"{summary.upstream} left to upstream caches")
     if summary.failed:
         parts.append(f"{summary.failed} failed")
-    return f"{summary.paths} paths in {summary.seconds:.1f} s: {', '.join(parts)}"
+    return f"{count_text(summary.paths, 'path')} in {summary.seconds:.1f} s: {', '.join(parts)}"
+
+
+def count_text(count: int, noun: str) -> str:
+    """`1 path`, `2 paths`"""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def size_text(size: float) -> str:

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.text import Text
 
 from cachesrv.push.events import Event, Failed, PlanMade, Published, Retrying, Sending, Sent, Stored, Summary
-from cachesrv.push.progress import summary_text, trouble_text
+from cachesrv.push.progress import count_text, summary_text, trouble_text
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -75,11 +75,11 @@ class Bars:
                 self._out.flush()
 
     def _describe(self) -> None:
-        self._progress.update(self._whole, description=f"{self._published} of {self._to_publish} paths")
+        self._progress.update(self._whole, description=f"{self._published} of {count_text(self._to_publish, 'path')}")
 
     def _begin(self, event: Sending) -> None:
         """A NAR that begins again has sent nothing yet."""
-        self._advance(event.path, -self._sent.pop(event.path, 0))
+        self._advance(event.path, -self._sent.get(event.path, 0))
         self._remove_bar(event.path)
         if event.nar_size >= _LEAST_SIZE:
             name = event.path.partition("-")[2]

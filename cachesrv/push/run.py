@@ -21,7 +21,7 @@ from cachesrv.push.delivery import Delivery
 from cachesrv.push.events import Failed, PlanMade, Planned, ignore
 from cachesrv.push.nar_source import LocalNar, StreamedNar
 from cachesrv.push.one_line import one_line
-from cachesrv.push.pipeline import DEFAULT_LEVEL, DEFAULT_MEMORY, FRAME_SIZE, Pipeline
+from cachesrv.push.pipeline import DEFAULT_LEVEL, Pipeline
 from cachesrv.push.plan import Answers, Decision, Upstream, make_plan, plan_refused
 from cachesrv.push.retry import Backoff
 from cachesrv.push.selection import select
@@ -41,18 +41,22 @@ if TYPE_CHECKING:
     from cachesrv.push.server import Server
     from cachesrv.push.settings import Settings
 
+MAX_READERS = 8
+"""Threads that read and hash; more of them only wait for the others."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """jobs: NARs on their way at once; level: of zstd; closure: push what the paths need as well; dry_run: only say
-    what would be done; memory: bytes of NARs held at once, whatever their number and size.
+    what would be done; memory: bytes for NARs on their way, whatever their number and size, by default as
+    `memory.Shares` says.
     """
 
     jobs: int = 8
     level: int = DEFAULT_LEVEL
     closure: bool = True
     dry_run: bool = False
-    memory: int = DEFAULT_MEMORY
+    memory: int | None = None
     backoff: Backoff = field(default_factory=Backoff)
     timeouts: Timeouts = field(default_factory=Timeouts)
 
@@ -132,13 +136,13 @@ class _Push:
     async def _carry_out(self, plan: Plan, answers: Answers, server: Server, max_file_size: int) -> None:
         """The plan, and where that broke a closure, one that leaves nothing to upstreams."""
         options = self._options
-        with Pipeline(level=options.level, memory=options.memory, readers=options.jobs) as pipeline:
+        with Pipeline(level=options.level, memory=options.memory, readers=min(options.jobs, MAX_READERS)) as pipeline:
 
             def open_nar(info: PathInfo) -> NarSource:
                 file = self._store.real_path(info.store_path)
                 if file is None:
-                    return StreamedNar(self._store.nar(info), FRAME_SIZE, pipeline.readers)
-                return LocalNar(dump(file), FRAME_SIZE, pipeline.readers)
+                    return StreamedNar(self._store.nar(info), pipeline.readers)
+                return LocalNar(dump(file), pipeline.readers)
 
             delivery = Delivery(server, pipeline, open_nar, max_file_size=max_file_size, emit=self._emit)
             result = await Upload(plan, server, delivery, jobs=options.jobs, emit=self._emit).run()

@@ -99,7 +99,7 @@ class Server:
                     await self._check(response)
                 return response.status != 404
 
-    async def put_nar(self, nar_hash: Hash, chunks: AsyncIterable[memoryview]) -> None:
+    async def put_nar(self, nar_hash: Hash, chunks: AsyncIterable[bytes]) -> None:
         """Send a NAR, compressed; it is there, checked, when this returns.
 
         Raises TryAgain when it may work from the start, Conflict, TooLarge or Refused when the server does not take
@@ -122,7 +122,7 @@ class Server:
                 deadline.reschedule(asyncio.get_running_loop().time() + self._timeouts.answer)
                 await self._check(response)
 
-    async def _watched(self, chunks: AsyncIterable[memoryview], deadline: asyncio.Timeout) -> AsyncIterator[memoryview]:
+    async def _watched(self, chunks: AsyncIterable[bytes], deadline: asyncio.Timeout) -> AsyncIterator[bytes]:
         """The chunks; the deadline runs while the server is to move, and rests while we are."""
         now = asyncio.get_running_loop().time
         async for chunk in chunks:

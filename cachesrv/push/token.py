@@ -4,12 +4,12 @@ during a long push; it is never part of a message or a representation.
 
 from __future__ import annotations
 
-import netrc
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from cachesrv.errors import ConfigError
+from cachesrv.errors import BadInput, ConfigError
+from cachesrv.push.netrc import password_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,15 +77,11 @@ class NetrcEntry:
     host: str
 
     def read(self) -> str | None:
-        read_private(self.path)  # for its checks: netrc has no limits
         try:
-            entry = netrc.netrc(str(self.path)).authenticators(self.host)
-        except netrc.NetrcParseError as error:
-            # its message quotes the token that it stumbled over, which may be the password
-            raise ConfigError(f"{self.path}, line {error.lineno}, is not as a netrc file has to be") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{self.path} cannot be read: {type(error).__name__}") from None
-        return _checked(entry[2], str(self)) if entry and entry[2] else None
+            password = password_for(self.host, read_private(self.path))
+        except BadInput as error:
+            raise ConfigError(f"{self.path}, {error}") from None
+        return None if password is None else _checked(password, str(self))
 
     def __str__(self) -> str:
         return f"{self.path} (machine {self.host})"
