@@ -135,6 +135,14 @@ class Lookup(msgspec.Struct, frozen=True):
 
     negative_ttl: PositiveDuration = 3600
     negative_limit: Positive = 1_000_000
+    timeout: PositiveDuration = 5
+
+
+class Delivery(msgspec.Struct, frozen=True):
+    """How NARs reach clients that do not lie in files of this host."""
+
+    disk_cache_path: str | None = None
+    disk_cache_size: Size = 10 * 2**30
 
 
 class Cache(msgspec.Struct, frozen=True):
@@ -147,8 +155,20 @@ class Cache(msgspec.Struct, frozen=True):
     priority: Priority = 40
     want_mass_query: bool = True
     signing_key_files: tuple[str, ...] | None = None
-    references: Literal["strict", "any"] = "strict"
+    authority: Literal["catalog", "bucket"] = "catalog"
+    references: Literal["strict", "upstream", "any"] = "strict"
     trusted_keys: tuple[PublicKeyText, ...] = ()
+    upstreams: tuple[CacheName, ...] = ()
+    pull_through: bool = False
+
+
+class Upstream(msgspec.Struct, frozen=True):
+    """A cache of somebody else's."""
+
+    name: CacheName
+    url: Url
+    public_keys: tuple[PublicKeyText, ...]
+    timeout: PositiveDuration = 10
 
 
 class Token(msgspec.Struct, frozen=True):
@@ -169,7 +189,9 @@ class Config(msgspec.Struct, frozen=True):
     catalog: Catalog = Catalog()
     index: Index = Index()
     lookup: Lookup = Lookup()
+    delivery: Delivery = Delivery()
     cache: tuple[Cache, ...] = (Cache(name="main", root=True),)
+    upstream: tuple[Upstream, ...] = ()
     token: tuple[Token, ...] = ()
 
     def changed(self, *, listen: tuple[str, ...] | None, workers: int | None) -> Config:
@@ -354,6 +376,7 @@ def _contradictions(sections: Mapping[str, Any]) -> list[str]:
     return [
         *(_contradictions_of_server(server) if server else ()),
         *(_contradictions_of_caches(caches) if caches is not None else ()),
+        *(_contradictions_of_upstreams(sections, caches) if caches is not None else ()),
         *(_contradictions_of_tokens(tokens, caches) if tokens else ()),
     ]
 
@@ -379,6 +402,25 @@ def _contradictions_of_caches(caches: tuple[Cache, ...]) -> Iterator[str]:
     for outer, inner in permutations(sorted({cache.prefix or cache.name for cache in caches}), 2):
         if inner.startswith(f"{outer}/"):
             yield f"cache: the prefix {inner!r} lies inside {outer!r}; expected the same prefix, or one beside it"
+
+
+def _contradictions_of_upstreams(sections: Mapping[str, Any], caches: tuple[Cache, ...]) -> Iterator[str]:
+    upstreams: tuple[Upstream, ...] | None = sections["upstream"]
+    delivery: Delivery | None = sections["delivery"]
+    if upstreams is None:
+        return
+    names = [upstream.name for upstream in upstreams]
+    yield from _repeated("upstream", names)
+    for number, cache in enumerate(caches):
+        for name in cache.upstreams:
+            if name not in names:
+                yield f"cache[{number}].upstreams: no [[upstream]] is called {name!r}"
+        if cache.references == "upstream" and not cache.upstreams:
+            yield f'cache[{number}].references = "upstream": needs at least one name in upstreams'
+        if cache.pull_through and not cache.upstreams:
+            yield f"cache[{number}].pull_through = true: needs at least one name in upstreams"
+        if cache.pull_through and delivery and not delivery.disk_cache_size:
+            yield f"cache[{number}].pull_through = true: needs a delivery.disk_cache_size above 0"
 
 
 def _contradictions_of_tokens(tokens: tuple[Token, ...], caches: tuple[Cache, ...] | None) -> Iterator[str]:

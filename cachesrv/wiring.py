@@ -7,20 +7,29 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import aiohttp
+
 from cachesrv.catalog.sql import SqlCatalog
 from cachesrv.errors import BadInput, ConfigError
 from cachesrv.index.lmdb import LmdbIndex
 from cachesrv.nix.signing import PublicKey, trusted_keys
 from cachesrv.services.access import Access, Principal, token_hash
+from cachesrv.services.breaker import Breaker
+from cachesrv.services.bucket import BucketSource
 from cachesrv.services.caches import ReferencePolicy, ServedCache
 from cachesrv.services.data_directory import DataDirectory, parse_secret_key, read_secret
-from cachesrv.services.delivery import Delivery
+from cachesrv.services.delivery import Delivery, FarAway
+from cachesrv.services.fetch import Fetches
+from cachesrv.services.http_reader import HttpReader
 from cachesrv.services.ingest import Ingest
-from cachesrv.services.lookup import CatalogSource, Lookup
+from cachesrv.services.lookup import CatalogSource, Lookup, Source
 from cachesrv.services.metadata import Metadata
 from cachesrv.services.publish import Publish
+from cachesrv.services.upstream import PullThrough, Upstream, Upstreams
 from cachesrv.services.usage import Usage
+from cachesrv.storage.disk_cache import DiskCache
 from cachesrv.storage.filesystem import FilesystemStore
+from cachesrv.storage.kept import KeepingStore
 from cachesrv.web.site import Rules, Services
 
 if TYPE_CHECKING:
@@ -60,23 +69,66 @@ async def open_catalog(config: Config) -> Catalog:
 async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Services]:
     """All services of one process; leaving finishes what is under way."""
     async with AsyncExitStack() as stack:
+        disk_cache = await _open_disk_cache(config, stack)
         storage = open_storage(config)
+        if disk_cache and not _storage_is_local(config):
+            storage = KeepingStore(storage, disk_cache, lambda key: "/nar/" in key)
         stack.push_async_callback(storage.close)
         catalog = await open_catalog(config)
         stack.push_async_callback(catalog.close)
         index = open_index(config)
         stack.callback(index.close)
-        lookup = Lookup(index, [CatalogSource(catalog)], negative_ttl=config.lookup.negative_ttl)
+        upstreams = await _open_upstreams(config, stack)
+        sources: list[Source] = [CatalogSource(catalog), BucketSource(storage, Breaker()), upstreams]
+        lookup = Lookup(index, sources, negative_ttl=config.lookup.negative_ttl, timeout=config.lookup.timeout)
         stack.push_async_callback(lookup.close)
         ingest = Ingest(storage, catalog, metrics, max_nar_size=config.server.max_nar_size)
         stack.push_async_callback(ingest.close)
-        publish = Publish(storage, catalog, index, ingest, metrics)
+        publish = Publish(storage, catalog, index, ingest, metrics, upstreams=upstreams)
         stack.push_async_callback(publish.close)
+        far_away = None
+        if disk_cache:
+            fetches = Fetches(disk_cache)
+            stack.push_async_callback(fetches.close)
+            origin = PullThrough(upstreams, ingest, publish)
+            far_away = FarAway(disk_cache, fetches, origin, storage_is_local=_storage_is_local(config))
         usage = Usage(catalog)
         stack.push_async_callback(usage.flush)
         metadata = Metadata(storage, catalog)
-        delivery = Delivery(storage, catalog, ingest)
+        delivery = Delivery(storage, catalog, ingest, far_away)
         yield Services(storage, catalog, index, lookup, ingest, delivery, publish, metadata, usage, metrics)
+
+
+def _storage_is_local(config: Config) -> bool:
+    return config.storage.kind == "filesystem"
+
+
+async def _open_disk_cache(config: Config, stack: AsyncExitStack) -> DiskCache | None:
+    """The disk cache, where there is something to keep in it."""
+    wanted = not _storage_is_local(config) or any(cache.pull_through for cache in config.cache)
+    if not wanted or not config.delivery.disk_cache_size:
+        return None
+    path = config.delivery.disk_cache_path or DataDirectory(config.data_dir).nar_cache
+    disk_cache = DiskCache(path, limit=config.delivery.disk_cache_size)
+    stack.push_async_callback(disk_cache.close)
+    await disk_cache.open()
+    return disk_cache
+
+
+async def _open_upstreams(config: Config, stack: AsyncExitStack) -> Upstreams:
+    if not config.upstream:
+        return Upstreams({})
+    session = await stack.enter_async_context(aiohttp.ClientSession(headers={"User-Agent": "cachesrv"}))
+    upstreams = {
+        upstream.name: Upstream(
+            upstream.name,
+            HttpReader(session, upstream.url, timeout=upstream.timeout),
+            trusted_keys(_public_key(f"upstream {upstream.name}", text) for text in upstream.public_keys),
+            Breaker(),
+        )
+        for upstream in config.upstream
+    }
+    return Upstreams({cache.name: tuple(upstreams[name] for name in cache.upstreams) for cache in config.cache})
 
 
 def served_caches(config: Config) -> dict[str, ServedCache]:
@@ -107,8 +159,10 @@ def _served_cache(config: Config, cache: Cache) -> ServedCache:
         priority=cache.priority,
         want_mass_query=cache.want_mass_query,
         signing_keys=tuple(_signing_keys(config, cache)),
-        trusted_keys=trusted_keys(_public_key(cache, text) for text in cache.trusted_keys),
+        trusted_keys=trusted_keys(_public_key(f"cache {cache.name}", text) for text in cache.trusted_keys),
         references=ReferencePolicy(cache.references),
+        pull_through=cache.pull_through,
+        bucket_is_authority=cache.authority == "bucket",
     )
 
 
@@ -120,11 +174,11 @@ def _signing_keys(config: Config, cache: Cache) -> Iterator[SecretKey]:
         yield parse_secret_key(read_secret(Path(name)), Path(name))
 
 
-def _public_key(cache: Cache, text: str) -> PublicKey:
+def _public_key(whose: str, text: str) -> PublicKey:
     try:
         return PublicKey.parse(text)
     except BadInput as error:
-        raise ConfigError(f"cache {cache.name}: trusted_keys: {text!r}: {error}") from error
+        raise ConfigError(f"{whose}: {text!r}: {error}") from error
 
 
 def _principals(config: Config) -> Iterator[tuple[str, Principal]]:

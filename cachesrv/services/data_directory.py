@@ -41,6 +41,11 @@ class DataDirectory:
         return self.root / "index"
 
     @property
+    def nar_cache(self) -> Path:
+        """NARs from afar."""
+        return self.root / "nar-cache"
+
+    @property
     def push_token(self) -> Path:
         """The token that may push to all caches of this server."""
         return self.root / "push-token"

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from cachesrv.services.caches import ServedCache
     from cachesrv.services.fetch import Fetch, Fetches, Remote
     from cachesrv.services.ingest import Ingest
-    from cachesrv.storage.base import ObjectStore
-    from cachesrv.storage.disk_cache import DiskCache
+    from cachesrv.storage.base import ObjectCache, ObjectStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ class FarAway:
     `storage_is_local`: those in storage are files of this host.
     """
 
-    disk_cache: DiskCache
+    disk_cache: ObjectCache
     fetches: Fetches
     origin: Origin | None
     storage_is_local: bool

@@ -18,8 +18,7 @@ from cachesrv.errors import CachesrvError, Mismatch, PeerError, StoreError, Stor
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
-    from cachesrv.storage.base import ByteRange
-    from cachesrv.storage.disk_cache import DiskCache, Incoming
+    from cachesrv.storage.base import ByteRange, IncomingObject, ObjectCache
 
 _log = structlog.get_logger()
 
@@ -60,7 +59,7 @@ class Fetch:
     def __init__(self, remote: Remote) -> None:
         self.size = remote.size
         self._remote = remote
-        self._incoming: Incoming | None = None
+        self._incoming: IncomingObject | None = None
         self._verified = False
         self._error: Exception | None = None
         self._followers = 0
@@ -97,7 +96,7 @@ class Fetch:
         self._moved.set()
         self._moved = asyncio.Event()
 
-    async def run(self, cache: DiskCache) -> None:
+    async def run(self, cache: ObjectCache) -> None:
         """Fetch, verify and keep; then wait until nobody follows any more."""
         async with AsyncExitStack() as stack:
             try:
@@ -118,7 +117,7 @@ class Fetch:
             while self._followers:
                 await self._moved.wait()
 
-    async def _written(self, incoming: Incoming) -> AsyncGenerator[bytes, None]:
+    async def _written(self, incoming: IncomingObject) -> AsyncGenerator[bytes, None]:
         """The bytes as they come, each chunk in the file before it is handed on."""
         async with aclosing(self._resumed(incoming)) as chunks:
             async for chunk in chunks:
@@ -128,7 +127,7 @@ class Fetch:
                 self._announce()
                 yield chunk
 
-    async def _resumed(self, incoming: Incoming) -> AsyncGenerator[bytes, None]:
+    async def _resumed(self, incoming: IncomingObject) -> AsyncGenerator[bytes, None]:
         """The bytes from where they broke off, until all have come or no more do. Raises PeerError, StoreError."""
         in_vain = 0
         while incoming.written < self.size:
@@ -153,7 +152,7 @@ class Fetch:
 class Fetches:
     """All that are under way in this process."""
 
-    def __init__(self, cache: DiskCache) -> None:
+    def __init__(self, cache: ObjectCache) -> None:
         self._cache = cache
         self._under_way: dict[str, Fetch] = {}
         self._tasks: set[asyncio.Task[None]] = set()

@@ -176,3 +176,36 @@ class ObjectStore(Protocol):
 
     async def close(self) -> None:
         """Let go of connections and threads; writers still open are aborted, other calls raise StoreError."""
+
+
+class IncomingObject(Protocol):
+    """An object on its way into a cache, that can be read as far as it has come. `written`: bytes so far."""
+
+    written: int
+
+    async def write(self, data: bytes) -> None:
+        """Append. Raises StoreFull, StoreError."""
+
+    async def read(self, position: int, length: int) -> bytes:
+        """Bytes that were written, fewer than `length` where no more were."""
+
+    async def commit(self) -> None:
+        """Make it visible; if it is there already, that one stays."""
+
+
+class ObjectCache(Protocol):
+    """Objects that are kept on this host while there is room. What is here is whole; any of it may go at any time."""
+
+    async def get(self, key: str) -> LocalFile | None:
+        """Where the object lies, None when it is not here. Gone files stay readable for those who have them open."""
+
+    def at_once(self, key: str, *, limit: int) -> bytes | memoryview | None:
+        """As `ObjectStore.at_once`."""
+
+    def incoming(self, key: str, size: int | None = None) -> AbstractAsyncContextManager[IncomingObject]:
+        """Begin an object, with room made for its `size` bytes if that is known; leaving without `commit` leaves
+        nothing behind. Raises StoreFull when there can be no room for it.
+        """
+
+    async def discard(self, key: str) -> None:
+        """Forget an object."""

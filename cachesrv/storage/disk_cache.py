@@ -73,9 +73,6 @@ class DiskCache:
 
     @asynccontextmanager
     async def incoming(self, key: str, size: int | None = None) -> AsyncIterator[Incoming]:
-        """Begin an object, with room made for its `size` bytes if that is known; leaving without `commit` leaves nothing
-        behind. Raises StoreFull when it is larger than the cache, or the disk is full.
-        """
         file = IncomingFile(self._tree, validate_key(key))
         incoming = Incoming(self, file)
         try:

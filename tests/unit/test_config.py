@@ -70,19 +70,20 @@ def test_example_comments_out_only_keys_without_a_value_and_tokens() -> None:
         (section, field.name)
         for section in SECTIONS
         for field in msgspec.structs.fields(struct_of(section))
-        if field.default is None or section == "token"
+        if field.default is None or section in {"token", "upstream"}
     }
     assert silent == none
 
 
 def test_commented_keys_of_the_example_are_right_too(file: Path) -> None:
     """What is commented out can be had by removing two characters."""
-    file.write_text(re.sub(r"(?m)^# (\w+ = |\[\[token\]\])", r"\1", EXAMPLE.read_text()))
+    file.write_text(re.sub(r"(?m)^# (\w+ = |\[\[(?:token|upstream)\]\])", r"\1", EXAMPLE.read_text()))
     config = load(file, DATA, {})
     assert config.server.base_url == "https://cache.example.org"
     assert config.storage.path == "/srv/cachesrv/objects"
     assert config.cache[0].signing_key_files == ("/etc/cachesrv/cache.example.org-1.secret",)
     assert [token.name for token in config.token] == ["ci"]
+    assert [upstream.name for upstream in config.upstream] == ["nixos"]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_sizes_have_units(file: Path, value: str, size: int) -> None:
         ("cache", "name = 'a'\nprefix = '../b'", "cache[0].prefix = '../b': expected a folder such as"),
         ("cache", "name = 'a'\nprefix = '/b'", "cache[0].prefix = '/b': expected a folder such as"),
         ("cache", "name = 'a'\npriority = 99999", "cache[0].priority = 99999: expected a whole number from"),
-        ("cache", "name = 'a'\nreferences = 'some'", "cache[0].references = 'some': expected \"strict\" or \"any\""),
+        ("cache", "name = 'a'\nreferences = 'some'", "cache[0].references = 'some': expected \"strict\" or \"upstream\" or \"any\""),
         ("cache", "name = 'a'\ntrusted_keys = ['x:y']", "cache[0].trusted_keys = ['x:y']: expected a list, each"),
         ("token", f"name = ''\nsha256 = '{DIGEST}'", "token[0].name = '': expected 1 to 100 characters"),
         ("token", f"name = 'push-token'\nsha256 = '{DIGEST}'", "token: the name 'push-token' is used twice"),

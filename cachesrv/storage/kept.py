@@ -1,0 +1,125 @@
+"""An object store of which some objects, when they are written, are kept on local disk as well.
+
+What was just pushed is asked for next, and should not have to come back from afar. Keeping is a favour: where the disk
+cache has no room, or breaks, the object is written all the same.
+"""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
+
+from cachesrv.errors import StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from cachesrv.storage.base import (
+        ByteRange,
+        Delivery,
+        IncomingObject,
+        ObjectCache,
+        ObjectInfo,
+        ObjectStore,
+        ObjectWriter,
+    )
+
+
+class KeepingStore:
+    """See `cachesrv.storage.base.ObjectStore`. `keeps` says of a key whether its object is kept."""
+
+    def __init__(self, store: ObjectStore, disk_cache: ObjectCache, keeps: Callable[[str], bool]) -> None:
+        self._store = store
+        self._disk_cache = disk_cache
+        self._keeps = keeps
+
+    def writer(self, key: str, *, size: int | None = None) -> AbstractAsyncContextManager[ObjectWriter]:
+        return self._writer(key, size) if self._keeps(key) else self._store.writer(key, size=size)
+
+    @asynccontextmanager
+    async def _writer(self, key: str, size: int | None) -> AsyncIterator[ObjectWriter]:
+        async with self._store.writer(key, size=size) as writer, AsyncExitStack() as stack:
+            try:
+                incoming = await stack.enter_async_context(self._disk_cache.incoming(key, size))
+            except StoreError:
+                yield writer
+            else:
+                yield _KeepingWriter(writer, incoming)
+
+    async def put(self, key: str, data: bytes, *, replace: bool = False) -> bool:
+        created = await self._store.put(key, data, replace=replace)
+        if created and self._keeps(key):
+            await self._keep(key, data)
+        return created
+
+    async def _keep(self, key: str, data: bytes) -> None:
+        try:
+            await self._disk_cache.discard(key)
+            async with self._disk_cache.incoming(key, len(data)) as incoming:
+                await incoming.write(data)
+                await incoming.commit()
+        except StoreError:
+            return
+
+    async def put_many(self, objects: Mapping[str, bytes], *, replace: bool = False) -> set[str]:
+        created = await self._store.put_many(objects, replace=replace)
+        for key in created:
+            if self._keeps(key):
+                await self._keep(key, objects[key])
+        return created
+
+    async def get(self, key: str, *, limit: int) -> bytes | None:
+        return await self._store.get(key, limit=limit)
+
+    def at_once(self, key: str, *, limit: int) -> bytes | memoryview | None:
+        return self._store.at_once(key, limit=limit)
+
+    def read(self, key: str, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
+        return self._store.read(key, byte_range)
+
+    async def head(self, key: str) -> ObjectInfo | None:
+        return await self._store.head(key)
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            if self._keeps(key):
+                await self._disk_cache.discard(key)
+        await self._store.delete(keys)
+
+    def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
+        return self._store.list(prefix)
+
+    async def delivery(self, key: str) -> Delivery | None:
+        return await self._store.delivery(key)
+
+    async def sweep(self, *, older_than: float) -> int:
+        return await self._store.sweep(older_than=older_than)
+
+    async def close(self) -> None:
+        await self._store.close()
+
+
+class _KeepingWriter:
+    """Writes to both; after the disk cache has failed once, to the store alone."""
+
+    def __init__(self, writer: ObjectWriter, incoming: IncomingObject) -> None:
+        self._writer = writer
+        self._incoming: IncomingObject | None = incoming
+
+    async def write(self, data: bytes | memoryview) -> None:
+        await self._writer.write(data)
+        if self._incoming:
+            try:
+                await self._incoming.write(bytes(data))
+            except StoreError:
+                self._incoming = None
+
+    async def commit(self, *, replace: bool = False) -> bool:
+        created = await self._writer.commit(replace=replace)
+        if created and self._incoming:
+            try:
+                await self._incoming.commit()
+            except StoreError:
+                self._incoming = None
+        return created
