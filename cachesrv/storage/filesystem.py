@@ -158,6 +158,7 @@ class FilesystemStore:
             return
         await self._threads.close()
         await asyncio.to_thread(incoming.discard, self._open)
+        self._warm.close()
         self._tree.close()
 
 

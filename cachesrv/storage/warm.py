@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import stat
 import struct
 from contextlib import suppress
 
@@ -44,8 +45,9 @@ class WarmFiles:
         if descriptor < 0:
             return None
         try:
-            size = os.fstat(descriptor).st_size
-            if size > limit:
+            found = os.fstat(descriptor)
+            size = found.st_size
+            if size > limit or not stat.S_ISREG(found.st_mode):
                 return None
             if size > len(self._buffer):
                 self._buffer = bytearray(size)
@@ -56,3 +58,7 @@ class WarmFiles:
             return None
         finally:
             os.close(descriptor)
+
+    def close(self) -> None:
+        """Nothing is warm from now on: the number of the root's descriptor may soon be that of something else."""
+        self._root.value = -1
