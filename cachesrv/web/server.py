@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import ssl
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
 
 from cachesrv import systemd
-from cachesrv.errors import CachesrvError, ConfigError
+from cachesrv.errors import CachesrvError, ConfigError, StoreError
 from cachesrv.web.app import create_app
 from cachesrv.web.fast import FastAnswers
 from cachesrv.web.front import IDLE_SECONDS, Fronts, reporting
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import AsyncIterator, Callable, Sequence
 
+    from cachesrv.storage.base import ObjectStore
     from cachesrv.web.site import Rules, Site
 
 _log = structlog.get_logger()
@@ -30,7 +33,24 @@ _log = structlog.get_logger()
 _FOR_EVER = 10**8
 """Seconds. How long a connection may be idle is for the front to see to: it knows of the requests it answers itself."""
 
+_ABANDONED = 24 * 3600
+"""Seconds of silence after which what is being written belongs to a writer that was killed."""
+
 _MAX_LINE = 8190
+
+
+class _Defects(logging.Filter):
+    """What clients send that is not HTTP is told to them, and is no defect that belongs into the log with its stack."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], BadHttpMessage))
+
+
+def _log_of_aiohttp() -> logging.Logger:
+    logger = logging.getLogger("cachesrv.http")
+    logger.addFilter(_Defects())
+    return logger
+
 
 RUNNER_OPTIONS: dict[str, Any] = {
     "access_log": None,
@@ -38,6 +58,7 @@ RUNNER_OPTIONS: dict[str, Any] = {
     "keepalive_timeout": _FOR_EVER,
     "max_line_size": _MAX_LINE,
     "max_field_size": _MAX_LINE,
+    "logger": _log_of_aiohttp(),
     "shutdown_timeout": 1.0,  # for handlers that are being cancelled: those in time were waited for before
 }
 """How aiohttp handles connections."""
@@ -99,16 +120,31 @@ async def listening(
     loop = asyncio.get_running_loop()
     servers = [await loop.create_server(fronts, sock=sock, ssl=tls, backlog=BACKLOG) for sock in sockets]
     fronts.start()
-    usage = asyncio.create_task(site.services.usage.run())
+    chores = [asyncio.create_task(site.services.usage.run()), asyncio.create_task(_sweep(site.services.storage))]
     try:
         yield
     finally:
-        usage.cancel()
+        for chore in chores:
+            chore.cancel()
+        await asyncio.wait(chores)
         for server in servers:
             server.close()
         await fronts.stop(shutdown_timeout)
         await runner.cleanup()
         fronts.abort()
+
+
+async def _sweep(storage: ObjectStore) -> None:
+    """Remove what killed writers left behind: at the start, and from time to time."""
+    while True:
+        try:
+            removed = await storage.sweep(older_than=_ABANDONED)
+        except StoreError as error:
+            _log.error("unfinished objects cannot be removed", error=str(error))
+        else:
+            if removed:
+                _log.info("unfinished objects removed", number=removed)
+        await asyncio.sleep(_ABANDONED)
 
 
 def _reload(site: Site, reload: Callable[[], Rules]) -> None:
