@@ -100,6 +100,20 @@ class Publish:
                 await self._refused(cache, path, outcome, pusher)
         return outcomes
 
+    async def remember_conflict(self, published: PathRecord, nar_hash: str, pusher: str) -> None:
+        """Note that somebody has another NAR, with the hash `sha256:<nix32>`, for a published path."""
+        await self._catalog.record_conflict(
+            ConflictRecord(
+                cache=published.cache,
+                hash_part=published.hash_part,
+                name=published.name,
+                published_nar_hash=published.nar_hash,
+                refused_nar_hash=nar_hash,
+                pusher=pusher,
+                at=int(time.time()),
+            )
+        )
+
     async def close(self) -> None:
         """Finish what has been admitted."""
         await self._batches.close()
@@ -215,19 +229,8 @@ class Publish:
         if not isinstance(error, Conflict):
             return
         published = await self._catalog.path(cache.name, path.store_path.hash_part)
-        if published is None or published.nar_hash == path.nar_hash.nix32:
-            return
-        await self._catalog.record_conflict(
-            ConflictRecord(
-                cache=cache.name,
-                hash_part=path.store_path.hash_part,
-                name=path.store_path.name,
-                published_nar_hash=published.nar_hash,
-                refused_nar_hash=path.nar_hash.nix32,
-                pusher=pusher,
-                at=int(time.time()),
-            )
-        )
+        if published is not None and published.nar_hash != path.nar_hash.nix32:
+            await self.remember_conflict(published, path.nar_hash.nix32, pusher)
 
 
 def _nar_hash(text: bytes) -> str | None:

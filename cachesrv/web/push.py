@@ -18,6 +18,7 @@ from cachesrv.errors import (
     TooLarge,
     Unsigned,
 )
+from cachesrv.nix.hashes import Hash
 from cachesrv.nix.store_path import StorePath
 from cachesrv.services.candidate import Candidate
 from cachesrv.web import bodies, errors
@@ -64,22 +65,25 @@ async def get_cache(request: web.Request) -> web.Response:
 
 async def missing(request: web.Request) -> web.Response:
     """Which of many paths are not here; asked once by an uploader."""
-    cache, asked, _ = await _authorised(request, api.MissingRequest)
+    cache, asked, pusher = await _authorised(request, api.MissingRequest)
     _check_batch(asked.paths)
     services = request.app[SITE].services
-    wanted = {StorePath.parse(path.path).hash_part: path for path in asked.paths}
-    published = await services.catalog.paths(cache.name, wanted.keys())
-    absent = [path for hash_part, path in wanted.items() if hash_part not in published]
-    stored = await services.catalog.nars_by_hash(cache.prefix, {path.nar_hash for path in absent})
+    wanted = {StorePath.parse(path.path): Hash.parse(path.nar_hash).nix32 for path in asked.paths}
+    published = await services.catalog.paths(cache.name, {path.hash_part for path in wanted})
+    absent = {path: nar_hash for path, nar_hash in wanted.items() if path.hash_part not in published}
+    stored = await services.catalog.nars_by_hash(cache.prefix, set(absent.values()))
+    conflicts = {
+        path: published[path.hash_part].nar_hash
+        for path, nar_hash in wanted.items()
+        if path not in absent and published[path.hash_part].nar_hash != nar_hash
+    }
+    for path in conflicts:
+        await services.publish.remember_conflict(published[path.hash_part], wanted[path], pusher)
     return _json(
         api.MissingAnswer(
-            missing=[path.path for path in absent],
-            stored=[path.path for path in absent if path.nar_hash in stored],
-            conflicts=[
-                api.PublishedOtherwise(wanted[hash_part].path, record.nar_hash)
-                for hash_part, record in published.items()
-                if record.nar_hash != wanted[hash_part].nar_hash
-            ],
+            missing=[path.base_name for path in absent],
+            stored=[path.base_name for path, nar_hash in absent.items() if nar_hash in stored],
+            conflicts=[api.PublishedOtherwise(path.base_name, nar_hash) for path, nar_hash in conflicts.items()],
         )
     )
 
