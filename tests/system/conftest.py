@@ -12,7 +12,6 @@ from tests.system.nix import Nix
 from tests.system.server import Server
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
 StartServer = Callable[..., Server]
@@ -27,7 +26,7 @@ def make_server(tmp_path: Path) -> Iterator[StartServer]:
 
     def make(
         *,
-        environment: Mapping[str, str] | None = None,
+        environment: dict[str, str] | None = None,
         config: str | None = None,
         listen: str = "127.0.0.1:0",
         data_dir: Path | None = None,

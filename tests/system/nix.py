@@ -6,8 +6,11 @@ import json
 import os
 import subprocess
 import textwrap
+from hashlib import sha256
 from itertools import count
 from typing import TYPE_CHECKING, Any
+
+from tests.system.server import inherited
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,7 +56,7 @@ class Nix:
         }
         folder.mkdir(parents=True)
         self.environment = {
-            "PATH": os.environ["PATH"],
+            **inherited(),
             "HOME": str(folder),
             "NIX_CONF_DIR": str(folder / "etc"),
             "NIX_STORE_DIR": self.store_dir,
@@ -131,8 +134,9 @@ class Nix:
         file.write_text(content)
         file.chmod(0o444)
         os.utime(file, (1, 1))
-        listed = [path, "", str(len(references or [])), *(references or [])]
-        self.run("nix-store", "--register-validity", text="".join(f"{line}\n" for line in listed))
+        nar = subprocess.run(["nix-store", "--dump", str(file)], check=True, capture_output=True).stdout
+        fields = [path, sha256(nar).hexdigest(), len(nar), "", len(references or ()), *(references or ())]
+        self.run("nix-store", "--load-db", text="".join(f"{field}\n" for field in fields))
 
     def infos(self, *paths: str, store: str | None = None) -> dict[str, dict[str, Any]]:
         """What `nix path-info` says of paths and all that they need, by path."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tests.system.client import Client
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
 CACHESRV = (sys.executable, "-m", "cachesrv")
 PATIENCE = 60.0
@@ -39,15 +39,14 @@ class Server:
         self,
         folder: Path,
         *,
-        environment: Mapping[str, str] | None = None,
+        environment: dict[str, str] | None = None,
         config: str | None = None,
         listen: str = "127.0.0.1:0",
         data_dir: Path | None = None,
     ) -> None:
         self.folder = folder
         self.data_dir = data_dir or folder / "data"
-        self.environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "CACHESRV_DEBUG": "1"}
-        self.environment |= environment or {}
+        self.environment = inherited() | {"HOME": str(folder), "CACHESRV_DEBUG": "1"} | (environment or {})
         self.listen = listen
         self.config_file = folder / "cachesrv.toml"
         self.url = ""
@@ -165,6 +164,11 @@ class Server:
         uri = f"file:{self.data_dir / 'catalog.sqlite'}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True, timeout=PATIENCE)) as connection:
             return connection.execute(sql, values).fetchall()
+
+
+def inherited() -> dict[str, str]:
+    """What a program of a test needs of our environment: nothing else may have an influence on it."""
+    return {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
