@@ -50,7 +50,7 @@ class Threads:
                 return await asyncio.shield(done)
         except asyncio.CancelledError:
             if not begun.cancel():
-                await _finished(done)
+                await finished(done)
             raise
 
     async def close(self) -> None:
@@ -59,7 +59,8 @@ class Threads:
         await asyncio.to_thread(self._pool.shutdown)
 
 
-async def _finished(future: asyncio.Future[T]) -> None:
+async def finished(future: asyncio.Future[T]) -> None:
+    """Wait until it is done, also when the caller is cancelled; what came of it is dropped."""
     while not future.done():
         try:
             await asyncio.wait([future])
