@@ -1,0 +1,28 @@
+"""What tests of several kinds share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.radosgw import Gateway, shared_gateway
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="session")
+def gateway(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Gateway]:
+    """An S3 server, one for the whole run."""
+    folder = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):  # of pytest-xdist: each has a folder below that of the run
+        folder = folder.parent
+    with shared_gateway(folder / "gateway") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def bucket(gateway: Gateway) -> str:
+    """A bucket of this process, for tests that each take a prefix of their own."""
+    return gateway.make_bucket()

@@ -1,0 +1,276 @@
+"""S3 storage behind a proxy that fails: what passes is waited for, and nothing that is not whole looks whole."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from secrets import token_hex
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cachesrv.errors import StoreError, StoreUnavailable
+from cachesrv.storage import s3_client
+from cachesrv.storage.base import ByteRange
+from cachesrv.storage.decorators import Direct, Guarded, Limited, Retrying
+from cachesrv.storage.s3 import S3Store
+from cachesrv.storage.s3_upload import MIN_PART_SIZE
+from tests.system import fault_proxy
+from tests.system.fault_proxy import SLOW_DOWN, FaultProxy
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from tests.radosgw import Gateway
+
+LIMIT = 2**24
+LARGE = os.urandom(2 * MIN_PART_SIZE + 17)
+SMALL = os.urandom(3 * 2**20)
+
+
+@pytest.fixture(scope="module")
+def shared_proxy(gateway: Gateway) -> Iterator[FaultProxy]:
+    with FaultProxy(gateway.endpoint) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxy(shared_proxy: FaultProxy) -> FaultProxy:
+    shared_proxy.seen.clear()
+    shared_proxy._planned.clear()
+    shared_proxy.up()
+    return shared_proxy
+
+
+@pytest.fixture
+def limited() -> Limited:
+    return Limited(Direct(), most=8)
+
+
+@pytest.fixture
+async def store(proxy: FaultProxy, limited: Limited, gateway: Gateway, bucket: str) -> AsyncIterator[S3Store]:
+    store = S3Store(
+        bucket,
+        requests=Retrying(limited, attempts=4, first=0.01),
+        endpoint=proxy.url,
+        prefix=token_hex(8),
+        session=gateway.session(),
+        part_size=MIN_PART_SIZE,
+    )
+    yield store
+    await store.close()
+
+
+async def upload(store: S3Store, key: str, data: bytes = LARGE) -> bool:
+    async with store.writer(key) as writer:
+        for position in range(0, len(data), 2**20):
+            await writer.write(data[position : position + 2**20])
+        return await writer.commit()
+
+
+async def whole(chunks: AsyncIterator[bytes]) -> bytes:
+    return b"".join([chunk async for chunk in chunks])
+
+
+PASSING = {
+    "drop": fault_proxy.Drop(),
+    "slow-down": fault_proxy.Answer(503, SLOW_DOWN),
+    "too-many": fault_proxy.Answer(429, headers={"Retry-After": "0"}),
+    "internal": fault_proxy.Answer(500, b"<Error><Code>InternalError</Code></Error>"),
+    "bad-gateway": fault_proxy.Answer(502, b"<html>nginx</html>"),
+    "lost": fault_proxy.LoseAnswer(),
+    "late": fault_proxy.Delay(0.1),
+}
+
+
+@pytest.mark.parametrize("fault", PASSING.values(), ids=PASSING)
+async def test_every_request_is_tried_again(store: S3Store, proxy: FaultProxy, fault: fault_proxy.Fault) -> None:
+    """Each kind of request meets the fault once, and all calls answer as if nothing had happened."""
+    for method, query in [("PUT", "X-Amz-Signature"), ("POST", "uploads"), ("PUT", "partNumber"), ("POST", "uploadId")]:
+        proxy.plan(fault, method=method, query=query)
+    proxy.plan(fault, method="HEAD")
+    proxy.plan(fault, method="GET", query="list-type")
+    proxy.plan(fault, method="GET", query="X-Amz-Signature")
+    proxy.plan(fault, method="POST", query="delete")
+    assert await store.put("main/a", b"a")
+    assert not await store.put("main/a", b"b")
+    assert await upload(store, "main/large")
+    assert not await upload(store, "main/large", SMALL)
+    assert await store.get("main/a", limit=LIMIT) == b"a"
+    assert await whole(store.read("main/large")) == LARGE
+    info = await store.head("main/large")
+    assert info is not None
+    assert info.size == len(LARGE)
+    assert sorted([info.key async for info in store.list("")]) == ["main/a", "main/large"]
+    await store.delete(["main/a", "main/large"])
+    assert not [info async for info in store.list("")]
+    assert not any(planned.times for planned in proxy._planned)
+
+
+async def test_a_fault_that_stays_is_told(store: S3Store, proxy: FaultProxy) -> None:
+    proxy.plan(fault_proxy.Answer(503, SLOW_DOWN), times=1000)
+    for attempt in (
+        store.get("main/a", limit=LIMIT),
+        store.head("main/a"),
+        store.put("main/a", b"a"),
+        store.delete(["main/a"]),
+        upload(store, "main/large"),
+        store.sweep(older_than=0),
+    ):
+        with pytest.raises(StoreUnavailable, match="too many requests"):
+            await attempt
+    with pytest.raises(StoreUnavailable, match="too many requests"):
+        [info async for info in store.list("")]
+
+
+async def test_a_fault_never_means_that_there_is_nothing(store: S3Store, proxy: FaultProxy) -> None:
+    await store.put("main/a", b"a")
+    for status, body in [(404, b""), (404, b"<html>not found</html>"), (403, b""), (503, b""), (200, b"")]:
+        proxy._planned.clear()
+        proxy.plan(fault_proxy.Answer(status, body), times=1000)
+        for key in ("main/a", "main/not-there"):
+            if status != 200:
+                with pytest.raises(StoreError):
+                    await store.head(key)
+                with pytest.raises(StoreError):
+                    await store.get(key, limit=LIMIT)
+
+
+async def test_who_is_told_to_slow_down_does(store: S3Store, proxy: FaultProxy, limited: Limited) -> None:
+    objects = {f"main/{n}": b"%d" % n for n in range(8)}
+    await store.put_many(objects)
+    assert limited.limit == 8
+    proxy.plan(fault_proxy.Answer(503, SLOW_DOWN), method="GET", times=8)
+    got = await asyncio.gather(*(store.get(key, limit=LIMIT) for key in objects))
+    assert got == [*objects.values()]
+    assert limited.limit < 8
+    while limited.limit < 8:
+        await asyncio.gather(*(store.get(key, limit=LIMIT) for key in objects))
+
+
+@pytest.mark.parametrize("half", [False, True])
+async def test_a_body_that_breaks_is_read_on_from_there(store: S3Store, proxy: FaultProxy, half: bool) -> None:
+    await store.put("main/a", SMALL)
+    for after in (0, 1, 2**20, 100):
+        proxy.plan(fault_proxy.Truncate(after, half=half), method="GET")
+    assert await whole(store.read("main/a")) == SMALL
+    assert [seen.headers.get("Range") for seen in proxy.seen if seen.method == "GET"] == [
+        None,
+        f"bytes=0-{len(SMALL) - 1}",
+        f"bytes=1-{len(SMALL) - 1}",
+        f"bytes={2**20 + 1}-{len(SMALL) - 1}",
+        f"bytes={2**20 + 101}-{len(SMALL) - 1}",
+    ]
+    proxy.plan(fault_proxy.Truncate(10, half=half), method="GET")
+    assert await whole(store.read("main/a", ByteRange(5, 50))) == SMALL[5:50]
+    proxy.plan(fault_proxy.Truncate(10, half=half), method="GET")
+    assert await store.get("main/a", limit=LIMIT) == SMALL
+
+
+async def test_a_body_that_always_breaks_never_looks_whole(store: S3Store, proxy: FaultProxy) -> None:
+    await store.put("main/a", SMALL)
+    proxy.plan(fault_proxy.Truncate(1000), method="GET", times=1000)
+    received = bytearray()
+
+    async def read() -> None:
+        async for chunk in store.read("main/a"):
+            received.extend(chunk)
+
+    with pytest.raises(StoreUnavailable):
+        await read()
+    assert SMALL.startswith(received)
+    assert len(received) < len(SMALL)
+    with pytest.raises(StoreUnavailable):
+        await store.get("main/a", limit=LIMIT)
+
+
+async def test_what_is_replaced_while_it_is_read_is_not_mixed(store: S3Store, proxy: FaultProxy) -> None:
+    await store.put("main/a", SMALL)
+    proxy.plan(fault_proxy.Truncate(2**20), method="GET")
+    chunks = store.read("main/a")
+    await anext(chunks)
+    await store.put("main/a", SMALL[::-1], replace=True)
+    with pytest.raises(StoreError, match="another object"):
+        await whole(chunks)
+
+
+async def test_what_vanishes_while_it_is_read_has_not_ended(store: S3Store, proxy: FaultProxy) -> None:
+    await store.put("main/a", SMALL)
+    proxy.plan(fault_proxy.Truncate(2**20), method="GET")
+    chunks = store.read("main/a")
+    await anext(chunks)
+    await store.delete(["main/a"])
+    with pytest.raises(StoreError, match="it changed while it was read"):
+        await whole(chunks)
+
+
+async def test_a_stalled_body_is_given_up(store: S3Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_client, "_READ_TIMEOUT", 0.3)
+    await store.put("main/a", SMALL)
+    proxy.plan(fault_proxy.Stall(1000), method="GET")
+    assert await whole(store.read("main/a")) == SMALL
+
+
+async def test_an_upload_that_hangs_is_given_up(
+    store: S3Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_client, "_READ_TIMEOUT", 0.3)
+    monkeypatch.setattr(s3_client, "_SLOWEST_UPLOAD", 2**30)
+    await store.put("main/a", b"a")
+    proxy.plan(fault_proxy.Hang(), method="PUT")
+    assert await store.put("main/b", b"b")
+
+
+@pytest.mark.parametrize("fault", [fault_proxy.CutRequest(2**20), fault_proxy.CutRequest(0)])
+async def test_a_body_that_arrives_in_part_makes_no_object(
+    store: S3Store, proxy: FaultProxy, gateway: Gateway, bucket: str, fault: fault_proxy.Fault
+) -> None:
+    await store.put("main/a", b"a")
+    proxy.plan(fault, method="PUT", times=1000)
+    with pytest.raises(StoreUnavailable):
+        await store.put("main/b", SMALL)
+    with pytest.raises(StoreUnavailable):
+        await upload(store, "main/c")
+    proxy._planned.clear()
+    assert [info.key async for info in store.list("")] == ["main/a"]
+    assert "Uploads" not in gateway.client().list_multipart_uploads(Bucket=bucket, Prefix=store._prefix)
+
+
+async def test_an_upload_that_fails_for_good_leaves_no_parts(
+    store: S3Store, proxy: FaultProxy, gateway: Gateway, bucket: str
+) -> None:
+    proxy.plan(fault_proxy.Drop(), method="PUT", query="partNumber", times=1000)
+    with pytest.raises(StoreUnavailable):
+        await upload(store, "main/a")
+    assert "Uploads" not in gateway.client().list_multipart_uploads(Bucket=bucket, Prefix=store._prefix)
+
+
+async def test_the_endpoint_that_is_away_and_comes_back(proxy: FaultProxy, gateway: Gateway, bucket: str) -> None:
+    guarded = Guarded(Direct(), patience=0.2, pause=0.1)
+    store = S3Store(
+        bucket,
+        requests=Retrying(guarded, attempts=3, first=0.01),
+        endpoint=proxy.url,
+        prefix=token_hex(8),
+        session=gateway.session(),
+    )
+    try:
+        await store.put("main/a", b"a")
+        proxy.down()
+        deadline = time.monotonic() + 0.4
+        while time.monotonic() < deadline:
+            with pytest.raises(StoreUnavailable):
+                await store.get("main/a", limit=LIMIT)
+            with pytest.raises(StoreUnavailable):
+                await store.head("main/a")
+        begun = time.monotonic()
+        for _ in range(50):
+            with pytest.raises(StoreUnavailable):
+                await store.get("main/a", limit=LIMIT)
+        assert time.monotonic() - begun < 1
+        proxy.up()
+        await asyncio.sleep(0.15)
+        assert await store.get("main/a", limit=LIMIT) == b"a"
+    finally:
+        await store.close()
