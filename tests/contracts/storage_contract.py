@@ -137,6 +137,23 @@ class StorageContract:
         with pytest.raises(TooLarge):
             await store.get("main/a", limit=4)
 
+    async def test_what_is_had_at_once_is_whole(self, store: ObjectStore) -> None:
+        """Or nothing: nobody promises that it is in memory."""
+        objects = {"main/empty": b"", "main/small": b"12345", "main/large": LARGE}
+        await store.put_many(objects)
+        for key, data in objects.items():
+            for limit in (len(data) - 1, len(data), 2**30):
+                found = store.at_once(key, limit=limit)
+                assert found is None or (bytes(found) == data and limit >= len(data))
+        assert store.at_once("main/missing", limit=LIMIT) is None
+        assert store.at_once("main", limit=LIMIT) is None
+        await store.put("main/small", b"1", replace=True)
+        assert bytes(store.at_once("main/small", limit=LIMIT) or b"1") == b"1"
+        await store.delete(["main/small"])
+        assert store.at_once("main/small", limit=LIMIT) is None
+        with pytest.raises(BadInput):
+            store.at_once("main/../top", limit=LIMIT)
+
     async def test_head_tells_size_and_time(self, store: ObjectStore) -> None:
         before = time.time()
         await store.put("main/a", b"12345")
