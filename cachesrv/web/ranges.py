@@ -7,7 +7,7 @@ import re
 from cachesrv.errors import BadInput
 from cachesrv.storage.base import ByteRange
 
-_RANGE = re.compile(r"bytes=(\d{0,19})-(\d{0,19})\Z")
+_RANGE = re.compile(r"bytes=([0-9]{0,19})-([0-9]{0,19})\Z")
 
 
 class Unsatisfiable(BadInput):
