@@ -38,7 +38,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 3 some paths fail
 """
 )
 @click.argument("paths", metavar="PATH...", nargs=-1)
-@click.option("--to", metavar="URL", help="The cache, such as http://127.0.0.1:5000/main.")
+@click.option("--to", metavar="URL", help="The cache, such as http://127.0.0.1:5000/main; without a name, `main`.")
 @click.option("--token-file", type=click.Path(path_type=Path), help="A file that holds the token.")
 @click.option("--data-dir", metavar="DIR", help="Of a server on this machine, for its push-token.")
 @click.option("--stdin", "from_stdin", is_flag=True, help="Read more paths from standard input, one a line.")
@@ -47,6 +47,9 @@ Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 3 some paths fail
 @click.option("--json", "as_json", is_flag=True, help="Print events as JSON, one object a line.")
 @click.option("--jobs", type=click.IntRange(1, 256), default=8, show_default=True, help="NARs on their way at once.")
 @click.option("--level", type=click.IntRange(1, 19), default=3, show_default=True, help="Of the zstd compression.")
+@click.option(
+    "--memory", type=click.IntRange(16), metavar="MIB", help="For NARs on their way, at most.  [default: 128]"
+)
 @click.option("--store", metavar="STORE", help="The local store, as Nix names it.  [default: auto]")
 def command(
     paths: tuple[str, ...],
@@ -60,6 +63,7 @@ def command(
     as_json: bool,
     jobs: int,
     level: int,
+    memory: int | None,
     store: str | None,
 ) -> int:
     """Push store paths to a cache, with all they need."""
@@ -72,7 +76,13 @@ def command(
         raise click.UsageError("which paths? name them, or say --stdin", click.get_current_context())
     settings = find_settings(Given(to, token_file, data_dir), os.environ)
     names = [*paths, *(_lines_of_stdin() if from_stdin else ())]
-    options = Options(jobs=jobs, level=level, closure=not no_closure, dry_run=dry_run)
+    options = Options(
+        jobs=jobs,
+        level=level,
+        closure=not no_closure,
+        dry_run=dry_run,
+        memory=memory * 1024 * 1024 if memory else None,
+    )
     with _rendering(as_json=as_json, dry_run=dry_run) as rendering:
         summary = asyncio.run(_push(names, store, settings, options, rendering))
     return SOME_FAILED if summary.failed else 0

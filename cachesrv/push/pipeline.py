@@ -142,7 +142,8 @@ class CompressedNar:
     async def feed(self) -> None:
         """Read and hash the NAR and have it compressed, as far ahead of the iteration as memory allows."""
         try:
-            while size := await self._read():
+            size = FRAME_SIZE
+            while size == FRAME_SIZE and (size := await self._read()):
                 await self._frames.put(self._compress(size))
             self._check()
         except Exception as error:  # noqa: BLE001  the iteration raises it
