@@ -27,6 +27,8 @@ INTERRUPTED = 130
 COMMANDS: Mapping[str, str] = {
     "serve": "Answer Nix clients over HTTP.",
     "push": "Push store paths to a cache.",
+    "ls": "List what is in a store path, here or in a cache.",
+    "cat": "Print a file in a store path, here or in a cache.",
     "use": "Let Nix on this machine use a cache.",
     "key": "Make signing keys, and sign with them.",
     "token": "Say who may read, push and delete.",

@@ -1,0 +1,135 @@
+"""What `ls` and `cat` read from: the files of a store path, wherever they are."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
+
+from cachesrv.errors import BadInput, ConfigError, NotFound
+from cachesrv.nix.signing import PublicKey, trusted_keys, verify_any
+from cachesrv.nix.store_path import StorePath
+from cachesrv.push import nix_conf, nix_conf_files, wanted
+from cachesrv.push.local_path import LocalPath
+from cachesrv.push.remote import open_remote
+from cachesrv.push.remote_path import RemotePath
+from cachesrv.push.settings import Given, find_settings
+from cachesrv.push.store_location import locate
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Mapping
+    from pathlib import Path
+
+    from cachesrv.nix.listing import ListingNode
+    from cachesrv.nix.narinfo import NarInfo
+    from cachesrv.push.address import Address
+    from cachesrv.push.members import Names
+    from cachesrv.push.nar_member import Write
+    from cachesrv.push.store_location import StoreLocation
+    from cachesrv.push.token import TokenSource
+    from cachesrv.push.wanted import Wanted
+
+_NIXOS_KEY = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY="
+
+
+class Contents(Protocol):
+    """The files of a store path."""
+
+    async def find(self, names: Names, *, follow: bool = False, recursive: bool = True) -> tuple[Names, ListingNode]:
+        """What is at these names, and its names when links were followed; a link at the end is followed only if
+        `follow`. Unless `recursive`, what lies deeper than its entries may be left out. Raises NotFound.
+        """
+
+    async def copy(self, names: Names, write: Write) -> None:
+        """Have the contents of a file written, all links followed. Raises NotFound; BadInput for a directory, and for a
+        NAR that is not what its narinfo says.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """What the command line says. `trusted`: one of these keys has to have signed; `check_all`: give nothing away that
+    was not checked against the NAR hash.
+    """
+
+    cache: str | None = None
+    token_file: Path | None = None
+    trusted: tuple[PublicKey, ...] = ()
+    check_all: bool = False
+
+
+@asynccontextmanager
+async def open_contents(text: str, where: Where, environ: Mapping[str, str]) -> AsyncIterator[tuple[Contents, Names]]:
+    """The contents of the store path that is meant (see `cachesrv.push.wanted`), and the names that were given of what
+    is inside. Raises NotFound, BadInput, ConfigError, ServerError.
+    """
+    location = locate(None, environ)
+    asked = wanted.parse(text, location)
+    local = _local(asked, location) if asked.cache is None and where.cache is None else None
+    if local is not None:
+        yield local, asked.names
+        return
+    address, tokens = _cache(asked, where, environ)
+    with ThreadPoolExecutor(1, "nar") as executor:
+        async with open_remote(address, tokens) as cache:
+            info = await cache.narinfo(asked.hash_part)
+            _check_name(asked, info, cache.url)
+            _check_signatures(info, where.trusted, environ)
+            yield RemotePath(cache, info, executor, check_all=where.check_all), asked.names
+
+
+def _local(asked: Wanted, location: StoreLocation) -> LocalPath | None:
+    if asked.name is None:
+        return None
+    path = StorePath(asked.hash_part, asked.name)
+    real = location.real_path(path)
+    return None if real is None else LocalPath(path.full(location.store_dir), real)
+
+
+def _cache(asked: Wanted, where: Where, environ: Mapping[str, str]) -> tuple[Address, TokenSource]:
+    address = asked.cache or (wanted.parse_cache(where.cache) if where.cache else None)
+    if address is None:
+        try:
+            settings = find_settings(Given(token_file=where.token_file), environ)
+        except ConfigError as error:
+            raise NotFound(f"{asked.hash_part}-{asked.name} is not in the store here; {error}") from None
+        return settings.address, settings.token
+    origin = urlsplit(address.base)
+    given = Given(f"{origin.scheme}://{origin.netloc}", where.token_file)  # a token is for all caches of a server
+    return address, find_settings(given, environ).token
+
+
+def _check_name(asked: Wanted, info: NarInfo, url: str) -> None:
+    if asked.name not in {None, info.store_path.name}:
+        raise NotFound(f"there is no {asked.hash_part}-{asked.name} in {url}, it has {info.store_path}")
+
+
+def _check_signatures(info: NarInfo, given: tuple[PublicKey, ...], environ: Mapping[str, str]) -> None:
+    """By the keys that were given; without any, no key that Nix trusts may be shown to have signed something else."""
+    if given:
+        if verify_any(info.fingerprint, info.signatures, trusted_keys(given)) is None:
+            names = ", ".join(key.name for key in given)
+            raise BadInput(f"{info.full_path} is not signed by {names}")
+        return
+    known = trusted_keys(_trusted_by_nix(environ))
+    for signature in info.signatures:
+        key = known.get(signature.name)
+        if key is not None and not key.verify(info.fingerprint, signature):
+            raise BadInput(
+                f"the signature of {info.full_path} by {key.name} does not hold: either the cache lies, or it has"
+                " another key of that name than Nix trusts here"
+            )
+
+
+def _trusted_by_nix(environ: Mapping[str, str]) -> Iterable[PublicKey]:
+    files = [nix_conf_files.system_files(environ)]
+    if environ.get("HOME") or environ.get("XDG_CONFIG_HOME"):
+        files.append(nix_conf_files.user_files(environ))
+    lines = [line for file in files for line in nix_conf_files.lines(file.conf)]
+    for word in nix_conf.words(lines, nix_conf.KEYS, [_NIXOS_KEY]):
+        try:
+            yield PublicKey.parse(word)
+        except BadInput:
+            continue

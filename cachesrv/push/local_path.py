@@ -1,0 +1,92 @@
+"""A store path whose files are on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cachesrv.errors import BadInput, NotFound, StoreError
+from cachesrv.nix.listing import Directory, Regular, Symlink
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cachesrv.nix.listing import ListingNode
+    from cachesrv.push.members import Names
+    from cachesrv.push.nar_member import Write
+
+_COPIED_AT_ONCE = 1024 * 1024
+
+
+class LocalPath:
+    """A `contents.Contents`. `path`: the full store path; `real`: where its files are. Links are what the system says
+    they are: they may lead to other store paths.
+    """
+
+    def __init__(self, path: str, real: str) -> None:
+        self._path = path
+        self._real = Path(real)
+
+    async def find(self, names: Names, *, follow: bool = False, recursive: bool = True) -> tuple[Names, ListingNode]:
+        return await asyncio.to_thread(self._find, names, follow=follow, recursive=recursive)
+
+    async def copy(self, names: Names, write: Write) -> None:
+        await asyncio.to_thread(self._copy, names, write)
+
+    def _find(self, names: Names, *, follow: bool, recursive: bool) -> tuple[Names, ListingNode]:
+        file = self._real.joinpath(*names)
+        try:
+            return names, _node(Path(os.path.realpath(file)) if follow else file, -1 if recursive else 1)
+        except OSError as error:
+            raise self._failed(names, error) from error
+
+    def _copy(self, names: Names, write: Write) -> None:
+        file = self._real.joinpath(*names)
+        try:
+            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise self._failed(names, error) from error
+        try:
+            mode = os.fstat(descriptor).st_mode
+            if stat.S_ISDIR(mode):
+                raise BadInput(f"{self._full(names)} is a directory: `cachesrv ls` shows what is in it")
+            for data in self._pieces(descriptor, names):
+                write(data)
+        finally:
+            os.close(descriptor)
+
+    def _pieces(self, descriptor: int, names: Names) -> Iterator[bytes]:
+        try:
+            while data := os.read(descriptor, _COPIED_AT_ONCE):
+                yield data
+        except OSError as error:
+            raise self._failed(names, error) from error
+
+    def _full(self, names: Names) -> str:
+        return "/".join([self._path, *names])
+
+    def _failed(self, names: Names, error: OSError) -> Exception:
+        """Names the nearest parent that is there."""
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            return StoreError(f"{self._full(names)} cannot be read: {error.strerror}")
+        for number, name in enumerate(names):
+            parent = self._real.joinpath(*names[:number])
+            if not parent.is_dir():
+                return NotFound(f"{self._full(names[:number])} is a file, there is no {name} in it")
+            if not os.path.lexists(parent / name):
+                return NotFound(f"there is no {name} in {self._full(names[:number])}")
+        return NotFound(f"{self._full(names)} is a link to what is not here")
+
+
+def _node(file: Path, levels: int) -> ListingNode:
+    """A listing of so many levels; of all for a negative number. Raises OSError."""
+    status = file.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        return Symlink(str(file.readlink()))
+    if stat.S_ISDIR(status.st_mode):
+        entries = sorted(file.iterdir()) if levels else ()
+        return Directory({entry.name: _node(entry, levels - 1) for entry in entries})
+    return Regular(status.st_size, executable=bool(status.st_mode & stat.S_IXUSR))
