@@ -36,6 +36,9 @@ Duration = Annotated[int, msgspec.Meta(ge=0, le=_LARGEST, title="duration", desc
 PositiveDuration = Annotated[
     int, msgspec.Meta(ge=1, le=_LARGEST, title="duration", description='one second or more, as 60 or "30 min"')
 ]
+PresignSeconds = Annotated[
+    int, msgspec.Meta(ge=60, le=604_800, title="duration", description='60 seconds to 7 days, as 3600 or "1 h"')
+]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=_LARGEST, description="a whole number, 1 or more")]
 Priority = Annotated[int, msgspec.Meta(ge=0, le=10_000, description="a whole number from 0 to 10000")]
 Listen = Annotated[
@@ -67,6 +70,22 @@ CacheName = Annotated[
 Prefix = Annotated[
     str,
     msgspec.Meta(pattern=rf"\A{_FOLDER}(/{_FOLDER}){{0,4}}\Z", description='a folder such as "main" or "team/main"'),
+]
+Bucket = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"\A[0-9A-Za-z][0-9A-Za-z._-]{1,61}[0-9A-Za-z]\Z",
+        description="the name of a bucket, 3 to 63 letters, digits, dots and dashes",
+    ),
+]
+Region = Annotated[
+    str, msgspec.Meta(pattern=r"\A[0-9A-Za-z][0-9A-Za-z_-]{0,62}\Z", description='a region such as "eu-central-1"')
+]
+Endpoint = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"\Ahttps?://[^/?#@\s]+/?\Z", description='a URL without a path, such as "https://s3.example.org"'
+    ),
 ]
 PublicKeyText = Annotated[
     str,
@@ -112,8 +131,13 @@ class Server(msgspec.Struct, frozen=True):
 class Storage(msgspec.Struct, frozen=True):
     """Where the objects lie."""
 
-    kind: Literal["filesystem"] = "filesystem"
+    kind: Literal["filesystem", "s3"] = "filesystem"
     path: str | None = None
+    bucket: Bucket | None = None
+    prefix: Prefix | None = None
+    region: Region | None = None
+    endpoint: Endpoint | None = None
+    addressing_style: Literal["auto", "path", "virtual"] = "auto"
 
 
 class Catalog(msgspec.Struct, frozen=True):
@@ -141,6 +165,8 @@ class Lookup(msgspec.Struct, frozen=True):
 class Delivery(msgspec.Struct, frozen=True):
     """How NARs reach clients that do not lie in files of this host."""
 
+    mode: Literal["redirect", "proxy"] = "redirect"
+    presign_seconds: PresignSeconds = 3600
     disk_cache_path: str | None = None
     disk_cache_size: Size = 10 * 2**30
 
@@ -372,9 +398,10 @@ def _from_text(section: str, key: str, text: str) -> Any:
 
 def _contradictions(sections: Mapping[str, Any]) -> list[str]:
     """What is wrong although each key by itself is right; sections in which one is not are None."""
-    server, caches, tokens = sections["server"], sections["cache"], sections["token"]
+    server, storage, caches, tokens = (sections[name] for name in ("server", "storage", "cache", "token"))
     return [
         *(_contradictions_of_server(server) if server else ()),
+        *(_contradictions_of_storage(storage) if storage else ()),
         *(_contradictions_of_caches(caches) if caches is not None else ()),
         *(_contradictions_of_upstreams(sections, caches) if caches is not None else ()),
         *(_contradictions_of_tokens(tokens, caches) if tokens else ()),
@@ -388,6 +415,11 @@ def _contradictions_of_server(server: Server) -> Iterator[str]:
         check_store_dir(server.store_dir)
     except BadInput:
         yield f"server.store_dir = {server.store_dir!r}: expected an absolute path without a final /"
+
+
+def _contradictions_of_storage(storage: Storage) -> Iterator[str]:
+    if storage.kind == "s3" and storage.bucket is None:
+        yield 'storage.bucket: is required for kind = "s3"'
 
 
 def _contradictions_of_caches(caches: tuple[Cache, ...]) -> Iterator[str]:

@@ -67,6 +67,8 @@ COUNTERS = {
     "nars_stored": "NARs verified and stored",
     "paths_published": "paths made visible by a push",
     "pushes_refused": "paths that were refused",
+    "bucket_requests": "requests to the bucket that objects lie in",
+    "bucket_failures": "requests to the bucket that failed, and may have been tried again",
 }
 
 Gauge = tuple[str, str, float]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aiohttp
 
 from cachesrv.catalog.sql import SqlCatalog
-from cachesrv.errors import BadInput, ConfigError
+from cachesrv.errors import BadInput, ConfigError, StoreError
 from cachesrv.index.lmdb import LmdbIndex
 from cachesrv.nix.signing import PublicKey, trusted_keys
 from cachesrv.services.access import Access, Principal, token_hash
@@ -27,19 +28,22 @@ from cachesrv.services.metadata import Metadata
 from cachesrv.services.publish import Publish
 from cachesrv.services.upstream import PullThrough, Upstream, Upstreams
 from cachesrv.services.usage import Usage
+from cachesrv.storage.decorators import Direct, Guarded, Limited, Measured, Retrying
 from cachesrv.storage.disk_cache import DiskCache
 from cachesrv.storage.filesystem import FilesystemStore
 from cachesrv.storage.kept import KeepingStore
+from cachesrv.storage.s3 import S3Store
 from cachesrv.web.site import Rules, Services
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Iterator, Sequence
 
     from cachesrv.catalog.base import Catalog
     from cachesrv.config import Cache, Config
     from cachesrv.index.base import Index
     from cachesrv.nix.signing import SecretKey
     from cachesrv.storage.base import ObjectStore
+    from cachesrv.storage.decorators import Requests
     from cachesrv.telemetry import Metrics
 
 
@@ -48,9 +52,43 @@ def private_umask() -> None:
     os.umask(0o027)
 
 
-def open_storage(config: Config) -> ObjectStore:
-    """The object store."""
+def open_storage(config: Config, metrics: Metrics | None = None) -> ObjectStore:
+    """The object store; requests to a bucket are counted in `metrics`."""
+    if config.storage.kind == "s3":
+        return _open_bucket(config, metrics)
     return FilesystemStore(Path(config.storage.path or DataDirectory(config.data_dir).objects))
+
+
+async def problems_of_bucket(config: Config) -> Sequence[str]:
+    """What a server would stumble over in its bucket, one line each. Raises StoreError."""
+    bucket = _open_bucket(config)
+    try:
+        return await bucket.probe()
+    finally:
+        await bucket.close()
+
+
+def _open_bucket(config: Config, metrics: Metrics | None = None) -> S3Store:
+    storage = config.storage
+    requests: Requests = Direct()
+    if metrics is not None:
+        requests = Measured(requests, partial(_count_request, metrics))
+    return S3Store(
+        storage.bucket or "",
+        requests=Retrying(Guarded(Limited(requests))),
+        prefix=storage.prefix or "",
+        region=storage.region,
+        endpoint=storage.endpoint,
+        addressing_style=storage.addressing_style,
+        redirect=config.delivery.mode == "redirect",
+        presign_seconds=config.delivery.presign_seconds,
+    )
+
+
+def _count_request(metrics: Metrics, _operation: str, _seconds: float, error: BaseException | None) -> None:
+    metrics.add("bucket_requests")
+    if isinstance(error, StoreError):
+        metrics.add("bucket_failures")
 
 
 def open_index(config: Config) -> Index:
@@ -70,7 +108,7 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
     """All services of one process; leaving finishes what is under way."""
     async with AsyncExitStack() as stack:
         disk_cache = await _open_disk_cache(config, stack)
-        storage = open_storage(config)
+        storage = open_storage(config, metrics)
         if disk_cache and not _storage_is_local(config):
             storage = KeepingStore(storage, disk_cache, lambda key: "/nar/" in key)
         stack.push_async_callback(storage.close)

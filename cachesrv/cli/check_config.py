@@ -138,6 +138,10 @@ async def _probe_storage(config: Config) -> None:
     from cachesrv.errors import StoreError
     from cachesrv.services.probe import probe_storage
 
+    if config.storage.kind == "s3":
+        if problems := await wiring.problems_of_bucket(config):
+            raise StoreError("\nstorage: ".join(problems))
+        return
     try:
         storage = wiring.open_storage(config)
         try:

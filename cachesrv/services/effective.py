@@ -22,6 +22,11 @@ _MEANING = {
     "base_url": "the address it listens on",
     "tls_certificate": "plain HTTP",
     "tls_private_key": "plain HTTP",
+    "path": "none, the objects lie in a bucket",
+    "bucket": "none, the objects lie in a folder",
+    "prefix": "none",
+    "region": "that of the SDK's settings, else us-east-1",
+    "endpoint": "AWS in that region",
     "signing_key_files": "keys/<name>.secret in the data directory, made at the first start",
 }
 
@@ -42,10 +47,12 @@ def render(config: Config) -> str:
 def _resolved(config: Config) -> Config:
     """With the places that follow from others."""
     data, replace = DataDirectory(config.data_dir), msgspec.structs.replace
+    own_objects = str(data.objects) if config.storage.kind == "filesystem" else None
     return replace(
         config,
-        storage=replace(config.storage, path=config.storage.path or str(data.objects)),
+        storage=replace(config.storage, path=config.storage.path or own_objects),
         catalog=replace(config.catalog, url=config.catalog.url or f"sqlite:///{data.catalog}"),
+        delivery=replace(config.delivery, disk_cache_path=config.delivery.disk_cache_path or str(data.nar_cache)),
         index=replace(config.index, path=config.index.path or str(data.index)),
         cache=tuple(replace(cache, prefix=cache.prefix or cache.name) for cache in config.cache),
     )

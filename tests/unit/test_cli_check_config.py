@@ -83,7 +83,8 @@ def test_any_text_survives(paths: tuple[str, str], size: int, flag: bool) -> Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "read_text", lambda *_args, **_kwargs: render(config))
         again = load(Path("x"), Path("/data"), {})
-    assert msgspec.structs.replace(again, storage=config.storage, catalog=config.catalog, index=config.index) == config
+    places = {name: getattr(config, name) for name in ("storage", "catalog", "index", "delivery")}
+    assert msgspec.structs.replace(again, **places) == config
 
 
 def test_all_mistakes_and_status_2(file: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
