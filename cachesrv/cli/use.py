@@ -107,12 +107,14 @@ def _write(files: ConfFiles, machine: ConfFiles, wanted: CacheSettings, login: L
 def _notes(settings: Settings, cache: CacheAnswer, files: ConfFiles, wanted: CacheSettings) -> Iterator[str]:
     """What the lines alone do not make work."""
     from cachesrv.push import nix_conf, nix_conf_files
+    from cachesrv.push.one_line import one_line
     from cachesrv.push.store_location import locate
     from cachesrv.push.token import TokenFile
 
     store_dir = locate(None, os.environ).store_dir
     if cache.store_dir != store_dir:
-        yield f"the paths of this cache are for {cache.store_dir}, the store here is {store_dir}: Nix refuses them"
+        theirs = one_line(cache.store_dir)
+        yield f"the paths of this cache are for {theirs}, the store here is {store_dir}: Nix refuses them"
     if not wanted.keys:
         yield "the cache does not sign; clients have to trust the keys of those who push to it"
     machine = nix_conf_files.system_files(os.environ)
@@ -130,5 +132,5 @@ def _notes(settings: Settings, cache: CacheAnswer, files: ConfFiles, wanted: Cac
     if isinstance(settings.token, TokenFile) and settings.token.path.name == "push-token":
         yield (
             "this is the push token of the server, with which anybody can push; for clients, make one that only reads:"
-            f" cachesrv token create clients --cache {cache.name}"
+            f" cachesrv token create clients --cache {settings.address.cache}"
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cachesrv.errors import BadInput, NotFound
 from cachesrv.nix.listing import Directory, Regular, Symlink
+from cachesrv.push.one_line import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,10 +66,10 @@ def find_file(root: ListingNode, names: Sequence[str], path: str) -> tuple[Names
 
 def _child(node: ListingNode, name: str, full: str) -> ListingNode:
     if not isinstance(node, Directory):
-        raise NotFound(f"{full} is a file, there is no {name} in it")
+        raise NotFound(f"{full} is a file, there is no {one_line(name)} in it")
     child = node.entries.get(name)
     if child is None:
-        raise NotFound(f"there is no {name} in {full}")
+        raise NotFound(f"there is no {one_line(name)} in {full}")
     return child
 
 
@@ -78,7 +79,7 @@ def _target(link: Symlink, names: Names, path: str) -> Names:
         return split(link.target)
     if link.target == path or link.target.startswith(f"{path}/"):
         return split(link.target[len(path) :])
-    raise NotFound(f"{_full(path, names)} is a link to {link.target}: ask for that")
+    raise NotFound(f"{_full(path, names)} is a link to {one_line(link.target)}: ask for that")
 
 
 def _names(here: Sequence[tuple[str, ListingNode]]) -> Names:
@@ -86,4 +87,4 @@ def _names(here: Sequence[tuple[str, ListingNode]]) -> Names:
 
 
 def _full(path: str, names: Sequence[str]) -> str:
-    return "/".join([path, *names])
+    return one_line("/".join([path, *names]))

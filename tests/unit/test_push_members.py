@@ -72,6 +72,13 @@ def test_what_is_not_there(asked: str, said: str) -> None:
     assert str(caught.value) == said
 
 
+def test_what_a_cache_says_is_fit_for_a_terminal() -> None:
+    for target in ("/x\x1b[2J\ny", "x\x1b[2J\ny"):
+        with pytest.raises(NotFound) as caught:
+            find(Directory({"a": Symlink(target)}), ("a",), PATH, follow=True)
+        assert str(caught.value).isprintable()
+
+
 def test_a_directory_is_no_file() -> None:
     with pytest.raises(BadInput, match=f"{PATH}/etc is a directory"):
         find_file(TREE, ("bin", "up"), PATH)
