@@ -116,7 +116,7 @@ class TemporaryStore:
 @dataclass
 class FakeCache:
     """The cache `main`, as `cachesrv.api` describes it. `faults` answer before it does, each once, by route:
-    `cache`, `missing`, `paths`, `head`, `nar`.
+    `cache`, `missing`, `paths`, `nar`.
     """
 
     token: str | None = "secret"
@@ -138,7 +138,6 @@ class FakeCache:
         app.router.add_get("/api/v1/caches/main", self._route("cache", self._cache))
         app.router.add_post("/api/v1/caches/main/missing", self._route("missing", self._missing))
         app.router.add_post("/api/v1/caches/main/paths", self._route("paths", self._publish))
-        app.router.add_head("/main/nar/{file}", self._route("head", self._head))
         app.router.add_put("/main/nar/{file}", self._route("nar", self._put))
         self._server = TestServer(app, scheme="http" if self.tls is None else "https")
         await self._server.start_server(auto_decompress=False, shutdown_timeout=0.01, ssl=self.tls)
@@ -206,9 +205,6 @@ class FakeCache:
         self.published[path.path] = path
         self.publication.set()
         return api.PathOutcome(path.path)
-
-    async def _head(self, request: web.Request) -> web.Response:
-        return web.Response(status=200 if _nar_hash(request) in self.nars else 404)
 
     async def _put(self, request: web.Request) -> web.Response:
         body = await request.read()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cachesrv.push.events import Sending, Sent, Stored
+from cachesrv.push.plan import wanted
 from cachesrv.push.retry import TryAgain, retry
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Delivery:
             nonlocal attempts
             attempts += 1
             # the answer to the attempt before may be all that was lost
-            if attempts > 1 and await self._server.has_nar(info.nar_hash):
+            if attempts > 1 and await self._server.has_nar(wanted(info)):
                 return 0
             return await self._send(info)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from cachesrv.api import WantedPath
 from cachesrv.errors import BadInput, ServerError
 from cachesrv.nix.path_info import PathInfo, in_reference_order
 from cachesrv.nix.signing import PublicKey, Signature, fingerprint, trusted_keys, verify_any
@@ -144,6 +145,11 @@ class Upstream:
         references = [path.full(store_dir) for path in info.references]
         text = fingerprint(info.store_path.full(store_dir), info.nar_hash, info.nar_size, references)
         return verify_any(text, signatures, self.keys) is not None
+
+
+def wanted(info: PathInfo) -> WantedPath:
+    """The question whether a path is there."""
+    return WantedPath(info.store_path.base_name, info.nar_hash.nix32, info.nar_size)
 
 
 def make_plan(

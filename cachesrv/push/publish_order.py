@@ -65,6 +65,11 @@ class PublishOrder:
                 self._release(info.store_path)
         return taken
 
+    def put_back(self, path: StorePath) -> None:
+        """What was taken is to be taken once more, unless it has failed meanwhile."""
+        if path in self._open:
+            heapq.heappush(self._ready, self._position[path])
+
     def settle(self, published: Iterable[StorePath], failed: Iterable[StorePath]) -> dict[StorePath, StorePath]:
         """Tell how it went with these. Returns the paths that cannot be published any more because they refer,
         directly or not, to one that failed: each with that one.

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cachesrv.api import MAX_BATCH, WantedPath
+from cachesrv.api import MAX_BATCH
 from cachesrv.errors import ConfigError
 from cachesrv.nix.nar_writer import dump
 from cachesrv.push.connection import Timeouts
@@ -22,7 +22,7 @@ from cachesrv.push.events import Failed, PlanMade, Planned, ignore
 from cachesrv.push.nar_source import LocalNar, StreamedNar
 from cachesrv.push.one_line import one_line
 from cachesrv.push.pipeline import DEFAULT_LEVEL, Pipeline
-from cachesrv.push.plan import Answers, Decision, Upstream, make_plan, plan_refused
+from cachesrv.push.plan import Answers, Decision, Upstream, make_plan, plan_refused, wanted
 from cachesrv.push.retry import Backoff
 from cachesrv.push.selection import select
 from cachesrv.push.server import connect
@@ -157,6 +157,5 @@ class _Push:
 
 async def _ask(server: Server, infos: Sequence[PathInfo]) -> Answers:
     """What the server says of all the paths, in as few questions as it takes."""
-    wanted = [WantedPath(info.store_path.base_name, info.nar_hash.nix32, info.nar_size) for info in infos]
-    batches = [wanted[start : start + MAX_BATCH] for start in range(0, len(wanted), MAX_BATCH)]
-    return Answers.merge([await server.missing(batch) for batch in batches])
+    batches = [infos[start : start + MAX_BATCH] for start in range(0, len(infos), MAX_BATCH)]
+    return Answers.merge([await server.missing([wanted(info) for info in batch]) for batch in batches])

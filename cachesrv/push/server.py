@@ -88,16 +88,11 @@ class Server:
             raise ServerError(f"{self.address} answered for other paths than were to be published")
         return answer.outcomes
 
-    async def has_nar(self, nar_hash: Hash) -> bool:
-        """Whether the NAR is there, whole. Raises TryAgain."""
-        url = self.address.nar(nar_hash.bare_nix32)
-        with our_errors(self.address):
-            async with self._session.head(
-                url, headers=self._headers(), allow_redirects=False, timeout=self._timeouts.for_answers
-            ) as response:
-                if response.status != 404:
-                    await self._check(response)
-                return response.status != 404
+    async def has_nar(self, path: WantedPath) -> bool:
+        """Whether nothing has to be sent for this path; asked once only. Raises TryAgain."""
+        question = msgspec.json.encode(MissingRequest([path]))
+        answer = await self._call("POST", "missing", question, MissingAnswer, replace(self.backoff, attempts=1))
+        return path.path not in answer.missing or path.path in answer.stored
 
     async def put_nar(self, nar_hash: Hash, chunks: AsyncIterable[bytes]) -> None:
         """Send a NAR, compressed; it is there, checked, when this returns.

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from cachesrv.api import PathOutcome
+    from cachesrv.nix.hashes import Hash
     from cachesrv.nix.path_info import PathInfo
     from cachesrv.nix.store_path import StorePath
     from cachesrv.push.delivery import Delivery
@@ -34,6 +35,7 @@ MAX_REFERENCES = 200_000
 GATHER = 0.2
 """Seconds from the first path that is ready to the request that publishes it: others join it meanwhile."""
 
+_MISSING_NAR = "missing-nar"
 _MISSING_REFERENCES = "missing-references"
 
 
@@ -48,6 +50,16 @@ class Result:
     stored: set[StorePath] = field(default_factory=set)
 
 
+@dataclass(slots=True)
+class _Again:
+    """Paths to publish once more, and NARs to send for it, each once only: a server that was killed or has collected
+    garbage may have lost some.
+    """
+
+    paths: dict[StorePath, PathInfo] = field(default_factory=dict)
+    nars: set[Hash] = field(default_factory=set)
+
+
 class Upload:
     """One plan on its way to one server, with `jobs` NARs at once."""
 
@@ -60,6 +72,7 @@ class Upload:
         self._emit = emit
         self._order = PublishOrder(infos)
         self._result = Result()
+        self._sent_again: set[Hash] = set()
         self._changed = asyncio.Event()
         self._all_sent = asyncio.Event()
         to_send = {info.store_path for nar in plan.nars for info in nar.infos}
@@ -114,21 +127,37 @@ class Upload:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._all_sent.wait(), GATHER)
             while batch := self._order.take(MAX_BATCH, MAX_REFERENCES):
-                self._hear(batch, await self._server.publish([_to_publish(info) for info in batch]))
+                outcomes = await self._server.publish([_to_publish(info) for info in batch])
+                await self._send_again(self._hear(batch, outcomes))
 
-    def _hear(self, batch: Sequence[PathInfo], outcomes: Sequence[PathOutcome]) -> None:
+    def _hear(self, batch: Sequence[PathInfo], outcomes: Sequence[PathOutcome]) -> _Again:
         published: list[StorePath] = []
         failed: dict[StorePath, str] = {}
+        again = _Again()
         for info, outcome in zip(batch, outcomes, strict=True):
+            path = info.store_path
             if outcome.error is None:
-                published.append(info.store_path)
+                published.append(path)
                 self._emit(Published(outcome.path))
+            elif outcome.kind == _MISSING_NAR and info.nar_hash not in self._sent_again:
+                again.paths[path] = info
+                again.nars.add(info.nar_hash)
+            elif outcome.kind == _MISSING_REFERENCES and not again.paths.keys().isdisjoint(info.references):
+                again.paths[path] = info
             elif outcome.kind == _MISSING_REFERENCES:
-                self._result.refused[info.store_path] = one_line(outcome.error)
+                self._result.refused[path] = one_line(outcome.error)
             else:
-                failed[info.store_path] = one_line(outcome.error)
+                failed[path] = one_line(outcome.error)
         self._result.published.update(published)
         self._settle(published, failed)
+        return again
+
+    async def _send_again(self, again: _Again) -> None:
+        for path, info in again.paths.items():
+            lost = info.nar_hash in again.nars and info.nar_hash not in self._sent_again
+            if lost and self._order.is_open(path) and await self._bring(info):
+                self._sent_again.add(info.nar_hash)
+            self._order.put_back(path)
 
     def _settle(self, published: Sequence[StorePath], failed: Mapping[StorePath, str]) -> None:
         """Pass on what has failed, and what has failed with it."""

@@ -237,7 +237,7 @@ async def test_what_passes_is_tried_again(store: TemporaryStore, cache: FakeCach
     assert [event.attempt for event in told if isinstance(event, events.Retrying)] == [1]
     assert info.store_path.base_name in cache.published
     assert (summary.uploaded, summary.failed) == (1, 0)
-    assert cache.requests == ["cache", "missing", "nar", "head", "nar", "paths"]
+    assert cache.requests == ["cache", "missing", "nar", "missing", "nar", "paths"]
 
 
 async def test_an_answer_that_was_lost_is_not_paid_for_twice(store: TemporaryStore, cache: FakeCache) -> None:
@@ -251,7 +251,40 @@ async def test_an_answer_that_was_lost_is_not_paid_for_twice(store: TemporarySto
 
     await push(full("path"), store, settings(cache), QUICK)
 
-    assert cache.requests == ["cache", "missing", "nar", "head", "paths"]
+    assert cache.requests == ["cache", "missing", "nar", "missing", "paths"]
+
+
+async def test_nars_that_the_server_lost_are_sent_again(store: TemporaryStore, cache: FakeCache) -> None:
+    diamond(store)
+    await push(full("base"), store, settings(cache), QUICK)
+    lost = cache.published.pop(store_path("base").base_name)
+
+    async def forget(request: web.Request) -> web.StreamResponse:
+        answer = await cache._missing(request)
+        del cache.nars[lost.nar_hash]
+        return answer
+
+    cache.fail("missing", forget)
+    told: list[events.Event] = []
+    summary = await push(full("top"), store, settings(cache), QUICK, told.append)
+
+    assert (summary.uploaded, summary.failed) == (4, 0)
+    assert len([event for event in told if isinstance(event, events.Published)]) == 4
+    assert cache.count("nar") == 1 + 4
+
+
+async def test_a_server_that_keeps_losing_a_nar_is_not_humoured(store: TemporaryStore, cache: FakeCache) -> None:
+    diamond(store)
+
+    async def forget(request: web.Request) -> web.StreamResponse:
+        cache.nars.pop(store.infos[store_path("base")].nar_hash.nix32, None)
+        return await cache._publish(request)
+
+    cache.fail("paths", *[forget] * 9)
+    summary = await push(full("top"), store, settings(cache), QUICK)
+
+    assert (summary.uploaded, summary.failed) == (0, 4)
+    assert cache.count("nar") == 4 + 1
 
 
 async def test_retry_after_is_waited_for(store: TemporaryStore, cache: FakeCache) -> None:
