@@ -16,9 +16,12 @@ CachesrvError
 ├── StoreError          a store of ours failed; says nothing about what it holds
 │   ├── StoreFull
 │   └── StoreUnavailable
+│       ├── BeingRemoved   … because what is asked for is just being deleted
+│       └── LockLost       … because another process has taken over what this one was doing
 └── PeerError           another program answered wrongly, failed or died; names it
     ├── DaemonError     … the Nix daemon
-    └── ServerError     … the cache server that we talk to
+    ├── ServerError     … the cache server that we talk to
+    └── PeerUnavailable … and may do better in a while
 
 No HTTP status stands here: `cachesrv.web.errors` maps errors to statuses in one table.
 Messages are for people: they say what is wrong and what to do, and hold no secret.
@@ -89,6 +92,14 @@ class StoreUnavailable(StoreError):
     """A store cannot be reached at present."""
 
 
+class BeingRemoved(StoreUnavailable):
+    """What is to be used is just being deleted; in a moment it can be made anew."""
+
+
+class LockLost(StoreUnavailable):
+    """Another process has taken over what this one was doing."""
+
+
 class PeerError(CachesrvError):
     """Another program answered wrongly, failed or died; the message names it."""
 
@@ -99,3 +110,11 @@ class DaemonError(PeerError):
 
 class ServerError(PeerError):
     """The cache server that we talk to answered wrongly, failed or is out of reach."""
+
+
+class PeerUnavailable(PeerError):
+    """Another program is out of reach, fails, or asks to be left alone: for `after` seconds, if it said so."""
+
+    def __init__(self, message: str, *, after: float = 0.0) -> None:
+        super().__init__(message)
+        self.after = after

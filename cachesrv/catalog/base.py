@@ -21,15 +21,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from cachesrv.catalog.retention import Retention
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+
+    from cachesrv.catalog.retention import Reliance
 
 
 @dataclass(frozen=True, slots=True)
 class PathRecord:
     """A published path. `narinfo` is its rendered text; `references` are base names, itself included where it refers
     to itself, and come back sorted, each once; `nar_hash` is `sha256:<nix32>`; `nar_key` is the storage key of its NAR;
-    sizes in bytes.
+    sizes in bytes; `pusher` is who published it first, where that is known.
     """
 
     cache: str
@@ -44,6 +48,7 @@ class PathRecord:
     deriver: str | None
     ca: str | None
     registered_at: int
+    pusher: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,9 @@ class NarRecord:
 
 @dataclass(frozen=True, slots=True)
 class ConflictRecord:
-    """A push that would have changed a published path: the build is not deterministic."""
+    """A push that would have changed a published path: the build is not deterministic. `publisher` is the `pusher` of
+    the published path.
+    """
 
     cache: str
     hash_part: str
@@ -74,6 +81,7 @@ class ConflictRecord:
     refused_nar_hash: str
     pusher: str
     at: int
+    publisher: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +99,17 @@ class TokenRecord:
     revoked_at: int | None
 
 
-class Catalog(Protocol):
+class Catalog(Retention, Protocol):
     """See the module's docstring for what all implementations promise."""
 
-    async def publish(self, records: Sequence[PathRecord]) -> None:
-        """Make paths known, or update known ones: all may change but the name, the NAR hash and the time of the first
-        registration. References need not be published. Raises Conflict, and writes nothing, when one of them is
-        published with another NAR hash or another name; BadInput when a reference is no base name.
+    async def publish(self, records: Sequence[PathRecord], reliance: Reliance | None = None) -> int:
+        """Make paths known, or update known ones: all may change but the name, the NAR hash, and who registered it
+        first and when. References need not be published. Raises Conflict, and writes nothing, when one of them is
+        published with another NAR hash or another name; BadInput when a reference is no base name; BeingRemoved when a
+        NAR or an object of theirs is just being deleted. Returns the fence.
+
+        With a `reliance`, that of a push, it counts as use of paths that are published already, and it raises
+        MissingReferences or MissingNar unless all that they rely on is there, verified NARs among it.
 
         The listings of their NARs have been written to storage by now, and are kept here no longer.
         """
@@ -131,8 +143,8 @@ class Catalog(Protocol):
     async def touch(self, cache: str, last_used: Mapping[str, int]) -> None:
         """Note when paths were last used; never moves back, passes over what is not there."""
 
-    async def put_nar(self, record: NarRecord) -> None:
-        """Note a verified NAR. One with the same key is replaced."""
+    async def put_nar(self, record: NarRecord) -> int:
+        """Note a verified NAR; one with the same key is replaced. Returns the fence. Raises BeingRemoved."""
 
     async def nar(self, key: str) -> NarRecord | None:
         """A verified NAR by its key."""

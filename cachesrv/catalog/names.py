@@ -29,7 +29,7 @@ _PRUNE = delete(names).where(
 
 def name_ids(connection: Connection, cache: str, base_names: Collection[str]) -> dict[str, int]:
     """The id of each; those that have none get one. Raises BadInput."""
-    split = {base_name: _split(base_name) for base_name in base_names}
+    split = {base_name: split_name(base_name) for base_name in base_names}
     known: dict[str, int] = {}
     for hash_parts in batches(hash_part for hash_part, _ in split.values()):
         rows = connection.execute(_KNOWN, {"cache": cache, "hash_parts": hash_parts})
@@ -49,7 +49,8 @@ def prune_names(connection: Connection, candidates: Collection[int]) -> None:
         connection.execute(_PRUNE, {"candidates": some})
 
 
-def _split(base_name: str) -> tuple[str, str]:
+def split_name(base_name: str) -> tuple[str, str]:
+    """Hash part and name. Raises BadInput."""
     hash_part, dash, name = base_name.partition("-")
     if not (hash_part and dash and name):
         raise BadInput(f"not the base name of a store path: {base_name!r}")

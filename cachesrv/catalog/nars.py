@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, delete, insert, null, select, update
 
 from cachesrv.catalog.base import NarRecord
 from cachesrv.catalog.batches import batches
+from cachesrv.catalog.doom import demand_undoomed, fence
 from cachesrv.catalog.schema import nars
 
 if TYPE_CHECKING:
@@ -17,12 +18,16 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Row
 
 
-_FIND = select(nars).where(nars.c.key == bindparam("key"))
+_COLUMNS = [nars.c[field.name] for field in fields(NarRecord)]
+
+_FIND = select(*_COLUMNS).where(nars.c.key == bindparam("key"))
+_LEASED_UNTIL = select(nars.c.leased_until).where(nars.c.key == bindparam("key"))
 _BY_HASH = (
-    select(*(null().label(column.name) if column is nars.c.listing else column for column in nars.c))
+    select(*(null().label(column.name) if column is nars.c.listing else column for column in _COLUMNS))
     .where(nars.c.scope == bindparam("scope"), nars.c.nar_hash.in_(bindparam("nar_hashes", expanding=True)))
     .order_by(nars.c.verified_at, nars.c.key)
 )
+_KNOWN = select(nars.c.key).where(nars.c.key.in_(bindparam("keys", expanding=True)))
 _INSERT = insert(nars)
 _DROP_LISTINGS = (
     update(nars)
@@ -32,11 +37,14 @@ _DROP_LISTINGS = (
 _DELETE = delete(nars).where(nars.c.key.in_(bindparam("keys", expanding=True)))
 
 
-def put(connection: Connection, record: NarRecord) -> None:
+def put(connection: Connection, record: NarRecord) -> int:
     """See `Catalog.put_nar`."""
+    demand_undoomed(connection, [record.key])
     if find(connection, record.key) != record:
+        leased_until = connection.scalar(_LEASED_UNTIL, {"key": record.key})
         connection.execute(_DELETE, {"keys": [record.key]})
-        connection.execute(_INSERT, asdict(record))
+        connection.execute(_INSERT, {**asdict(record), "leased_until": leased_until})
+    return fence(connection)
 
 
 def find(connection: Connection, key: str) -> NarRecord | None:
@@ -52,6 +60,11 @@ def by_hash(connection: Connection, scope: str, nar_hashes: Collection[str]) -> 
         for row in connection.execute(_BY_HASH, {"scope": scope, "nar_hashes": some}):
             found.setdefault(row.nar_hash, _record(row))
     return found
+
+
+def known(connection: Connection, keys: Collection[str]) -> set[str]:
+    """Those of them that were verified."""
+    return {key for some in batches(keys) for key in connection.scalars(_KNOWN, {"keys": some})}
 
 
 def drop_listings(connection: Connection, keys: Collection[str]) -> None:

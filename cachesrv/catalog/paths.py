@@ -112,6 +112,7 @@ def _with_references(connection: Connection, rows: Sequence[Row[Any]]) -> list[P
             deriver=row.deriver,
             ca=row.ca,
             registered_at=row.registered_at,
+            pusher=row.pusher,
         )
         for row in rows
     ]

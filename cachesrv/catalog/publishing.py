@@ -6,14 +6,15 @@ from dataclasses import replace
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import bindparam, delete, insert, or_, select, update
+from sqlalchemy import bindparam, delete, func, insert, or_, select, update
 
 from cachesrv.catalog.batches import batches
+from cachesrv.catalog.doom import demand_undoomed, fence
 from cachesrv.catalog.names import name_ids, prune_names
-from cachesrv.catalog.nars import drop_listings
-from cachesrv.catalog.paths import find
+from cachesrv.catalog.nars import drop_listings, known
+from cachesrv.catalog.paths import find, present
 from cachesrv.catalog.schema import narinfos, paths, refs
-from cachesrv.errors import Conflict
+from cachesrv.errors import Conflict, MissingNar, MissingReferences
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Executable
 
     from cachesrv.catalog.base import PathRecord
+    from cachesrv.catalog.retention import Reliance
 
 # What a second push of a path may change, beside its narinfo and its references.
 _MUTABLE = ("nar_key", "nar_size", "file_size", "deriver", "ca")
-_COLUMNS = ("cache", "hash_part", "nar_hash", "registered_at", *_MUTABLE)
+_COLUMNS = ("cache", "hash_part", "nar_hash", "registered_at", "pusher", *_MUTABLE)
+_RESOLUTION = 3600
 
 _INSERT_PATH = insert(paths)
 _INSERT_NARINFO = insert(narinfos)
@@ -34,6 +37,12 @@ _UPDATE_PATH = (
 )
 _UPDATE_NARINFO = update(narinfos).where(narinfos.c.path_id == bindparam("of")).values(content=bindparam("narinfo"))
 _DELETE_REFERENCE = delete(refs).where(refs.c.path_id == bindparam("from"), refs.c.name_id == bindparam("to"))
+_USE = (
+    update(paths)
+    .where(paths.c.cache == bindparam("in"), paths.c.hash_part == bindparam("of"))
+    .where(func.coalesce(paths.c.last_used_at, paths.c.registered_at) < bindparam("earlier"))
+    .values(last_used_at=bindparam("at"))
+)
 _TOUCH = (
     update(paths)
     .where(paths.c.cache == bindparam("in"), paths.c.hash_part == bindparam("of"))
@@ -47,11 +56,16 @@ _REFERRED = select(refs.c.name_id).where(refs.c.path_id.in_(bindparam("path_ids"
 _DELETE_PATHS = delete(paths).where(paths.c.id.in_(bindparam("path_ids", expanding=True)))
 
 
-def publish(connection: Connection, records: Sequence[PathRecord]) -> None:
+def publish(connection: Connection, records: Sequence[PathRecord], reliance: Reliance | None) -> int:
     """See `Catalog.publish`."""
+    nar_keys = {record.nar_key for record in records}
+    demand_undoomed(connection, nar_keys.union(reliance.objects if reliance else ()))
+    if reliance:
+        _demand(connection, records, reliance)
     for cache, of_cache in groupby(_distinct(records), key=lambda record: record.cache):
-        _publish_to(connection, cache, list(of_cache))
-    drop_listings(connection, {record.nar_key for record in records})
+        _publish_to(connection, cache, list(of_cache), used=reliance is not None)
+    drop_listings(connection, nar_keys)
+    return fence(connection)
 
 
 def remove(connection: Connection, cache: str, hash_parts: Collection[str]) -> None:
@@ -79,19 +93,31 @@ def _distinct(records: Iterable[PathRecord]) -> list[PathRecord]:
     return [distinct[key] for key in sorted(distinct)]
 
 
-def _publish_to(connection: Connection, cache: str, records: list[PathRecord]) -> None:
-    """Writes only what differs: a path that is pushed again as it is costs no write."""
-    known = find(connection, cache, [record.hash_part for record in records])
+def _demand(connection: Connection, records: Sequence[PathRecord], reliance: Reliance) -> None:
+    """Raises MissingReferences, MissingNar."""
+    for cache, hash_parts in reliance.references.items():
+        own = {record.hash_part for record in records if record.cache == cache}
+        if missing := set(hash_parts) - own - present(connection, cache, hash_parts):
+            raise MissingReferences(f"what is to be published refers to {min(missing)}, which has just been removed")
+    if missing := {record.nar_key for record in records} - known(connection, {record.nar_key for record in records}):
+        raise MissingNar(f"{min(missing)} has just been removed: send it again")
+
+
+def _publish_to(connection: Connection, cache: str, records: list[PathRecord], *, used: bool) -> None:
+    """Writes only what differs: a path that is pushed again as it is costs a write only now and then."""
+    published = find(connection, cache, [record.hash_part for record in records])
     new, changed = [], []
     for record in records:
-        if before := known.get(record.hash_part):
+        if before := published.get(record.hash_part):
             _refuse_change(before, record)
-            after = replace(record, registered_at=before.registered_at)
+            after = replace(record, registered_at=before.registered_at, pusher=before.pusher)
             if after != before:
                 changed.append(after)
         else:
             new.append(record)
-    old_references = _references(known[record.hash_part] for record in changed)
+    if used:
+        _use(connection, cache, [record for record in records if record.hash_part in published])
+    old_references = _references(published[record.hash_part] for record in changed)
     references = _references(chain(new, changed))
     mentioned = chain(map(_base_name, new), map(_base_name, changed), *(old_references ^ references))
     ids = name_ids(connection, cache, set(mentioned))
@@ -99,6 +125,15 @@ def _publish_to(connection: Connection, cache: str, records: list[PathRecord]) -
     _update(connection, [(ids[_base_name(record)], record) for record in changed])
     _refer(connection, {(ids[path], ids[name]) for path, name in references - old_references})
     _unrefer(connection, {(ids[path], ids[name]) for path, name in old_references - references})
+
+
+def _use(connection: Connection, cache: str, records: Iterable[PathRecord]) -> None:
+    """To push a path again is to use it; a use is noted when the last one is an hour ago."""
+    rows = [
+        {"in": cache, "of": record.hash_part, "at": record.registered_at, "earlier": record.registered_at - _RESOLUTION}
+        for record in records
+    ]
+    _execute(connection, _USE, rows)
 
 
 def _refuse_change(published: PathRecord, record: PathRecord) -> None:

@@ -70,8 +70,11 @@ paths = Table(
     Column("ca", _Text),
     Column("registered_at", BigInteger, nullable=False),
     Column("last_used_at", BigInteger),
+    Column("leased_until", BigInteger),
+    Column("pusher", _Text),
     UniqueConstraint("cache", "hash_part"),
     Index(None, "cache", "nar_size"),
+    Index(None, "nar_key", "cache"),
 )
 
 narinfos = Table(
@@ -103,6 +106,7 @@ nars = Table(
     Column("nar_size", BigInteger, nullable=False),
     Column("verified_at", BigInteger, nullable=False),
     Column("listing", LargeBinary),
+    Column("leased_until", BigInteger),
     Index(None, "scope", "nar_hash"),
 )
 
@@ -117,6 +121,7 @@ conflicts = Table(
     Column("refused_nar_hash", _Text, nullable=False),
     Column("pusher", _Text, nullable=False),
     Column("at", BigInteger, nullable=False),
+    Column("publisher", _Text),
     UniqueConstraint("cache", "hash_part", "published_nar_hash", "refused_nar_hash", "pusher", name="conflicts_key"),
 )
 
@@ -140,3 +145,62 @@ Index(
     sqlite_where=text("revoked_at IS NULL"),
     postgresql_where=text("revoked_at IS NULL"),
 )
+
+pins = Table(
+    "pins",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("cache", _Text, nullable=False),
+    Column("name", _Text, nullable=False),
+    Column("keep", BigInteger, nullable=False),
+    Column("expires_at", BigInteger),
+    UniqueConstraint("cache", "name"),
+)
+
+generations = Table(
+    "generations",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("pin_id", _Id, ForeignKey("pins.id", ondelete="CASCADE"), nullable=False),
+    Column("hash_part", _Text, nullable=False),
+    Column("name", _Text, nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Column("by", _Text, nullable=False),
+    Index(None, "pin_id"),
+)
+
+removals = Table(
+    "removals",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("cache", _Text, nullable=False),
+    Column("hash_part", _Text, nullable=False),
+    Column("name", _Text, nullable=False),
+    Column("nar_hash", _Text, nullable=False),
+    Column("reason", _Text, nullable=False),
+    Column("by", _Text, nullable=False),
+    Column("at", BigInteger, nullable=False),
+    UniqueConstraint("cache", "hash_part"),
+    Index(None, "at"),
+)
+
+# NARs that a path needed which has gone; others may still need them.
+released = Table(
+    "released",
+    metadata,
+    Column("key", _Text, primary_key=True),
+    Column("at", BigInteger, nullable=False),
+)
+
+# Objects that are being deleted from storage.
+doomed = Table("doomed", metadata, Column("key", _Text, primary_key=True))
+
+locks = Table(
+    "locks",
+    metadata,
+    Column("name", _Text, primary_key=True),
+    Column("holder", _Text, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+)
+
+notes = Table("notes", metadata, Column("name", _Text, primary_key=True), Column("value", _Text, nullable=False))

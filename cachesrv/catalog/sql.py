@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Self
 
 from cachesrv.catalog import nars, paths, publishing, refused, tokens
+from cachesrv.catalog.sql_retention import SqlRetention
 from cachesrv.catalog.sqlite import open_database
 
 if TYPE_CHECKING:
@@ -13,11 +14,12 @@ if TYPE_CHECKING:
 
     from cachesrv.catalog.base import ConflictRecord, NarRecord, PathRecord, TokenRecord
     from cachesrv.catalog.database import Database
+    from cachesrv.catalog.retention import Reliance
 
 DEFAULT_POOL_SIZE = 4
 
 
-class SqlCatalog:
+class SqlCatalog(SqlRetention):
     """Implements `cachesrv.catalog.base.Catalog`."""
 
     def __init__(self, database: Database) -> None:
@@ -30,8 +32,8 @@ class SqlCatalog:
         """
         return cls(await asyncio.to_thread(open_database, url, readers=pool_size))
 
-    async def publish(self, records: Sequence[PathRecord]) -> None:
-        await self._database.write(publishing.publish, records)
+    async def publish(self, records: Sequence[PathRecord], reliance: Reliance | None = None) -> int:
+        return await self._database.write(publishing.publish, records, reliance)
 
     async def path(self, cache: str, hash_part: str) -> PathRecord | None:
         return (await self.paths(cache, [hash_part])).get(hash_part)
@@ -63,8 +65,8 @@ class SqlCatalog:
     async def touch(self, cache: str, last_used: Mapping[str, int]) -> None:
         await self._database.write(publishing.touch, cache, last_used)
 
-    async def put_nar(self, record: NarRecord) -> None:
-        await self._database.write(nars.put, record)
+    async def put_nar(self, record: NarRecord) -> int:
+        return await self._database.write(nars.put, record)
 
     async def nar(self, key: str) -> NarRecord | None:
         return await self._database.read(nars.find, key)

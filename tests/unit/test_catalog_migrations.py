@@ -6,6 +6,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from cachesrv.catalog import migrations
+from cachesrv.catalog.base import PathRecord
+from cachesrv.catalog.retention import PathUse
 from cachesrv.catalog.schema import metadata
 from cachesrv.catalog.sql import SqlCatalog
 from cachesrv.errors import ConfigError
@@ -39,11 +42,20 @@ async def make(path: Path) -> None:
 
 
 def definitions(path: Path) -> dict[str, set[str]]:
-    """The lines of each statement that made a table or an index; constraints may come in another order."""
+    """The parts of each statement that made a table or an index: columns and constraints may come in another order."""
     with sqlite3.connect(path) as connection:
         rows = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
     connection.close()
-    return {name: {re.sub(r"\s+", " ", line).strip(" ,") for line in sql.splitlines()} for name, sql in rows}
+    return {name: parts(re.sub(r"\s+", " ", sql)) for name, sql in rows}
+
+
+def parts(statement: str) -> set[str]:
+    """What stands before the outer parentheses, after them, and between the commas in them."""
+    before, _, rest = statement.partition("(")
+    inside, _, after = rest.rpartition(")")
+    commas = [at for at, c in enumerate(inside) if c == "," and inside.count("(", 0, at) == inside.count(")", 0, at)]
+    bounds = [-1, *commas, len(inside)]
+    return {before, after, *(inside[start + 1 : end].strip() for start, end in pairwise(bounds))}
 
 
 async def test_migrations_make_exactly_the_schema(path: Path, tmp_path: Path) -> None:
@@ -60,6 +72,29 @@ async def test_migrations_make_exactly_the_schema(path: Path, tmp_path: Path) ->
     migrated = definitions(path)
     del migrated["alembic_version"]
     assert migrated == definitions(tmp_path / "direct.sqlite")
+
+
+async def test_what_an_older_version_wrote_is_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(migrations, "HEAD", "0001")
+        await make(path)
+    with sqlite3.connect(path) as connection:
+        connection.executescript(
+            """
+            INSERT INTO names VALUES (7, 'main', 'aaaa', 'old');
+            INSERT INTO paths VALUES (7, 'main', 'aaaa', 'main/nar/x', 'sha256:x', 10, 5, NULL, NULL, 1000, 2000);
+            INSERT INTO narinfos VALUES (7, x'0a');
+            INSERT INTO nars VALUES ('main/nar/x', 'main', 'zstd', 'sha256:y', 5, 'sha256:x', 10, 1000, NULL);
+            """
+        )
+    connection.close()
+    catalog = await SqlCatalog.open(f"sqlite:///{path}")
+    assert await catalog.path("main", "aaaa") == PathRecord(
+        "main", "aaaa", "old", b"\n", "main/nar/x", "sha256:x", 10, 5, (), None, None, 1000
+    )
+    assert await catalog.uses("main", 0) == [PathUse(7, 2000, leased=False, file_size=5)]
+    assert (await catalog.nars_by_hash("main", ["sha256:x"])).keys() == {"sha256:x"}
+    await catalog.close()
 
 
 def test_the_head_is_the_last_of_the_packaged_migrations() -> None:

@@ -10,8 +10,10 @@ import pytest
 from sqlalchemy import event
 
 from cachesrv.catalog.batches import batches
+from cachesrv.catalog.retention import MAINTENANCE, Reliance
 from cachesrv.catalog.sql import SqlCatalog
-from tests.contracts.catalog_contract import NOW, hash_part, nar, nar_hash, path, refusal, scanned, token
+from tests.contracts.catalog_contract import NOW, base_name, hash_part, nar, nar_hash, path, refusal, scanned, token
+from tests.contracts.retention_contract import HOLDER, removal
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -117,6 +119,8 @@ async def test_no_statement_reads_a_whole_table(catalog: SqlCatalog, file: Path)
     await catalog.put_token(token("ci", 1))
     await catalog.token(token("ci", 1).sha256)
     await catalog.revoke_token("ci", NOW)
+    await catalog.publish([path(1, 3), path(3)])
+    await use_retention(catalog)
 
     connection = sqlite3.connect(file)
     for statement, parameters in statements.items():
@@ -125,6 +129,31 @@ async def test_no_statement_reads_a_whole_table(catalog: SqlCatalog, file: Path)
             assert not [step for *_, step in plan if re.match(r"SCAN (?!.*CONSTANT ROW)", step)], (statement, plan)
     connection.close()
     assert len(statements) > 25
+
+
+async def use_retention(catalog: SqlCatalog) -> None:
+    for _ in range(2):
+        await catalog.pin("main", "release", base_name(1), keep=1, expires_at=None, at=NOW, by="ann")
+    await catalog.pinned("main", NOW)
+    await catalog.unpin("main", "release")
+    await catalog.lease("main", [hash_part(1)], NOW)
+    await catalog.put_nar(nar(1))
+    await catalog.lease_nars("main", [nar_hash(1)], NOW)
+    await catalog.uses("main", NOW)
+    numbers = (await catalog.numbers("main", [hash_part(1), hash_part(3)])).values()
+    await catalog.referred(numbers)
+    await catalog.summaries("main", numbers)
+    await catalog.lock(MAINTENANCE, HOLDER, now=NOW, until=NOW + 1)
+    await catalog.publish([path(1, 3)], Reliance({"main": [hash_part(3)]}, ["main/other"]))
+    removed = await catalog.remove_unneeded(removal(siblings=["other"], used_before=NOW + 9), numbers)
+    assert len(removed.gone) == 2
+    await catalog.unused_nars("main", NOW + 1, NOW)
+    await catalog.doom([nar(1).key], holder=HOLDER, before=NOW + 1, now=NOW)
+    await catalog.settle([nar(1).key])
+    await catalog.removal("main", hash_part(1))
+    await catalog.removals("main", NOW)
+    await catalog.forget_removals(NOW)
+    await catalog.unlock(MAINTENANCE, HOLDER)
 
 
 async def test_counting_reads_one_index_only(catalog: SqlCatalog, file: Path) -> None:
