@@ -7,6 +7,7 @@ import re
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
+from time import monotonic
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,23 +49,19 @@ def _parse_one(data: bytes) -> Answer:
     return Answer(status, tuple(sorted(b"Date" if _DATE.match(field) else field for field in fields)), body)
 
 
-def count(data: bytes, methods: Sequence[str]) -> int:
-    """How many answers to requests with these methods are complete in `data`."""
-    complete = 0
-    for method in methods:
-        while True:
-            head, end, data = data.partition(b"\r\n\r\n")
-            if not end:
-                return complete
-            if not head.startswith(b"HTTP/1.1 100 "):
-                break
-        length = _LENGTH.search(head + b"\r\n")
-        size = int(length[1]) if length and method != "HEAD" and b" 304 " not in head[:16] else 0
-        if len(data) < size:
-            return complete
-        data = data[size:]
-        complete += 1
-    return complete
+def end_of_answer(data: bytearray, start: int, method: str) -> int | None:
+    """Where the answer ends that begins there, to a request with this method; None while it is not complete."""
+    while True:
+        end = data.find(b"\r\n\r\n", start)
+        if end < 0:
+            return None
+        head = bytes(data[start : end + 2])
+        if not head.startswith(b"HTTP/1.1 100 "):
+            break
+        start = end + 4
+    length = _LENGTH.search(head)
+    size = int(length[1]) if length and method != "HEAD" and b" 304 " not in head[:16] else 0
+    return end + 4 + size if len(data) >= end + 4 + size else None
 
 
 class Connection:
@@ -74,6 +71,7 @@ class Connection:
         self.sock = sock
         self.received = bytearray()
         self.ended = False
+        self._seen = 0
         self._loop = asyncio.get_running_loop()
 
     @classmethod
@@ -112,11 +110,28 @@ class Connection:
         return bool(data)
 
     async def receive_answers(self, methods: Sequence[str]) -> None:
-        """Wait for the answers to all requests so far, by their methods."""
-        while count(bytes(self.received), methods) < len(methods):
-            if not await self.receive(PATIENCE):
-                assert self.ended, "no answer"
-                return
+        """Wait for the answers to further requests, by their methods."""
+        for method in methods:
+            while (end := end_of_answer(self.received, self._seen, method)) is None:
+                if not await self.receive(PATIENCE):
+                    assert self.ended, "no answer"
+                    return
+            self._seen = end
+
+    async def ask(self, *requests: bytes) -> bytes:
+        """Send requests, each when the one before it is answered; all that came back."""
+        before = len(self.received)
+        for request in requests:
+            await self.send(request)
+            await self.receive_answers([request.split(b" ", 1)[0].decode()])
+        return bytes(self.received[before:])
+
+    async def ends(self, patience: float = 10) -> bool:
+        """Whether the server ends the connection within so many seconds."""
+        until = monotonic() + patience
+        while await self.receive(max(0.01, until - monotonic())):
+            pass
+        return self.ended
 
     async def receive_all(self, quiet: float) -> Outcome:
         """All answers, until the server ends the connection, or sends nothing for so many seconds."""

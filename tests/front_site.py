@@ -6,10 +6,10 @@ import asyncio
 import socket
 import time
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from cachesrv.web.front import Fronts
     from cachesrv.web.site import Services
 
 READER = "csrv_reads-the-team-cache"
@@ -120,11 +121,26 @@ def counting_apart(site: Site) -> Site:
     return Site(replace(site.services, metrics=Metrics()), site.rules)
 
 
-def listening() -> socket.socket:
-    """A socket on a free port of this machine."""
+def listening(send_buffer: int | None = None) -> socket.socket:
+    """A socket on a free port; `send_buffer`: bytes that the kernel keeps of what a client does not take."""
     sock = socket.create_server(("127.0.0.1", 0), backlog=4096)
+    if send_buffer:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     sock.setblocking(False)
     return sock
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server on `port`, and its connections."""
+
+    port: int
+    fronts: Fronts
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait in the memory of this process, over all connections."""
+        return sum(front._transport.get_write_buffer_size() for front in self.fronts._open)
 
 
 @asynccontextmanager
@@ -134,12 +150,14 @@ async def front_server(
     idle_timeout: float = IDLE_SECONDS,
     shutdown_timeout: float = 1,
     tls: ssl.SSLContext | None = None,
-) -> AsyncIterator[int]:
-    """The server as `cachesrv serve` runs it; its port."""
-    sock = listening()
+    send_buffer: int | None = None,
+) -> AsyncIterator[Served]:
+    """The server as `cachesrv serve` runs it."""
+    sock = listening(send_buffer)
     port: int = sock.getsockname()[1]
-    async with server.listening(site, [sock], tls=tls, shutdown_timeout=shutdown_timeout, idle_timeout=idle_timeout):
-        yield port
+    options: dict[str, Any] = {"shutdown_timeout": shutdown_timeout, "idle_timeout": idle_timeout}
+    async with server.listening(site, [sock], tls=tls, **options) as fronts:
+        yield Served(port, fronts)
 
 
 @asynccontextmanager

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SMALL_NAR = 512 * 1024
 """Bytes up to which a NAR leaves in one write."""
+MANY_SLOW = 64
+"""Clients that do not take their answers, over which no further NARs are read into memory."""
 
 _NAR_NAME = re.compile(rb"[0-9A-Za-z][0-9A-Za-z_.-]{0,199}\Z")
 _LINE = re.compile(rb"(?:GET|HEAD) /[!-~]* HTTP/1\.1")
@@ -33,7 +35,7 @@ _NARINFO = b".narinfo"
 
 
 class FastAnswers:
-    """What can be answered at once."""
+    """What can be answered at once. `slow`: how many clients do not take their answers at present."""
 
     def __init__(self, site: Site) -> None:
         self._site = site
@@ -50,6 +52,7 @@ class FastAnswers:
             for route in ("narinfo", "nar")
             for status in (200, 404)
         }
+        self.slow = 0
         self._rules: Rules | None = None
         self._caches: dict[bytes, ServedCache] = {}
         self._root: ServedCache | None = None
@@ -123,7 +126,7 @@ class FastAnswers:
     def _nar(self, method: str, target: bytes, block: Block) -> bytes | None:
         """`target` is `<cache>/nar/<file>` or `nar/<file>`."""
         directory, slash, name = target.rpartition(b"/")
-        if not slash or not _NAR_NAME.match(name):
+        if not slash or not _NAR_NAME.match(name) or self.slow > MANY_SLOW:
             return None
         rules = self._site.rules
         if rules is not self._rules:

@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, cast
 
 from aiohttp import web
 
+from cachesrv.web.fast import MANY_SLOW
+from cachesrv.web.objects import FRUGAL
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
@@ -116,6 +119,7 @@ class Front(asyncio.Protocol):
         if self._paused:
             return
         self._paused = True
+        self._answers.slow += 1
         if self._inner:
             self._inner.pause_writing()
         if not self._busy:
@@ -132,7 +136,9 @@ class Front(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _go_on(self) -> None:
-        self._paused = False
+        if self._paused:
+            self._paused = False
+            self._answers.slow -= 1
         if self._taken and not self._taken.done():
             self._taken.set_result(None)
 
@@ -167,6 +173,11 @@ class Front(asyncio.Protocol):
     def stopping(self) -> bool:
         """The server will answer no more requests on this connection."""
         return self._fronts.stopping
+
+    @property
+    def memory_is_dear(self) -> bool:
+        """Many clients do not take their answers."""
+        return self._answers.slow > MANY_SLOW
 
     @property
     def head_begun(self) -> bool:
@@ -262,6 +273,8 @@ async def reporting(request: web.Request, handler: Handler) -> web.StreamRespons
     if not isinstance(front, Front):
         return await handler(request)
     front.begun()
+    if front.memory_is_dear:
+        request[FRUGAL] = True
     answered = False
     try:
         response = await handler(request)

@@ -27,6 +27,11 @@ REVALIDATE = "no-cache"
 
 _SMALL = 256 * 1024
 """Bytes up to which a file leaves in one write."""
+_VERY_SMALL = 16 * 1024
+"""As much, when memory is dear."""
+
+FRUGAL = web.RequestKey("frugal", bool)
+"""Set in a request when many clients do not take their answers: this one must not lie in memory too."""
 
 
 class Body(Protocol):
@@ -144,7 +149,7 @@ async def _send_bytes(
 ) -> web.StreamResponse:
     if request.method == "HEAD":
         return web.Response(status=status, headers={**headers, "Content-Length": str(part.length)})
-    data = await body.small(part)
+    data = None if request.get(FRUGAL) and part.length > _VERY_SMALL else await body.small(part)
     if data is not None:
         return web.Response(status=status, headers=headers, body=data)
     response = web.StreamResponse(status=status, headers=headers)

@@ -111,7 +111,7 @@ async def listening(
     tls: ssl.SSLContext | None,
     shutdown_timeout: float,
     idle_timeout: float = IDLE_SECONDS,
-) -> AsyncIterator[None]:
+) -> AsyncIterator[Fronts]:
     """Accept connections; leaving stops that, and waits for requests in flight."""
     runner = web.AppRunner(create_app(site, [reporting]), **RUNNER_OPTIONS)
     await runner.setup()
@@ -122,7 +122,7 @@ async def listening(
     fronts.start()
     chores = [asyncio.create_task(site.services.usage.run()), asyncio.create_task(_sweep(site.services.storage))]
     try:
-        yield
+        yield fronts
     finally:
         for chore in chores:
             chore.cancel()

@@ -96,14 +96,12 @@ async def take(port: int, steps: tuple[Step, ...], quiet: float) -> Outcome:
     """Take the steps, then ask for the end of the connection."""
     connection = await Connection.open(port)
     try:
-        methods: list[str] = []
         known = True
         for step in steps:
             await connection.send(*step.segments)
             known = known and step.methods is not None
-            methods += step.methods or ()
             if known:
-                await connection.receive_answers(methods)
+                await connection.receive_answers(step.methods or ())
             else:
                 await connection.receive(quiet / 5)
         if known:
@@ -126,9 +124,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         async def start() -> Servers:
             site = await stack.enter_async_context(open_site(tmp_path_factory.mktemp("site")))
             behind_front, plain = counting_apart(site), counting_apart(site)
-            front_port = await stack.enter_async_context(front_server(behind_front))
+            served = await stack.enter_async_context(front_server(behind_front))
             plain_port = await stack.enter_async_context(plain_server(plain))
-            return Servers(runner, behind_front, plain, front_port, plain_port)
+            return Servers(runner, behind_front, plain, served.port, plain_port)
 
         yield runner.run(start())
         runner.run(stack.aclose())

@@ -1,0 +1,580 @@
+"""The front by itself: who answers, in which order, how much may wait, how long a connection lives, how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import ssl
+import subprocess
+from contextlib import suppress
+from dataclasses import replace
+from time import monotonic, time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cachesrv.errors import StoreError
+from cachesrv.index.base import IndexEntry
+from cachesrv.services.answer import present
+from cachesrv.web.fast import MANY_SLOW, SMALL_NAR, FastAnswers
+from cachesrv.web.plain import MAX_BLOCK, Blocks
+from tests.exchange import Connection
+from tests.front_site import (
+    ABSENT,
+    ENDED,
+    IN_CATALOG,
+    LARGE,
+    MEDIUM,
+    NARS,
+    PRESENT,
+    READER,
+    STRANGER,
+    UNKNOWN,
+    front_server,
+    nar,
+    narinfo,
+    open_site,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+    from cachesrv.web.site import Site
+    from tests.front_site import Served
+
+HIT = f"/main/{PRESENT[0]}.narinfo"
+LARGE_NAR = f"/main/nar/{next(name for name, size in NARS.items() if size == LARGE)}"
+MEDIUM_NAR = f"/main/nar/{next(name for name, size in NARS.items() if size == MEDIUM)}"
+SMALL_SOCKET = 16 * 1024
+KERNEL = 6 * 2**20
+"""More than the kernel keeps of what is sent to a server that does not read."""
+
+
+def request(target: str, *fields: str, method: str = "GET") -> bytes:
+    return "\r\n".join([f"{method} {target} HTTP/1.1", "Host: cache.test", *fields, "", ""]).encode()
+
+
+def bearer(token: str) -> str:
+    return f"Authorization: Bearer {token}"
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    async with open_site(tmp_path) as site:
+        yield site
+
+
+@pytest.fixture
+async def served(site: Site) -> AsyncIterator[Served]:
+    async with front_server(site) as served:
+        yield served
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_wrong(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Asyncio and aiohttp log what no caller gets to see."""
+    yield
+    assert not [record.getMessage() for record in caplog.records if record.levelname in {"ERROR", "CRITICAL"}]
+
+
+@pytest.fixture
+def ours(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each request that was not left to aiohttp from the start: whether the front answered it."""
+    asked: list[bool] = []
+    answer = FastAnswers.answer
+
+    def watched(self: FastAnswers, data: bytes) -> bytes | None:
+        found = answer(self, data)
+        asked.append(found is not None)
+        return found
+
+    monkeypatch.setattr(FastAnswers, "answer", watched)
+    return asked
+
+
+class TestWhoAnswers:
+    async def test_what_is_known_is_answered_by_the_front(self, served: Served, ours: list[bool]) -> None:
+        connection = await Connection.open(served.port)
+        small = f"/nar/{list(NARS)[2]}"
+        for target, status in ((HIT, b"200"), (f"/{ABSENT[0]}.narinfo", b"404"), (small, b"200")):
+            for method in ("GET", "HEAD"):
+                assert (await connection.ask(request(target, method=method))).startswith(b"HTTP/1.1 " + status)
+        assert ours == [True] * 6
+        connection.close()
+
+    async def test_after_aiohttp_has_answered_the_front_answers_again(self, served: Served, ours: list[bool]) -> None:
+        connection = await Connection.open(served.port)
+        for target in (f"/{UNKNOWN}.narinfo", LARGE_NAR, "/", "/nowhere", f"/team/{PRESENT[0]}.narinfo"):
+            await connection.ask(request(target), request(HIT))
+        await connection.ask(request(HIT, "If-None-Match: *"), request(HIT))
+        assert ours == [False, True] * 6
+        connection.close()
+
+    async def test_after_anything_else_aiohttp_keeps_the_connection(self, served: Served, ours: list[bool]) -> None:
+        for unusual in (request(HIT, "X-Unheard-Of: 1"), request(HIT, "Content-Length: 0"), request("/", method="PUT")):
+            connection = await Connection.open(served.port)
+            await connection.ask(request(HIT), unusual, request(HIT))
+            connection.close()
+        assert ours == [True, False] * 3
+
+    async def test_an_absence_that_has_ended_is_looked_up(self, site: Site) -> None:
+        answers = FastAnswers(site)
+        assert answers.answer(request(f"/{ABSENT[0]}.narinfo")) is not None
+        assert answers.answer(request(f"/{ENDED}.narinfo")) is None
+        answers._now = time() + 4000
+        assert answers.answer(request(f"/{ABSENT[0]}.narinfo")) is None
+
+    async def test_what_is_published_is_found_by_the_next_request(self, site: Site) -> None:
+        answers = FastAnswers(site)
+        missed = answers.answer(request(f"/{ABSENT[0]}.narinfo"))
+        assert missed is not None
+        site.services.index.put([IndexEntry("main", ABSENT[0], present(b"StorePath: x\n"))])
+        found = answers.answer(request(f"/{ABSENT[0]}.narinfo"))
+        assert found is not None
+        assert found.endswith(b"StorePath: x\n")
+
+    async def test_what_the_index_cannot_say_is_left_to_the_handlers(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def fail(_: bytes) -> bytes:
+            raise StoreError("the index is damaged")
+
+        monkeypatch.setattr(site.services.index, "raw", fail)
+        async with front_server(site) as served:
+            connection = await Connection.open(served.port)
+            assert (await connection.ask(request(HIT))).startswith(b"HTTP/1.1 500 ")
+            assert (await connection.ask(request("/nix-cache-info"))).startswith(b"HTTP/1.1 200 ")
+            connection.close()
+        caplog.clear()
+
+    async def test_new_rules_hold_for_the_next_request(self, site: Site) -> None:
+        answers = FastAnswers(site)
+        team = request(f"/team/{PRESENT[0]}.narinfo")
+        open_ = request(f"/open/{PRESENT[0]}.narinfo")
+        root = request(f"/{PRESENT[0]}.narinfo")
+        assert [answers.answer(data) is not None for data in (team, open_, root)] == [False, True, True]
+        caches = dict(site.rules.caches)
+        caches["team"] = replace(caches["team"], public=True)
+        del caches["open"]
+        site.rules = replace(site.rules, caches=caches, root=None)
+        assert [answers.answer(data) is not None for data in (team, open_, root)] == [True, False, False]
+
+    async def test_who_may_read_a_private_cache(self, site: Site) -> None:
+        answers = FastAnswers(site)
+
+        def answered(*fields: str) -> bool:
+            nar_name = list(NARS)[1]
+            found = {
+                answers.answer(request(f"/team/{target}", *fields)) is not None
+                for target in (f"{PRESENT[0]}.narinfo", f"{ABSENT[0]}.narinfo", f"nar/{nar_name}")
+            }
+            assert len(found) == 1
+            return found.pop()
+
+        assert answered(bearer(READER))
+        assert answered("authorization:  bEARER " + READER)
+        assert not any(
+            map(answered, (bearer(STRANGER), bearer("nobody"), "Authorization: Bearer", "X-A: b", "Accept: a"))
+        )
+        assert not answered(bearer(IN_CATALOG)), "nobody has verified it yet"
+        await site.rules.access.require(IN_CATALOG, "pull", "team")
+        assert answered(bearer(IN_CATALOG))
+
+    async def test_use_is_noted(self, site: Site) -> None:
+        answers = FastAnswers(site)
+        for target in (f"/{PRESENT[0]}.narinfo", f"/open/{PRESENT[1]}.narinfo", f"/{ABSENT[0]}.narinfo"):
+            answers.answer(request(target))
+        assert site.services.usage._gathered == {f"main/{PRESENT[0]}".encode(), f"open/{PRESENT[1]}".encode()}
+
+    async def test_the_date_goes_on(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+        answers = FastAnswers(site)
+        for now, date in ((1_000_000_000, b"Sun, 09 Sep 2001 01:46:40 GMT"), (2**31, b"Tue, 19 Jan 2038 03:14:08 GMT")):
+            monkeypatch.setattr("cachesrv.web.fast.time.time", lambda now=now: float(now))
+            answers.tick()
+            for target in (HIT, f"/nar/{list(NARS)[1]}"):
+                assert b"\r\nDate: %b\r\n" % date in (answers.answer(request(target)) or b"")
+
+    async def test_the_second_is_that_of_the_clock(self, served: Served) -> None:
+        connection = await Connection.open(served.port)
+        dates = set()
+        for _ in range(3):
+            dates.add((await connection.ask(request(HIT))).split(b"Date: ")[1].split(b"\r\n")[0])
+            await asyncio.sleep(0.6)
+        assert len(dates) > 1
+        connection.close()
+
+
+def test_what_is_remembered_of_header_fields_is_bounded() -> None:
+    blocks = Blocks()
+    for number in range(5000):
+        assert blocks.get(b"Host: h\r\nX-Request-Id: %d\r\n\r\n" % number) is not None
+        assert blocks.get(b"X-%d\r\n\r\n" % number) is None
+    assert blocks.get(b"Host: h\r\nAccept: %b\r\n\r\n" % (b"a" * MAX_BLOCK)) is None
+    assert len(blocks._verdicts) <= 1024
+    assert max(map(len, blocks._verdicts)) <= MAX_BLOCK
+
+
+class TestOrder:
+    @pytest.mark.parametrize("segment", [1, 7, 100, 1000])
+    async def test_a_thousand_requests_are_answered_in_order(self, served: Served, segment: int) -> None:
+        numbers = [number % 4 for number in range(1000)]
+        data = [request(f"/open/{PRESENT[number]}.narinfo") for number in numbers]
+        connection = await Connection.open(served.port)
+        sending = asyncio.create_task(
+            connection.send(*(b"".join(data[start : start + segment]) for start in range(0, 1000, segment)))
+        )
+        await connection.receive_answers(["GET"] * 1000)
+        await sending
+        found = [part.split(b"-path-")[1][:1] for part in bytes(connection.received).split(b"StorePath: ")[1:]]
+        assert found == [b"%d" % number for number in numbers]
+        connection.close()
+
+    async def test_slow_and_fast_answers_do_not_overtake_each_other(self, served: Served) -> None:
+        connection = await Connection.open(served.port)
+        targets = ["/nix-cache-info", HIT, LARGE_NAR, HIT, f"/{UNKNOWN}.narinfo", HIT] * 5
+        await connection.send(*map(request, targets))
+        await connection.receive_answers(["GET"] * len(targets))
+        sizes = [int(part.split(b"\r\n")[0]) for part in bytes(connection.received).split(b"Content-Length: ")[1:]]
+        assert sizes == sizes[:6] * 5
+        assert sizes[2] == LARGE
+        connection.close()
+
+
+async def send_until_refused(connection: Connection, data: bytes, limit: int) -> int:
+    """Send the same again and again, until it is not taken for a while or `limit` bytes are sent; how many were."""
+    sent = 0
+    with suppress(TimeoutError):
+        while sent < limit:
+            async with asyncio.timeout(0.5):
+                await connection._loop.sock_sendall(connection.sock, data)
+            sent += len(data)
+            await asyncio.sleep(0)
+    return sent
+
+
+class TestWhoDoesNotRead:
+    @pytest.fixture
+    async def served(self, site: Site) -> AsyncIterator[Served]:
+        async with front_server(site, send_buffer=SMALL_SOCKET) as served:
+            yield served
+
+    @pytest.mark.parametrize(
+        ("together", "target"),
+        [(1, HIT), (1, f"/{ABSENT[0]}.narinfo"), (1, MEDIUM_NAR), (50, HIT), (50, "/"), (50, LARGE_NAR)],
+    )
+    async def test_gets_no_more_answers_made(self, served: Served, together: int, target: str) -> None:
+        connection = await Connection.open(served.port, receive_buffer=SMALL_SOCKET)
+        sent = await send_until_refused(connection, request(target) * together, 5 * KERNEL)
+        assert sent < 5 * KERNEL
+        assert served.unsent < 64 * 1024 + MEDIUM
+        other = await Connection.open(served.port)
+        assert (await other.ask(request(HIT))).startswith(b"HTTP/1.1 200 ")
+        connection.close()
+        other.close()
+
+    @pytest.mark.parametrize("together", [1, 50])
+    async def test_gets_all_answers_in_the_end(self, site: Site, served: Served, together: int) -> None:
+        connection = await Connection.open(served.port, receive_buffer=SMALL_SOCKET)
+        asked = 4000
+        sending = asyncio.create_task(connection.send(*[request(HIT) * together] * (asked // together)))
+        await asyncio.sleep(0.5)
+        metrics = site.services.metrics
+        assert metrics.cells[metrics.request_cell("GET", "narinfo", 200)] < asked / 2
+        await connection.receive_answers(["GET"] * asked)
+        await sending
+        connection.close()
+
+    async def test_many_of_them_take_little_memory(self, site: Site) -> None:
+        target = "/nar/just-small-enough.nar"
+        await site.services.storage.put("main/nar/just-small-enough.nar", bytes(SMALL_NAR))
+        async with front_server(site, send_buffer=SMALL_SOCKET) as served:
+            connections = [await Connection.open(served.port, receive_buffer=SMALL_SOCKET) for _ in range(200)]
+            for number, connection in enumerate(connections):
+                await connection.send(request(target, *["Range: bytes=0-262143"] * (number % 2)))
+            await asyncio.sleep(0.3)
+            assert served.unsent < (MANY_SLOW + 10) * SMALL_NAR
+            for connection in connections[:5]:
+                connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)
+                await connection.receive_answers(["GET"])
+                assert not any(bytes(connection.received).partition(b"\r\n\r\n")[2])
+            for connection in connections:
+                connection.close()
+
+    @pytest.mark.parametrize("target", [MEDIUM_NAR, LARGE_NAR])
+    async def test_a_slow_reader_gets_a_nar_whole(self, served: Served, target: str) -> None:
+        connection = await Connection.open(served.port, receive_buffer=SMALL_SOCKET)
+        await connection.send(request(target))
+        await asyncio.sleep(0.3)
+        other = await Connection.open(served.port)
+        content = nar(NARS[target.rpartition("/")[2]])
+        assert (await other.ask(request(target))).endswith(content)
+        await connection.receive_answers(["GET"])
+        assert bytes(connection.received).endswith(content)
+        await connection.ask(request(HIT))
+        for each in (connection, other):
+            each.close()
+
+
+class TestIdleConnections:
+    IDLE = 0.5
+
+    @pytest.fixture
+    async def served(self, site: Site) -> AsyncIterator[Served]:
+        async with front_server(site, idle_timeout=self.IDLE) as served:
+            yield served
+
+    @pytest.mark.parametrize("first", [None, request(HIT), request("/"), request("/", method="PUT")])
+    async def test_are_closed(self, served: Served, first: bytes | None) -> None:
+        connection = await Connection.open(served.port)
+        if first:
+            await connection.ask(first)
+        begun = monotonic()
+        assert await connection.ends()
+        assert 0.8 * self.IDLE < monotonic() - begun < 3 * self.IDLE
+        assert len(served.fronts) == 0
+        connection.close()
+
+    @pytest.mark.parametrize("first", [None, request(HIT), request("/")])
+    @pytest.mark.parametrize("target", [HIT, "/"])
+    async def test_the_head_of_a_request_has_a_time_to_come_in(
+        self, served: Served, first: bytes | None, target: str
+    ) -> None:
+        connection = await Connection.open(served.port)
+        if first:
+            await connection.ask(first)
+        begun = monotonic()
+        trickle = request(target, "X-Trickle: " + "x" * 1000)
+        for byte in trickle:
+            await connection.send(bytes([byte]))
+            await connection.receive(0.05)
+            if connection.ended:
+                break
+        assert connection.ended
+        assert monotonic() - begun < 4 * self.IDLE
+        connection.close()
+
+    async def test_a_head_that_comes_in_time_is_answered(self, served: Served) -> None:
+        connection = await Connection.open(served.port)
+        for _ in range(2):
+            await asyncio.sleep(0.6 * self.IDLE)
+            await connection.send(request(HIT)[:20])
+            await asyncio.sleep(0.6 * self.IDLE)
+            await connection.send(request(HIT)[20:])
+        await connection.receive_answers(["GET", "GET"])
+        assert not connection.ended
+        connection.close()
+
+    @pytest.mark.parametrize("target", [HIT, "/"])
+    async def test_a_connection_in_use_is_kept(self, served: Served, target: str) -> None:
+        connection = await Connection.open(served.port)
+        for _ in range(6):
+            await connection.ask(request(target))
+            await asyncio.sleep(self.IDLE / 2)
+        assert not connection.ended
+        connection.close()
+
+    async def test_a_body_on_its_way_is_no_idleness(self, site: Site, served: Served) -> None:
+        connection = await Connection.open(served.port)
+        await upload(connection, site, pause=self.IDLE / 2)
+        assert b" 204 " in connection.received
+        connection.close()
+
+    @pytest.mark.parametrize("target", [MEDIUM_NAR, LARGE_NAR])
+    async def test_an_answer_on_its_way_is_no_idleness(self, site: Site, target: str) -> None:
+        async with front_server(site, idle_timeout=self.IDLE, send_buffer=SMALL_SOCKET) as served:
+            connection = await Connection.open(served.port, receive_buffer=SMALL_SOCKET)
+            await connection.send(request(target))
+            await asyncio.sleep(3 * self.IDLE)
+            await connection.receive_answers(["GET"])
+            assert not connection.ended
+            connection.close()
+
+
+def push_token(site: Site) -> str:
+    """The one that `cachesrv serve` makes at its first start."""
+    folder = site.services.storage._tree.root.parent  # type: ignore[attr-defined]  # the file store
+    return str((folder / "push-token").read_text().strip())
+
+
+async def upload(connection: Connection, site: Site, *, pause: float) -> None:
+    """Send a build log, with pauses."""
+    pieces = [b"building\n"] * 6
+    fields = [f"Content-Length: {sum(map(len, pieces))}", bearer(push_token(site))]
+    await connection.send(request(f"/log/{PRESENT[0]}-program.drv", *fields, method="PUT"))
+    for piece in pieces:
+        await asyncio.sleep(pause)
+        await connection.send(piece)
+    await connection.receive_answers(["PUT"])
+
+
+class TestTheEnd:
+    async def test_idle_connections_are_closed_at_once(self, site: Site) -> None:
+        async with front_server(site, shutdown_timeout=30) as served:
+            connections = [await Connection.open(served.port) for _ in range(4)]
+            await connections[1].ask(request(HIT))
+            await connections[2].ask(request("/"))
+            await connections[3].ask(request("/", method="PUT"))
+            begun = monotonic()
+        assert monotonic() - begun < 1
+        for connection in connections:
+            assert await connection.ends()
+            connection.close()
+
+    async def test_an_upload_is_finished(self, site: Site) -> None:
+        async with front_server(site, shutdown_timeout=30) as served:
+            connection = await Connection.open(served.port)
+            uploading = asyncio.create_task(upload(connection, site, pause=0.1))
+            await asyncio.sleep(0.15)
+            begun = monotonic()
+        assert 0.3 < monotonic() - begun < 2
+        await uploading
+        assert b"HTTP/1.1 204 " in connection.received
+        assert b"\r\nConnection: close\r\n" in connection.received
+        assert await connection.ends()
+        connection.close()
+
+    @pytest.mark.parametrize("target", [MEDIUM_NAR, LARGE_NAR])
+    @pytest.mark.parametrize("before", [(), ("/",)])
+    async def test_answers_are_sent_to_slow_readers(self, site: Site, target: str, before: tuple[str, ...]) -> None:
+        async with front_server(site, shutdown_timeout=30, send_buffer=SMALL_SOCKET) as served:
+            connection = await Connection.open(served.port, receive_buffer=SMALL_SOCKET)
+            await connection.ask(*map(request, before))
+            await connection.send(request(target))
+
+            async def read() -> None:
+                await asyncio.sleep(0.5)
+                await connection.receive_answers(["GET"])
+
+            reading = asyncio.create_task(read())
+            begun = monotonic()
+        assert monotonic() - begun > 0.4
+        await reading
+        assert bytes(connection.received).endswith(nar(NARS[target.rpartition("/")[2]]))
+        connection.close()
+
+    async def test_a_request_that_just_came_is_answered(self, site: Site) -> None:
+        async with front_server(site) as served:
+            connections = [await Connection.open(served.port) for _ in range(4)]
+            targets = [HIT, "/", LARGE_NAR, f"/{UNKNOWN}.narinfo"]
+            for connection, target in zip(connections, targets, strict=True):
+                await connection._loop.sock_sendall(connection.sock, request(target))
+            await asyncio.sleep(0)
+        for connection in connections:
+            assert await connection.ends()
+            assert b"HTTP/1.1 " in connection.received
+            connection.close()
+
+    async def test_nobody_holds_up_the_end(self, site: Site) -> None:
+        async with front_server(site, shutdown_timeout=1) as served:
+            stuck = await Connection.open(served.port, receive_buffer=SMALL_SOCKET)
+            await send_until_refused(stuck, request(LARGE_NAR), KERNEL)
+            uploading = await Connection.open(served.port)
+            fields = ("Content-Length: 100", bearer(push_token(site)))
+            await uploading.send(request(f"/log/{PRESENT[0]}-program.drv", *fields, method="PUT"))
+            await asyncio.sleep(0.1)
+            begun = monotonic()
+        assert monotonic() - begun < 5
+        for connection in (stuck, uploading):
+            assert await connection.ends()
+            connection.close()
+
+    async def test_a_head_that_never_ends_is_not_waited_for(self, site: Site) -> None:
+        async with front_server(site, shutdown_timeout=30) as served:
+            connection = await Connection.open(served.port)
+            await connection.send(request(HIT)[:-2])
+            begun = monotonic()
+        assert monotonic() - begun < 3
+        assert await connection.ends()
+        connection.close()
+
+    async def test_clients_that_go_away(self, site: Site) -> None:
+        async with front_server(site) as served:
+            for target in (HIT, "/", LARGE_NAR, f"/nar/{list(NARS)[3]}", f"/{UNKNOWN}.narinfo"):
+                for pause in (0, 0.01):
+                    connection = await Connection.open(served.port, receive_buffer=SMALL_SOCKET)
+                    await connection.send(*[request(target)] * 20)
+                    await asyncio.sleep(pause)
+                    connection.close()
+            for _ in range(100):
+                if not len(served.fronts):
+                    break
+                await asyncio.sleep(0.02)
+            assert len(served.fronts) == 0
+
+
+LIMITS = {
+    "a long line": (b"GET /" + b"a" * 8191 + b" HTTP/1.1\r\nHost: h\r\n\r\n", b"400"),
+    "a long field": (request("/", "X-A: " + "a" * 8191), b"400"),
+    "a long name": (request("/", "a" * 8192 + ": a"), b"400"),
+    "many fields": (request("/", *(f"X-{number}: a" for number in range(200))), b"400"),
+    "just not too long a line": (b"GET /" + b"a" * 8000 + b" HTTP/1.1\r\nHost: h\r\n\r\n", b"404"),
+    "just not too many fields": (request("/", *(f"X-{number}: a" for number in range(100))), b"200"),
+    "an endless line": (b"GET /" + b"a" * 1_000_000, b"400"),
+    "an endless head": (request("/")[:-2] + b"X: a\r\n" * 100_000, b"400"),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("segment", [1000, 1_000_000])
+async def test_limits(served: Served, name: str, segment: int, caplog: pytest.LogCaptureFixture) -> None:
+    data, status = LIMITS[name]
+    connection = await Connection.open(served.port)
+    await connection.send(*(data[start : start + segment] for start in range(0, len(data), segment)))
+    assert await connection.receive(10)
+    assert connection.received.startswith(b"HTTP/1.1 " + status) or connection.received.startswith(
+        b"HTTP/1.0 " + status
+    )
+    assert await connection.ends(1) == (status == b"400")
+    connection.close()
+    caplog.clear()
+
+
+class TestTls:
+    @pytest.fixture
+    def contexts(self, tmp_path: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+        openssl = shutil.which("openssl")
+        assert openssl
+        key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+        names = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost")
+        command = [
+            openssl,
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            *names,
+        ]
+        subprocess.run([*command, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+        server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        server.load_cert_chain(certificate, key)
+        return server, ssl.create_default_context(cafile=str(certificate))
+
+    async def test_slow_readers_and_fast_answers(
+        self, site: Site, contexts: tuple[ssl.SSLContext, ssl.SSLContext]
+    ) -> None:
+        async with front_server(site, tls=contexts[0]) as served:
+            options: dict[str, Any] = {"ssl": contexts[1], "server_hostname": "localhost", "limit": 1000}
+            reader, writer = await asyncio.open_connection("127.0.0.1", served.port, **options)
+            for _ in range(3):
+                writer.write(request(LARGE_NAR))
+                writer.write(request(HIT))
+                await asyncio.sleep(0.3)
+                assert served.unsent < 2**20
+                head = await reader.readuntil(b"\r\n\r\n")
+                assert b"Content-Length: %d\r\n" % LARGE in head
+                assert await reader.readexactly(LARGE) == nar(LARGE)
+                head = await reader.readuntil(b"\r\n\r\n")
+                assert b"text/x-nix-narinfo" in head
+                assert await reader.readexactly(len(narinfo(0))) == narinfo(0)
+            for _ in range(2000):
+                writer.write(request(LARGE_NAR if not _ else HIT))
+                await asyncio.sleep(0)
+            assert served.unsent < 2**20
+            writer.transport.abort()
+            with suppress(OSError):
+                await writer.wait_closed()
