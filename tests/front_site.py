@@ -7,6 +7,7 @@ import socket
 import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from hashlib import sha256
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,7 @@ def narinfo(number: int) -> bytes:
     ).encode()
 
 
+@cache
 def nar(size: int) -> bytes:
     """Bytes of this number, the same each time."""
     return Random(size).randbytes(size)

@@ -199,9 +199,9 @@ class TestWhoAnswers:
     async def test_the_second_is_that_of_the_clock(self, served: Served) -> None:
         connection = await Connection.open(served.port)
         dates = set()
-        for _ in range(3):
+        for _ in range(2):
             dates.add((await connection.ask(request(HIT))).split(b"Date: ")[1].split(b"\r\n")[0])
-            await asyncio.sleep(0.6)
+            await asyncio.sleep(1.05)
         assert len(dates) > 1
         connection.close()
 
@@ -318,7 +318,7 @@ class TestWhoDoesNotRead:
 
 
 class TestIdleConnections:
-    IDLE = 0.5
+    IDLE = 0.3
 
     @pytest.fixture
     async def served(self, site: Site) -> AsyncIterator[Served]:
@@ -467,9 +467,9 @@ class TestTheEnd:
             connection.close()
 
     async def test_nobody_holds_up_the_end(self, site: Site) -> None:
-        async with front_server(site, shutdown_timeout=1) as served:
+        async with front_server(site, shutdown_timeout=0.3) as served:
             stuck = await Connection.open(served.port, receive_buffer=SMALL_SOCKET)
-            await send_until_refused(stuck, request(LARGE_NAR), KERNEL)
+            await send_until_refused(stuck, request(LARGE_NAR) * 1000, KERNEL)
             uploading = await Connection.open(served.port)
             fields = ("Content-Length: 100", bearer(push_token(site)))
             await uploading.send(request(f"/log/{PRESENT[0]}-program.drv", *fields, method="PUT"))
@@ -526,7 +526,7 @@ async def test_limits(served: Served, name: str, segment: int, caplog: pytest.Lo
     assert connection.received.startswith(b"HTTP/1.1 " + status) or connection.received.startswith(
         b"HTTP/1.0 " + status
     )
-    assert await connection.ends(1) == (status == b"400")
+    assert await connection.ends(0.2) == (status == b"400")
     connection.close()
     caplog.clear()
 
