@@ -33,6 +33,7 @@ from cachesrv.storage.disk_cache import DiskCache
 from cachesrv.storage.filesystem import FilesystemStore
 from cachesrv.storage.kept import KeepingStore
 from cachesrv.storage.s3 import S3Store
+from cachesrv.storage.s3_errors import Exists
 from cachesrv.web.site import Rules, Services
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ def _open_bucket(config: Config, metrics: Metrics | None = None) -> S3Store:
 
 def _count_request(metrics: Metrics, _operation: str, _seconds: float, error: BaseException | None) -> None:
     metrics.add("bucket_requests")
-    if isinstance(error, StoreError):
+    # That an object is there already is what a conditional write finds out.
+    if isinstance(error, StoreError) and not isinstance(error, Exists):
         metrics.add("bucket_failures")
 
 

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 ACCESS_KEY = "testkey"
 SECRET_KEY = "testsecret"
+STRANGER = "stranger"
+"""User, access key and secret key of somebody who may do only what a bucket's policy says."""
 VIRTUAL_DOMAIN = "s3.test"
 """Host names below this one name a bucket."""
 
@@ -207,8 +209,11 @@ class _Cluster:
         self._ceph("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
         self._daemon("ceph-osd", "-i", "0", "-f")
         run("ceph-authtool", "--create-keyring", str(folder / "rgw/keyring"), "--gen-key", "-n", "client.rgw")
-        user = ("--uid", "t", "--display-name", "t", "--access-key", ACCESS_KEY, "--secret", SECRET_KEY)
-        self._ceph("radosgw-admin", "-n", "client.rgw", "user", "create", *user)
+        for user, access, secret in (("owner", ACCESS_KEY, SECRET_KEY), (STRANGER, STRANGER, STRANGER)):
+            keys = ("--access-key", access, "--secret", secret)
+            self._ceph(
+                "radosgw-admin", "-n", "client.rgw", "user", "create", "--uid", user, "--display-name", user, *keys
+            )
         gateway = self._daemon("radosgw", "-n", "client.rgw", "-f")
         while not _answers(port):
             if gateway.poll() is not None:

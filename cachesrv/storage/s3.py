@@ -69,7 +69,7 @@ class S3Store:
         redirect: bool = True,
         presign_seconds: int = 3600,
         part_size: int = 8 * 2**20,
-        parts: int = 8,
+        parts: int = 5,
         threads: int = 16,
         session: Session | None = None,
     ) -> None:

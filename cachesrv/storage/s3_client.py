@@ -40,6 +40,8 @@ _CONNECT_TIMEOUT = 5
 _READ_TIMEOUT = 30
 _SLOWEST_UPLOAD = 64 * 1024
 """Bytes per second below which an upload is taken to be stuck."""
+_GRACE = 5
+"""Seconds that an answer is waited for although nobody wants it any more."""
 _SIGNED_FOR = 900
 """Seconds for which URLs are signed that are used at once. It bears the clocks that S3 itself bears."""
 _REFRESH_AHEAD = 15 * 60
@@ -128,8 +130,8 @@ class S3Client:
         return make()
 
     async def put(self, operation: str, key: str, body: bytes | bytearray, **parameters: Any) -> str:
-        """Send a body by PutObject or UploadPart; its ETag. When the caller is cancelled, a body that has left already
-        is waited for: it may take effect. Raises what `s3_errors.named` gives.
+        """Send a body by PutObject or UploadPart; its ETag. When the caller is cancelled, an object that has left
+        already is waited for a few seconds: it may take effect. Raises what `s3_errors.named` gives.
         """
         request = self.request(operation, key)
         method = {"PutObject": "put_object", "UploadPart": "upload_part"}[operation]
@@ -142,7 +144,9 @@ class S3Client:
             try:
                 return await asyncio.shield(sending)
             except asyncio.CancelledError:
-                if not sent.handed_over:
+                if sent.handed_over and operation == "PutObject":
+                    asyncio.get_running_loop().call_later(_GRACE, sending.cancel)
+                else:
                     sending.cancel()
                 await finished(sending)
                 raise
@@ -252,6 +256,9 @@ def _open_sdk(
             signature_version="s3v4",
         ),
     )
+    if style == "auto" and ".amazonaws.com" in client.meta.endpoint_url:
+        # With "auto", URLs are signed for the global endpoint of AWS, which sends clients of new buckets elsewhere.
+        return _open_sdk(core, region, endpoint, "virtual", threads)
     return cast("Sdk", client)
 
 

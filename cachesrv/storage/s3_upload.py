@@ -39,7 +39,7 @@ MAX_OBJECT_SIZE = 5 * 2**40
 """Limits of S3, in bytes but for the first ("Amazon S3 multipart upload limits")."""
 
 _GROW_AFTER = 5_000
-_GROW_EVERY = 500
+_GROW_EVERY = 450
 _HASHED_AT_ONCE = 2**16
 _MARK = "cachesrv-write"
 
@@ -47,7 +47,7 @@ _MARK = "cachesrv-write"
 def part_size(number: int, size: int | None, least: int) -> int:
     """Bytes of part `number` (from 1) of an object of `size` bytes, so that 10,000 parts are enough. All but the last
     are equally large, as some endpoints demand. Of an object of unknown size that holds for the first 5,000; then they
-    double every 500, which comes to more than an object may have.
+    double every 450, which comes to more than an object may have.
     """
     if size is not None:
         return max(least, -(-size // MAX_PARTS))

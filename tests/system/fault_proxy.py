@@ -88,7 +88,14 @@ class CutRequest:
     after: int
 
 
-Fault = Answer | Drop | LoseAnswer | Hang | Delay | Truncate | Stall | Alter | CutRequest
+@dataclass(frozen=True)
+class AlterRequest:
+    """The byte at this position of the body of the request is another one."""
+
+    at: int
+
+
+Fault = Answer | Drop | LoseAnswer | Hang | Delay | Truncate | Stall | Alter | AlterRequest | CutRequest
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,17 @@ class FaultProxy:
             return method in {"", seen.method} and (not query or query in seen.query) and path in seen.path
 
         self._planned.append(_Planned(fault, meant, times))
+
+    def calm(self) -> None:
+        """Forget what is planned and what was seen, and be up."""
+        self._planned.clear()
+        self.seen.clear()
+        self.up()
+
+    @property
+    def waiting(self) -> int:
+        """How many planned faults have found no request yet."""
+        return sum(planned.times for planned in self._planned)
 
     def count(self, method: str, *, query: str = "") -> int:
         """How many such requests came in."""
@@ -188,7 +206,9 @@ class FaultProxy:
         seen = Seen(request.method, url.path, dict(url.query), dict(request.headers))
         self.seen.append(seen)
         fault = self._take(seen)
-        body = b"".join([chunk async for chunk in request.content.iter_chunked(2**18)])
+        body = bytearray()
+        async for chunk in request.content.iter_chunked(2**18):
+            body += chunk
         match fault:
             case Answer(status, own, headers):
                 return web.Response(status=status, body=own, headers=headers)
@@ -202,6 +222,8 @@ class FaultProxy:
                 return _hang_up(request)
             case Delay(seconds):
                 await asyncio.sleep(seconds)
+            case AlterRequest(at):
+                body[at] ^= 1
         return await self._pass_on(request, url, body, fault)
 
     def _take(self, seen: Seen) -> Fault | None:
@@ -212,7 +234,7 @@ class FaultProxy:
         return None
 
     async def _pass_on(
-        self, request: web.BaseRequest, url: URL, body: bytes, fault: Fault | None
+        self, request: web.BaseRequest, url: URL, body: bytearray, fault: Fault | None
     ) -> web.StreamResponse:
         target = URL(f"{self._upstream}{url.raw_path_qs}", encoded=True)
         async with self._session.request(
@@ -243,7 +265,7 @@ class FaultProxy:
             await self._over.wait()
         return _hang_up(request)
 
-    async def _cut(self, request: web.BaseRequest, url: URL, start: bytes) -> None:
+    async def _cut(self, request: web.BaseRequest, url: URL, start: bytearray) -> None:
         upstream = URL(self._upstream)
         reader, writer = await asyncio.open_connection(upstream.host, upstream.port)
         lines = [f"{request.method} {url.raw_path_qs} HTTP/1.1", *(f"{k}: {v}" for k, v in request.headers.items())]

@@ -37,9 +37,7 @@ def shared_proxy(gateway: Gateway) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def proxy(shared_proxy: FaultProxy) -> FaultProxy:
-    shared_proxy.seen.clear()
-    shared_proxy._planned.clear()
-    shared_proxy.up()
+    shared_proxy.calm()
     return shared_proxy
 
 
@@ -73,7 +71,7 @@ async def whole(chunks: AsyncIterator[bytes]) -> bytes:
     return b"".join([chunk async for chunk in chunks])
 
 
-PASSING = {
+PASSING: dict[str, fault_proxy.Fault] = {
     "drop": fault_proxy.Drop(),
     "slow-down": fault_proxy.Answer(503, SLOW_DOWN),
     "too-many": fault_proxy.Answer(429, headers={"Retry-After": "0"}),
@@ -105,7 +103,7 @@ async def test_every_request_is_tried_again(store: S3Store, proxy: FaultProxy, f
     assert sorted([info.key async for info in store.list("")]) == ["main/a", "main/large"]
     await store.delete(["main/a", "main/large"])
     assert not [info async for info in store.list("")]
-    assert not any(planned.times for planned in proxy._planned)
+    assert not proxy.waiting
 
 
 async def test_a_fault_that_stays_is_told(store: S3Store, proxy: FaultProxy) -> None:
@@ -126,15 +124,15 @@ async def test_a_fault_that_stays_is_told(store: S3Store, proxy: FaultProxy) -> 
 
 async def test_a_fault_never_means_that_there_is_nothing(store: S3Store, proxy: FaultProxy) -> None:
     await store.put("main/a", b"a")
-    for status, body in [(404, b""), (404, b"<html>not found</html>"), (403, b""), (503, b""), (200, b"")]:
-        proxy._planned.clear()
+    bodies = (b"", b"<html>not found</html>", b"<Error><Code>NoSuchBucket</Code></Error>")
+    for status, body in [(403, b""), (503, b""), *((404, body) for body in bodies)]:
+        proxy.calm()
         proxy.plan(fault_proxy.Answer(status, body), times=1000)
         for key in ("main/a", "main/not-there"):
-            if status != 200:
-                with pytest.raises(StoreError):
-                    await store.head(key)
-                with pytest.raises(StoreError):
-                    await store.get(key, limit=LIMIT)
+            with pytest.raises(StoreError):
+                await store.head(key)
+            with pytest.raises(StoreError):
+                await store.get(key, limit=LIMIT)
 
 
 async def test_who_is_told_to_slow_down_does(store: S3Store, proxy: FaultProxy, limited: Limited) -> None:
@@ -232,9 +230,137 @@ async def test_a_body_that_arrives_in_part_makes_no_object(
         await store.put("main/b", SMALL)
     with pytest.raises(StoreUnavailable):
         await upload(store, "main/c")
-    proxy._planned.clear()
+    proxy.calm()
     assert [info.key async for info in store.list("")] == ["main/a"]
     assert "Uploads" not in gateway.client().list_multipart_uploads(Bucket=bucket, Prefix=store._prefix)
+
+
+async def test_bytes_that_change_on_the_way_are_sent_again(store: S3Store, proxy: FaultProxy) -> None:
+    await store.put("main/a", b"a")
+    proxy.plan(fault_proxy.AlterRequest(1000), method="PUT")
+    assert await store.put("main/b", SMALL)
+    assert await store.get("main/b", limit=LIMIT) == SMALL
+    proxy.plan(fault_proxy.AlterRequest(1000), method="PUT", query="partNumber")
+    assert await upload(store, "main/c")
+    assert await store.get("main/c", limit=LIMIT) == LARGE
+    assert not proxy.waiting
+
+
+async def test_a_writer_waits_while_its_parts_are_on_their_way(
+    proxy: FaultProxy, gateway: Gateway, bucket: str
+) -> None:
+    """What is in memory is bounded: the parts on their way, and one that fills."""
+    store = S3Store(
+        bucket,
+        requests=Direct(),
+        endpoint=proxy.url,
+        prefix=token_hex(8),
+        session=gateway.session(),
+        part_size=MIN_PART_SIZE,
+        parts=2,
+    )
+    proxy.plan(fault_proxy.Hang(), method="PUT", query="partNumber", times=1000)
+    taken = 0
+
+    async def write() -> None:
+        nonlocal taken
+        async with store.writer("main/a") as writer:
+            while True:
+                await writer.write(bytes(2**20))
+                taken += 2**20
+
+    begun = time.monotonic()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(write(), 0.5)
+    assert taken == 3 * MIN_PART_SIZE
+    assert proxy.count("PUT", query="partNumber") == 2
+    assert time.monotonic() - begun < 5
+    await store.close()
+
+
+async def test_who_is_cancelled_does_not_wait_long(
+    store: S3Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An object that has left may take effect: it is waited for, but not until the connection times out."""
+    monkeypatch.setattr(s3_client, "_GRACE", 0.5)
+    await store.put("main/a", b"a")
+    await store.head("main/a")
+    proxy.plan(fault_proxy.Hang(), times=1000)
+    for seconds, attempt in [(0.5, store.put("main/b", b"b")), (0, store.get("main/a", limit=LIMIT))]:
+        begun = time.monotonic()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await attempt
+        assert seconds < time.monotonic() - begun < seconds + 2
+
+
+IGNORANT = {
+    "ignored": [fault_proxy.Answer(200), fault_proxy.Answer(200)],
+    "not-implemented": [fault_proxy.Answer(501, b"<Error><Code>NotImplemented</Code></Error>")],
+    "refused": [fault_proxy.Answer(400, b"<Error><Code>InvalidArgument</Code></Error>")],
+}
+
+
+@pytest.mark.parametrize("answers", IGNORANT.values(), ids=IGNORANT)
+async def test_without_the_help_of_the_endpoint(
+    store: S3Store, proxy: FaultProxy, answers: list[fault_proxy.Fault]
+) -> None:
+    """If-None-Match on PUT and on completion is of no use here; the writers of one process manage all the same."""
+    for answer in answers:
+        proxy.plan(answer, method="PUT", path="/.cachesrv/probe")
+    not_implemented = fault_proxy.Answer(501, b"<Error><Code>NotImplemented</Code></Error>")
+    proxy.plan(not_implemented, method="POST", query="uploadId")
+    assert await store.put("main/a", b"a")
+    assert not await store.put("main/a", b"b")
+    assert await store.get("main/a", limit=LIMIT) == b"a"
+    created = await asyncio.gather(*(store.put("main/b", b"%d" % n) for n in range(8)))
+    assert created.count(True) == 1
+    assert await store.get("main/b", limit=LIMIT) == b"%d" % created.index(True)
+    contents = [bytes([n]) * (MIN_PART_SIZE + 1) for n in range(3)]
+    created = await asyncio.gather(*(upload(store, "main/c", content) for content in contents))
+    assert created.count(True) == 1
+    assert await store.get("main/c", limit=LIMIT) == contents[created.index(True)]
+    assert not proxy.waiting
+    assert not any("If-None-Match" in seen.headers for seen in proxy.seen if seen.path.endswith(("main/a", "main/b")))
+
+
+async def test_whether_the_endpoint_helps_is_found_out_once(
+    store: S3Store, proxy: FaultProxy, gateway: Gateway, bucket: str
+) -> None:
+    await store.put("main/a", b"a")
+    await store.put("main/b", b"b")
+    assert [seen.path.endswith("/.cachesrv/probe") for seen in proxy.seen] == [True, True, False, False]
+    proxy.calm()
+    prefix = store._prefix.removesuffix("/")
+    again = S3Store(bucket, requests=Direct(), endpoint=proxy.url, prefix=prefix, session=gateway.session())
+    assert not await again.put("main/a", b"b")
+    assert [seen.path.endswith("/.cachesrv/probe") for seen in proxy.seen] == [True, False, False]
+    await again.close()
+
+
+async def test_requests_go_through_the_proxy_of_the_environment(
+    proxy: FaultProxy, gateway: Gateway, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", proxy.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    store = S3Store(
+        bucket, requests=Direct(), endpoint=gateway.endpoint, prefix=token_hex(8), session=gateway.session()
+    )
+    await store.put("main/a", b"a")
+    assert await store.head("main/a") is not None
+    assert await store.get("main/a", limit=LIMIT) == b"a"
+    assert {seen.method for seen in proxy.seen} == {"PUT", "HEAD", "GET"}
+    await store.close()
+
+
+async def test_what_proxies_do_to_answers_is_noticed(store: S3Store, proxy: FaultProxy) -> None:
+    await store.put("main/a", SMALL)
+    proxy.plan(fault_proxy.Answer(200, SMALL), method="GET")
+    with pytest.raises(StoreError, match="a part was asked for"):
+        await whole(store.read("main/a", ByteRange(5, 50)))
+    proxy.plan(fault_proxy.Answer(206, SMALL[:10], {"Content-Range": "bytes 0-9/3145728"}), method="GET")
+    with pytest.raises(StoreError, match="a part was asked for"):
+        await whole(store.read("main/a", ByteRange(5, 15)))
 
 
 async def test_an_upload_that_fails_for_good_leaves_no_parts(

@@ -1,0 +1,122 @@
+"""How requests are signed and sent, without a server of S3."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import subprocess
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, urlsplit
+
+import botocore.session
+import pytest
+from aiohttp import web
+from botocore.credentials import RefreshableCredentials
+
+from cachesrv.errors import StoreError, StoreUnavailable
+from cachesrv.storage.base import PresignedUrl
+from cachesrv.storage.decorators import Direct
+from cachesrv.storage.s3 import S3Store
+from cachesrv.storage.s3_client import S3Client
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+
+def session() -> botocore.session.Session:
+    session = botocore.session.Session()
+    session.set_credentials("key", "secret")
+    return session
+
+
+async def test_what_makes_a_write_what_it_is_is_signed() -> None:
+    """A header that is not covered by the signature could be taken away."""
+    client = S3Client("bkt", Direct(), endpoint="http://s3.test", session=session())
+    url = await client.signed(
+        "put_object", 60, Key="a b/c?", ContentMD5="x", ContentType="y", IfNoneMatch="*", Metadata={"m": "z"}
+    )
+    query = parse_qs(urlsplit(url).query)
+    assert query["X-Amz-SignedHeaders"] == ["content-md5;content-type;host;if-none-match;x-amz-meta-m"]
+    assert query["X-Amz-Expires"] == ["60"]
+    assert url.startswith("http://s3.test/bkt/a%20b/c%3F?")
+    assert "secret" not in url
+    await client.close()
+
+
+async def test_credentials_are_renewed_without_blocking() -> None:
+    """The SDK renews them by a call that blocks, in the middle of signing."""
+    core = botocore.session.Session()
+    renewed = 0
+
+    def renew() -> dict[str, str]:
+        nonlocal renewed
+        renewed += 1
+        time.sleep(0.3)
+        later = datetime.now(UTC) + timedelta(hours=1)
+        return {"access_key": "new", "secret_key": "s", "token": "t", "expiry_time": later.isoformat()}
+
+    core._credentials = RefreshableCredentials(  # type: ignore[attr-defined]  # as a provider of the chain would
+        "old", "s", "t", datetime.now(UTC) + timedelta(seconds=30), renew, "test"
+    )
+    store = S3Store("bkt", requests=Direct(), endpoint="http://s3.test", session=core)
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.01)
+            ticks += 1
+
+    ticking = asyncio.create_task(tick())
+    for _ in range(3):
+        delivery = await store.delivery("main/a")
+        assert isinstance(delivery, PresignedUrl)
+        assert "X-Amz-Credential=new" in delivery.url
+    assert renewed == 1
+    assert ticks > 10
+    ticking.cancel()
+    await store.close()
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of 127.0.0.1, by nobody else than itself; the key is in the same file."""
+    file = tmp_path_factory.mktemp("tls") / "both.pem"
+    subject = ("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1")
+    command = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject)
+    subprocess.run((*command, "-keyout", str(file), "-out", f"{file}.crt"), check=True, capture_output=True)
+    file.write_text(file.read_text() + file.with_name("both.pem.crt").read_text())
+    return file
+
+
+@pytest.fixture
+async def endpoint(certificate: Path) -> AsyncIterator[str]:
+    """An HTTPS server that has too much to do."""
+
+    async def handle(_request: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(status=503)
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate)
+    runner = web.ServerRunner(web.Server(handle))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
+    yield f"https://127.0.0.1:{runner.addresses[0][1]}"
+    await runner.cleanup()
+
+
+async def test_a_certificate_is_verified(endpoint: str, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = S3Store("bkt", requests=Direct(), endpoint=endpoint, session=session())
+    for attempt in (store.get("main/a", limit=1), store.head("main/a")):
+        with pytest.raises(StoreError, match="cannot be verified: check the endpoint, or name its CA in AWS_CA_BUNDLE"):
+            await attempt
+    await store.close()
+    monkeypatch.setenv("AWS_CA_BUNDLE", f"{certificate}.crt")
+    store = S3Store("bkt", requests=Direct(), endpoint=endpoint, session=session())
+    for attempt in (store.get("main/a", limit=1), store.head("main/a")):
+        with pytest.raises(StoreUnavailable, match="too many requests"):
+            await attempt
+    await store.close()
