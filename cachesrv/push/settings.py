@@ -26,7 +26,7 @@ import msgspec
 from cachesrv.config import data_dir
 from cachesrv.errors import ConfigError
 from cachesrv.push.address import Address
-from cachesrv.push.token import NetrcEntry, NoToken, TokenFile, TokenSource, TokenVariable, read_private
+from cachesrv.push.token import FirstToken, NetrcEntry, TokenFile, TokenSource, TokenVariable, read_private
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -65,7 +65,9 @@ def find_settings(given: Given, environ: Mapping[str, str]) -> Settings:
     """See the module. Raises ConfigError when there is no URL, or for a file that is not as it should be."""
     config = read_client_config(client_config_path(environ))
     address = _address(given, environ, config)
-    return Settings(address, _token(given, environ, config, address))
+    token = FirstToken(lambda: _sources(given, environ, config, address))
+    token.read()
+    return Settings(address, token)
 
 
 def client_config_path(environ: Mapping[str, str]) -> Path:
@@ -99,14 +101,6 @@ def _address(given: Given, environ: Mapping[str, str], config: ClientConfig) -> 
         "which cache? say --to URL, set CACHESRV_URL, or write it to "
         f'{client_config_path(environ)} (a line: url = "https://…/main")'
     )
-
-
-def _token(given: Given, environ: Mapping[str, str], config: ClientConfig, address: Address) -> TokenSource:
-    """The first place that has one."""
-    for source in _sources(given, environ, config, address):
-        if source.read() is not None:
-            return source
-    return NoToken()
 
 
 def _sources(given: Given, environ: Mapping[str, str], config: ClientConfig, address: Address) -> Iterator[TokenSource]:

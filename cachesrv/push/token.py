@@ -12,6 +12,7 @@ from cachesrv.errors import BadInput, ConfigError
 from cachesrv.push.netrc import password_for
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
 MAX_FILE_SIZE = 1024 * 1024
@@ -27,15 +28,27 @@ class TokenSource(Protocol):
         """The token as it is now, None if there is none. Raises ConfigError when it cannot be read."""
 
 
-@dataclass(frozen=True, slots=True)
-class NoToken:
-    """Nothing was found."""
+class FirstToken:
+    """The first of several places that has one; they are all looked at each time: one may come into being later."""
 
-    def read(self) -> None:
+    def __init__(self, places: Callable[[], Iterable[TokenSource]]) -> None:
+        self._places = places
+        self._found: TokenSource | None = None
+
+    def read(self) -> str | None:
+        for place in self._places():
+            token = place.read()
+            if token is not None:
+                self._found = place
+                return token
+        self._found = None
         return None
 
     def __str__(self) -> str:
-        return "nowhere"
+        return "nowhere" if self._found is None else str(self._found)
+
+    def __repr__(self) -> str:
+        return f"FirstToken({self._found!r})"
 
 
 @dataclass(frozen=True, slots=True)

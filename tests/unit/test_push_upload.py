@@ -32,7 +32,7 @@ from cachesrv.push.events import Event, Retrying
 from cachesrv.push.refusal import refusal, said_in, seconds_until
 from cachesrv.push.retry import Backoff, TryAgain, Unreachable, retry
 from cachesrv.push.server import Server, connect
-from cachesrv.push.token import NoToken, TokenFile, TokenVariable
+from cachesrv.push.token import FirstToken, TokenFile, TokenVariable
 from cachesrv.push.upload import concerns_all, foremost
 from tests.push_doubles import FakeCache, answer, drop, hang
 
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from tests.push_doubles import Handler
 
 ADDRESS = Address.parse("http://cache.example.org/main")
+NO_TOKEN = FirstToken(list)
 TOKEN = TokenVariable.of("CACHESRV_TOKEN", "secret")
 NAR = Hash.of("sha256", b"nar")
 HURRY = Timeouts(connect=5, answer=0.3, stall=0.3, store=0.3)
@@ -74,7 +75,7 @@ def wanted(*names: str) -> list[api.WantedPath]:
         (302, ServerError, "redirects to https://elsewhere: use that URL"),
         (400, Refused, "said"),
         (401, NotAuthenticated, r"does not accept the token from \$CACHESRV_TOKEN: said"),
-        (403, NotAllowed, r"has to permit push: said"),
+        (403, NotAllowed, r"takes one that permits push: said"),
         (404, ServerError, "no cache main at http://cache.example.org, or what is there is no cachesrv: said"),
         (408, TryAgain, "status 408: said"),
         (409, Conflict, "^said$"),
@@ -91,7 +92,7 @@ def wanted(*names: str) -> list[api.WantedPath]:
     ],
 )
 def test_what_a_status_means(status: int, kind: type[CachesrvError], text: str) -> None:
-    error = refusal(status, "said", ADDRESS, TOKEN, location="https://elsewhere")
+    error = refusal(status, "said", ADDRESS, "$CACHESRV_TOKEN", location="https://elsewhere")
 
     with pytest.raises(kind, match=text):
         raise error
@@ -99,7 +100,7 @@ def test_what_a_status_means(status: int, kind: type[CachesrvError], text: str) 
 
 
 def test_who_has_no_token_is_told_where_to_put_one() -> None:
-    assert "--token-file, $CACHESRV_TOKEN" in str(refusal(401, "", ADDRESS, NoToken()))
+    assert "--token-file, $CACHESRV_TOKEN" in str(refusal(401, "", ADDRESS, None))
 
 
 @pytest.mark.parametrize(
@@ -194,6 +195,18 @@ async def test_a_token_that_was_renewed_is_read_again(cache: FakeCache, tmp_path
             await server.missing([])
 
 
+async def test_a_token_that_comes_into_being_is_found(cache: FakeCache, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    tokens = FirstToken(lambda: [TokenFile(file)] if file.exists() else [])
+    assert str(tokens) == "nowhere"
+    async with connect(Address.parse(cache.url), tokens, backoff=Backoff(first=0.01)) as server:
+        with pytest.raises(NotAuthenticated, match="wants a token"):
+            await server.describe()
+
+        file.write_text("secret")
+        assert (await server.describe()).name == "main"
+
+
 @pytest.mark.parametrize("body", ["", "<html>", "[]", '{"missing":5}', '{"missing":[],"stored":[]}', "\0" * 100])
 async def test_an_answer_that_is_none_is_the_servers_fault(cache: FakeCache, body: str) -> None:
     cache.fail("missing", answer(200, body))
@@ -220,21 +233,21 @@ async def test_something_that_does_not_speak_http_is_the_servers_fault() -> None
     server = await asyncio.start_server(babble, "127.0.0.1", 0)
     async with server:
         port = server.sockets[0].getsockname()[1]
-        async with connect(Address.parse(f"http://127.0.0.1:{port}/main"), NoToken()) as client:
+        async with connect(Address.parse(f"http://127.0.0.1:{port}/main"), NO_TOKEN) as client:
             with pytest.raises(ServerError, match="does not speak HTTP"):
                 await client.describe()
 
 
 async def test_a_plain_server_behind_https_is_told(cache: FakeCache) -> None:
     address = Address.parse(cache.url.replace("http:", "https:"))
-    async with connect(address, NoToken()) as server:
+    async with connect(address, NO_TOKEN) as server:
         with pytest.raises(ServerError, match="no TLS connection"):
             await server.describe()
 
 
 async def test_a_host_that_does_not_exist_is_told() -> None:
     async with connect(
-        Address.parse("http://no-such-host.invalid/main"), NoToken(), backoff=Backoff(attempts=1)
+        Address.parse("http://no-such-host.invalid/main"), NO_TOKEN, backoff=Backoff(attempts=1)
     ) as server:
         with pytest.raises(Unreachable, match=r"http://no-such-host.invalid/main cannot be reached: \w+"):
             await server.describe()
@@ -245,7 +258,7 @@ async def test_authorities_that_cannot_be_read_are_a_mistake_in_the_settings(
 ) -> None:
     monkeypatch.setenv("NIX_SSL_CERT_FILE", str(tmp_path / "gone"))
     with pytest.raises(ConfigError, match="gone cannot be read"):
-        async with connect(Address.parse("https://host/main"), NoToken()):
+        async with connect(Address.parse("https://host/main"), NO_TOKEN):
             pass
 
 
