@@ -7,6 +7,9 @@ again. What every implementation promises:
 - **A publish wins.** `put` stores the answer and clears an absence in one transaction; `put_absent` never replaces
   an answer, so that a slow lookup cannot hide a path that was published meanwhile.
 - **Durable.** When `put` has returned, neither kill -9 nor power loss brings the absence back that it cleared.
+- **What was deleted does not come back.** `delete` and `clear` move the epoch on, in the same transaction. Who learns
+  something somewhere else in order to store it gets the epoch first and stores with it: nothing is stored when
+  something was deleted meanwhile. So what was read before a path was removed is not stored after that.
 - Absences are bounded in number: over the limit, those that end first go first (of those that end together, in the
   order of their keys). An absence that has ended reads as unknown.
 - All worker processes of one host share it; what one has put, the next `get` of any of them sees.
@@ -31,7 +34,7 @@ from typing import TYPE_CHECKING, Protocol
 from cachesrv.errors import BadInput, StoreError, TooLarge
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 PRESENT = 1
 ABSENT = 2
@@ -127,19 +130,30 @@ class Index(Protocol):
         fastest door. An absence is given even when it has ended: the caller compares its end with the clock.
         """
 
-    def put(self, entries: Iterable[IndexEntry], *, replace: bool = True) -> None:
-        """Make paths visible, all in one transaction; without `replace`, answers that are stored already stay as they
-        are (what was looked up may be older than what was published meanwhile). Raises BadInput for names that cannot
-        be stored, StoreFull, StoreError.
+    def epoch(self) -> int:
+        """See the module's docstring."""
+
+    def snapshot(self) -> tuple[Callable[[bytes], bytes | None], Callable[[], None]]:
+        """For many lookups in a row, all at one moment: a function that gives the stored value under a key of 1 to 500
+        bytes, as `raw` does, and one that has to be called in the end. Hold it for as long as it takes to look, no longer.
+        Both may raise what the implementation's library raises.
         """
 
-    def put_absent(self, absences: Iterable[tuple[str, str]], until: int) -> None:
+    def put(self, entries: Iterable[IndexEntry], *, replace: bool = True, epoch: int | None = None) -> bool:
+        """Make paths visible, all in one transaction; without `replace`, answers that are stored already stay as they
+        are (what was looked up may be older than what was published meanwhile). False, and nothing is written, when the
+        epoch is no longer the one given. Raises BadInput for names that cannot be stored, StoreFull, StoreError.
+        """
+
+    def put_absent(self, absences: Iterable[tuple[str, str]], until: int, *, epoch: int | None = None) -> bool:
         """Remember (cache, hash part) as absent until then, except where an answer is stored; all in one transaction.
-        Where there is no room, fewer are remembered. Raises BadInput, StoreError.
+        Where there is no room, fewer are remembered. False as for `put`. Raises BadInput, StoreError.
         """
 
     def delete(self, keys: Iterable[tuple[str, str]]) -> None:
-        """Forget all that is known of (cache, hash part), in one transaction. Raises BadInput, StoreError."""
+        """Forget all that is known of (cache, hash part), in one transaction; moves the epoch. Raises BadInput,
+        StoreError.
+        """
 
     def clear(self, cache: str) -> None:
         """Forget all that is known of a cache; in several transactions, so that no other writer waits for long."""

@@ -126,10 +126,10 @@ class SharedEnvironment:
         try:
             self.fresh = env.stat()["entries"] == 0
             with env.begin(write=True) as txn:
-                about = env.open_db(b"about", txn, create=self.fresh)
+                self.about = env.open_db(b"about", txn, create=self.fresh)
                 if self.fresh:
-                    txn.put(b"format", FORMAT, db=about)
-                elif txn.get(b"format", db=about) != FORMAT:
+                    txn.put(b"format", FORMAT, db=self.about)
+                elif txn.get(b"format", db=self.about) != FORMAT:
                     raise _Unusable("its format is another")
                 self.entries = env.open_db(b"entries", txn, create=self.fresh)
                 self.absences = env.open_db(b"absences", txn, create=self.fresh)

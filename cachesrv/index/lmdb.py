@@ -5,7 +5,7 @@ for each other. Databases of the environment:
 
 - `entries`: `<cache>/<hash part>` to the stored value (see `cachesrv.index.base`);
 - `absences`: the end of an absence (u64, big-endian) and its key, to nothing: what to evict, in order;
-- `about`: `format`, the version of all this.
+- `about`: `format`, the version of all this; `epoch`, how often something was deleted (u64, big-endian).
 
 Open it after a fork, never across one. LMDB needs a local disk, not a network's.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import lmdb
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
     from cachesrv.index.base import IndexEntry
 
+T = TypeVar("T")
+
 DEFAULT_SIZE_LIMIT = 64 * 2**30 if sys.maxsize > 2**32 else 2**30
 
 # A write copies the pages that it touches, and what it replaces is free only some transactions later: the map needs
@@ -50,6 +52,7 @@ _PAGE_ITEMS = 512
 _PAGE_BYTES = 2**20
 
 _END = struct.Struct(">Q")
+_EPOCH = b"epoch"
 
 
 class LmdbIndex:
@@ -96,10 +99,20 @@ class LmdbIndex:
                 raise error from None
         return value
 
-    def put(self, entries: Iterable[IndexEntry], *, replace: bool = True) -> None:
+    def epoch(self) -> int:
+        with self._shared.damage_marked(), self._env.begin() as txn:
+            return self._epoch(txn)
+
+    def snapshot(self) -> tuple[Callable[[bytes], bytes | None], Callable[[], None]]:
+        txn = self._env.begin(self._entries)
+        return txn.get, txn.abort
+
+    def put(self, entries: Iterable[IndexEntry], *, replace: bool = True, epoch: int | None = None) -> bool:
         items = {storage_key(entry.cache, entry.hash_part): encode_present(entry.answer) for entry in entries}
 
-        def store(txn: lmdb.Transaction[bytes]) -> None:
+        def store(txn: lmdb.Transaction[bytes]) -> bool:
+            if epoch not in (None, self._epoch(txn)):
+                return False
             for key, value in sorted(items.items()):
                 old = txn.get(key)
                 if replace or old is None or old[0] == ABSENT:
@@ -107,14 +120,17 @@ class LmdbIndex:
                     self._unlist_absence(txn, key, old)
             if not self._make_room(txn):
                 raise StoreFull("the index has reached its size limit; raise [index] size_limit")
+            return True
 
-        self._write(store)
+        return self._write(store)
 
-    def put_absent(self, absences: Iterable[tuple[str, str]], until: int) -> None:
+    def put_absent(self, absences: Iterable[tuple[str, str]], until: int, *, epoch: int | None = None) -> bool:
         keys = {storage_key(cache, hash_part) for cache, hash_part in absences}
         value = encode_absent(until)
 
-        def store(txn: lmdb.Transaction[bytes]) -> None:
+        def store(txn: lmdb.Transaction[bytes]) -> bool:
+            if epoch not in (None, self._epoch(txn)):
+                return False
             for key in sorted(keys):
                 old = txn.get(key)
                 if old is not None and old[0] != ABSENT:
@@ -125,14 +141,16 @@ class LmdbIndex:
             excess = txn.stat(self._absences)["entries"] - self._negative_limit
             self._evict(txn, excess)
             self._make_room(txn)
+            return True
 
-        self._write(store)
+        return self._write(store)
 
     def delete(self, keys: Iterable[tuple[str, str]]) -> None:
         self._delete([storage_key(cache, hash_part) for cache, hash_part in keys])
 
     def _delete(self, keys: list[bytes]) -> None:
         def forget(txn: lmdb.Transaction[bytes]) -> None:
+            txn.put(_EPOCH, _END.pack(self._epoch(txn) + 1), db=self._shared.about)
             for key in keys:
                 self._unlist_absence(txn, key, txn.pop(key))
 
@@ -140,6 +158,7 @@ class LmdbIndex:
 
     def clear(self, cache: str) -> None:
         start = prefix = scan_key(cache)
+        self._delete([])
         while page := self._page(prefix, start):
             self._delete([key for key, _ in page])
             start = page[-1][0] + b"\0"
@@ -178,20 +197,24 @@ class LmdbIndex:
                 more = cursor.next()
         return items
 
-    def _write(self, work: Callable[[lmdb.Transaction[bytes]], None]) -> None:
+    def _write(self, work: Callable[[lmdb.Transaction[bytes]], T]) -> T:
         """Run `work` in a write transaction; it is committed, and so synced, on return."""
         with self._shared.damage_marked():
             try:
-                self._commit(work)
+                return self._commit(work)
             except lmdb.MapFullError:
                 # A process that was killed while it read keeps freed pages from being used again.
                 if self._env.reader_check() == 0:
                     raise
-                self._commit(work)
+                return self._commit(work)
 
-    def _commit(self, work: Callable[[lmdb.Transaction[bytes]], None]) -> None:
+    def _commit(self, work: Callable[[lmdb.Transaction[bytes]], T]) -> T:
         with self._env.begin(self._entries, write=True) as txn:
-            work(txn)
+            return work(txn)
+
+    def _epoch(self, txn: lmdb.Transaction[bytes]) -> int:
+        epoch: int = _END.unpack(txn.get(_EPOCH, db=self._shared.about) or bytes(_END.size))[0]
+        return epoch
 
     def _unlist_absence(self, txn: lmdb.Transaction[bytes], key: bytes, old: bytes | None) -> None:
         if old is not None and old[0] == ABSENT:

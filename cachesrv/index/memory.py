@@ -33,6 +33,7 @@ class MemoryIndex:
         self._absences: set[bytes] = set()
         # Readers take no lock: a single look into a dictionary is atomic.
         self._writing = threading.Lock()
+        self._epoch = 0
 
     def get(self, cache: str, hash_part: str) -> Present | Absent | None:
         value = self._values.get(lookup_key(cache, hash_part))
@@ -41,23 +42,35 @@ class MemoryIndex:
     def raw(self, key: bytes) -> bytes | None:
         return self._values.get(key)
 
-    def put(self, entries: Iterable[IndexEntry], *, replace: bool = True) -> None:
+    def epoch(self) -> int:
+        return self._epoch
+
+    def snapshot(self) -> tuple[Callable[[bytes], bytes | None], Callable[[], None]]:
+        return self._values.get, lambda: None
+
+    def put(self, entries: Iterable[IndexEntry], *, replace: bool = True, epoch: int | None = None) -> bool:
         new = {storage_key(entry.cache, entry.hash_part): encode_present(entry.answer) for entry in entries}
         with self._writing:
+            if epoch not in (None, self._epoch):
+                return False
             if not replace:
                 new = {key: value for key, value in new.items() if key not in self._values or key in self._absences}
             self._values.update(new)
             self._absences.difference_update(new)
+        return True
 
-    def put_absent(self, absences: Iterable[tuple[str, str]], until: int) -> None:
+    def put_absent(self, absences: Iterable[tuple[str, str]], until: int, *, epoch: int | None = None) -> bool:
         keys = [storage_key(cache, hash_part) for cache, hash_part in absences]
         value = encode_absent(until)
         with self._writing:
+            if epoch not in (None, self._epoch):
+                return False
             for key in keys:
                 if key not in self._values or key in self._absences:
                     self._values[key] = value
                     self._absences.add(key)
             self._evict()
+        return True
 
     def _evict(self) -> None:
         excess = len(self._absences) - self._negative_limit
@@ -69,6 +82,7 @@ class MemoryIndex:
     def delete(self, keys: Iterable[tuple[str, str]]) -> None:
         doomed = [storage_key(cache, hash_part) for cache, hash_part in keys]
         with self._writing:
+            self._epoch += 1
             self._forget(doomed)
 
     def _forget(self, keys: Iterable[bytes]) -> None:
@@ -79,6 +93,7 @@ class MemoryIndex:
     def clear(self, cache: str) -> None:
         prefix = scan_key(cache)
         with self._writing:
+            self._epoch += 1
             self._forget([key for key in self._values if key.startswith(prefix)])
 
     def scan(self, cache: str, after: str = "") -> Iterator[tuple[str, Present | Absent]]:

@@ -80,6 +80,26 @@ class IndexContract:
         assert index.get("main", "c" * 32) == OTHER
         assert index.count() == (3, 0)
 
+    def test_what_was_learnt_before_a_deletion_is_not_stored_after_it(self, index: Index) -> None:
+        before = index.epoch()
+        assert index.put([entry(HASH)], epoch=before) is True
+        assert index.put_absent([("main", "b" * 32)], LATER, epoch=before) is True
+        assert index.epoch() == before
+        index.delete([("main", HASH)])
+        after = index.epoch()
+        assert after > before
+        for replace in (True, False):
+            assert index.put([entry(HASH)], replace=replace, epoch=before) is False
+        assert index.put_absent([("main", "c" * 32)], LATER, epoch=before) is False
+        assert index.count() == (0, 1)
+        assert index.put([entry(HASH)], replace=False, epoch=after) is True
+        for _ in range(2):
+            after = index.epoch()
+            index.clear("main")
+            assert index.put([entry(HASH)], epoch=after) is False
+        assert index.put([entry(HASH)]) is True
+        assert index.get("main", HASH) == ANSWER
+
     def test_put_replaces(self, index: Index) -> None:
         index.put([entry(HASH)])
         index.put([entry(HASH, OTHER)])
