@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from cachesrv.push.events import Emit
     from cachesrv.push.token import TokenSource
 
-FIRST_ATTEMPTS = 3
-"""For the first question: a wrong URL should not take a minute to be noticed."""
+FIRST_ATTEMPTS = 4
+"""For the first question: a wrong URL should not take a minute to be noticed, a server may just be starting."""
 
 _COMPRESS_FROM = 1024
 _MAX_ERROR_SIZE = 64 * 1024
