@@ -16,6 +16,7 @@ from cachesrv.errors import BadInput, CachesrvError, Conflict, MissingNar, Missi
 from cachesrv.index.base import IndexEntry
 from cachesrv.nix import narinfo
 from cachesrv.nix.compression import decompress
+from cachesrv.nix.store_path import HASH_PART_LENGTH
 from cachesrv.services import admission
 from cachesrv.services.answer import present
 from cachesrv.services.batch import Batcher
@@ -192,7 +193,8 @@ class Publish:
         await self._describe({path.cache.name: path.cache for path in batch})
         listings = {path.cache.listing_key(path.record.hash_part): path.listing for path in batch if path.listing}
         await self._storage.put_many(listings)
-        await self._write_narinfos({path.cache.narinfo_key(path.record.hash_part): path.record for path in batch})
+        for records in _levels(batch):
+            await self._write_narinfos(records)
         await self._catalog.publish([path.record for path in batch])
         entries = [IndexEntry(path.cache.name, path.record.hash_part, present(path.record.narinfo)) for path in batch]
         await asyncio.to_thread(self._index.put, entries)
@@ -231,6 +233,25 @@ class Publish:
         published = await self._catalog.path(cache.name, path.store_path.hash_part)
         if published is not None and published.nar_hash != path.nar_hash.nix32:
             await self.remember_conflict(published, path.nar_hash.nix32, pusher)
+
+
+def _levels(batch: Sequence[_Admitted]) -> list[dict[str, PathRecord]]:
+    """Narinfos by key: those that need no other one of the batch, those that need only these, and so on. Storage writes
+    many in any order; by levels, a crash between two leaves none without those that it refers to.
+
+    In the batch each path comes after those that it refers to.
+    """
+    depths: dict[str, int] = {}
+    levels: list[dict[str, PathRecord]] = []
+    for path in batch:
+        needed = (path.cache.narinfo_key(reference[:HASH_PART_LENGTH]) for reference in path.record.references)
+        depth = max((depths[key] + 1 for key in needed if key in depths), default=0)
+        key = path.cache.narinfo_key(path.record.hash_part)
+        depths[key] = depth
+        if depth == len(levels):
+            levels.append({})
+        levels[depth][key] = path.record
+    return levels
 
 
 def _nar_hash(text: bytes) -> str | None:
