@@ -1,0 +1,297 @@
+"""Publishing: what becomes visible, in what order, and what is left when it is cut short."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cachesrv.errors import (
+    BadInput,
+    CachesrvError,
+    Conflict,
+    Mismatch,
+    MissingNar,
+    MissingReferences,
+    StoreError,
+    Unsigned,
+)
+from cachesrv.index.base import Present
+from cachesrv.nix import narinfo
+from cachesrv.nix.signing import SecretKey
+from cachesrv.services.caches import ReferencePolicy
+from cachesrv.services.candidate import Candidate
+from cachesrv.storage import incoming
+from tests.samples import Sample, path_of
+from tests.service_site import KEY, Site, Steps, by_api, by_narinfo, open_site, served_cache
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
+
+LIBRARY = Sample("library", b"library")
+TOOL = Sample("tool", b"tool", (LIBRARY.path, path_of("tool")))
+PROGRAM = Sample("program", b"program", (LIBRARY.path, TOOL.path))
+CHAIN = (LIBRARY, TOOL, PROGRAM)
+
+both = pytest.mark.parametrize("as_", [by_api, by_narinfo])
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    async with open_site(tmp_path) as site:
+        yield site
+
+
+async def check_what_is_visible(site: Site) -> None:
+    """Each place shows no more than the one that comes before it, and nothing without its NAR and its references."""
+    names, published = await site.names(), await site.published()
+    in_storage = {name.removesuffix(".narinfo") for name in names if name.endswith(".narinfo")}
+    assert site.visible() <= published <= in_storage
+    for hash_part in in_storage:
+        text = await site.storage.get(f"main/{hash_part}.narinfo", limit=10_000)
+        assert text is not None
+        info = narinfo.parse(text)
+        assert info.url in names
+        assert "nix-cache-info" in names
+        assert {path.hash_part for path in info.references} <= in_storage, info.store_path
+    for hash_part in published:
+        record = await site.catalog.path("main", hash_part)
+        assert record is not None
+        assert record.narinfo == await site.storage.get(f"main/{hash_part}.narinfo", limit=10_000)
+        assert {reference[:32] for reference in record.references} <= published
+        answer = site.index.get("main", hash_part)
+        assert answer is None or (isinstance(answer, Present) and answer.body == record.narinfo)
+
+
+@both
+async def test_a_closure(site: Site, as_: Callable[[Sample], Candidate]) -> None:
+    await site.send(*CHAIN)
+    assert await site.add(*CHAIN, as_=as_) == [None] * 3
+    await check_what_is_visible(site)
+    assert site.visible() == {sample.path.hash_part for sample in CHAIN}
+    for sample in CHAIN:
+        answer = site.index.get("main", sample.path.hash_part)
+        assert isinstance(answer, Present)
+        info = narinfo.parse(answer.body)
+        assert (info.nar_hash, info.nar_size, info.references) == (
+            sample.nar_hash,
+            len(sample.nar),
+            sample.info.references,
+        )
+        assert KEY.public.verify(info.fingerprint, info.signatures[0])
+        listing = await site.storage.get(f"main/{sample.path.hash_part}.ls", limit=10_000)
+        assert listing is not None
+        assert json.loads(listing)["root"]["size"] == len(sample.content)
+    assert site.metrics.total("paths_published") == 3
+
+
+@both
+async def test_what_is_not_as_it_says(site: Site, as_: Callable[[Sample], Candidate]) -> None:
+    await site.send(*CHAIN)
+    (outcome,) = await site.add(Sample("program", b"never sent"), as_=as_)
+    assert isinstance(outcome, MissingNar)
+    (outcome,) = await site.add(PROGRAM, as_=as_)
+    assert isinstance(outcome, MissingReferences)
+    assert LIBRARY.path.base_name in str(outcome)
+    assert TOOL.path.base_name in str(outcome)
+    assert await site.published() == set()
+    assert site.metrics.total("pushes_refused") == 2
+    assert {name for name in await site.names() if not name.startswith("nar/")} == set()
+
+
+async def test_a_failing_member_fails_its_dependants_only(site: Site) -> None:
+    other = Sample("other", b"other")
+    lost = Sample("lost", b"lost")
+    needs_lost = Sample("needs-lost", b"needs lost", (lost.path, LIBRARY.path))
+    needs_that = Sample("needs-that", b"needs that", (needs_lost.path,))
+    await site.send(*CHAIN, other, needs_lost, needs_that)
+    batch = (LIBRARY, lost, needs_lost, other, needs_that, TOOL, PROGRAM)
+    outcomes = dict(zip([sample.name for sample in batch], await site.add(*batch), strict=True))
+    assert {name for name, outcome in outcomes.items() if outcome is None} == {"library", "other", "tool", "program"}
+    assert isinstance(outcomes["lost"], MissingNar)
+    assert isinstance(outcomes["needs-lost"], MissingReferences)
+    assert isinstance(outcomes["needs-that"], MissingReferences)
+    await check_what_is_visible(site)
+    assert site.visible() == {sample.path.hash_part for sample in (*CHAIN, other)}
+
+
+async def test_references_come_first(site: Site) -> None:
+    """A batch in the wrong order: what comes too early fails."""
+    await site.send(*CHAIN)
+    outcomes = await site.add(TOOL, LIBRARY)
+    assert isinstance(outcomes[0], MissingReferences)
+    assert outcomes[1] is None
+
+
+@both
+async def test_a_second_nar_for_a_path(site: Site, as_: Callable[[Sample], Candidate]) -> None:
+    """Refused with both hashes, and remembered once for each who tried."""
+    again = Sample("library", b"another library")
+    await site.send(LIBRARY, again)
+    await site.add(LIBRARY)
+    for _ in range(2):
+        (outcome,) = await site.add(again, as_=as_)
+        assert isinstance(outcome, Conflict)
+        assert LIBRARY.nar_hash.nix32 in str(outcome)
+        assert again.nar_hash.nix32 in str(outcome)
+    (conflict,) = await site.catalog.conflicts("main")
+    assert conflict.hash_part == LIBRARY.path.hash_part
+    assert conflict.published_nar_hash == LIBRARY.nar_hash.nix32
+    assert conflict.refused_nar_hash == again.nar_hash.nix32
+    assert conflict.pusher == "somebody"
+    # those that need the path may follow: it is there
+    needs = Sample("needs", b"needs", (LIBRARY.path,))
+    await site.send(needs)
+    outcomes = await site.add(again, needs, as_=as_)
+    assert isinstance(outcomes[0], Conflict)
+    assert outcomes[1] is None
+
+
+async def test_many_at_once_publish_one_of_two(site: Site) -> None:
+    """Two contents of one path at the same time: one is published, the other one is refused."""
+    samples = [Sample("library", str(number).encode()) for number in range(8)]
+    await site.send(*samples)
+    outcomes = [outcome for (outcome,) in await asyncio.gather(*(site.add(sample) for sample in samples))]
+    assert outcomes.count(None) == 1
+    assert sum(isinstance(outcome, Conflict) for outcome in outcomes) == 7
+    winner = samples[outcomes.index(None)]
+    record = await site.catalog.path("main", winner.path.hash_part)
+    assert record is not None
+    assert record.nar_hash == winner.nar_hash.nix32
+    await check_what_is_visible(site)
+
+
+async def test_signatures_gather(site: Site) -> None:
+    """Those that a path had stay, those that it brings join them; in the name of our key there is only our own."""
+    first, second = SecretKey.generate("first-1"), SecretKey.generate("second-1")
+    impostor = SecretKey.generate(KEY.name)
+    await site.send(LIBRARY)
+    for key in (first, second, impostor):
+        signed = LIBRARY.info.add_signatures([key.sign(LIBRARY.info.fingerprint)])
+        await site.publish.one(site.cache, Candidate.from_narinfo(signed), "somebody")
+    answer = site.index.get("main", LIBRARY.path.hash_part)
+    assert isinstance(answer, Present)
+    info = narinfo.parse(answer.body)
+    assert sorted(signature.name for signature in info.signatures) == ["first-1", KEY.name, "second-1"]
+    for key in (first, second, KEY):
+        assert any(key.public.verify(info.fingerprint, signature) for signature in info.signatures)
+    await check_what_is_visible(site)
+
+
+async def test_a_cache_that_wants_signatures(tmp_path: Path) -> None:
+    trusted, stranger = SecretKey.generate("trusted-1"), SecretKey.generate("stranger-1")
+    cache = served_cache(trusted_keys={"trusted-1": trusted.public})
+    async with open_site(tmp_path, cache=cache) as site:
+        await site.send(LIBRARY)
+        for key in (stranger, SecretKey.generate("trusted-1")):
+            signed = LIBRARY.info.add_signatures([key.sign(LIBRARY.info.fingerprint)])
+            with pytest.raises(Unsigned, match="trusted-1"):
+                await site.publish.one(cache, Candidate.from_narinfo(signed), "somebody")
+        signed = LIBRARY.info.add_signatures([trusted.sign(LIBRARY.info.fingerprint)])
+        await site.publish.one(cache, Candidate.from_narinfo(signed), "somebody")
+
+
+async def test_a_cache_that_holds_a_part_only(tmp_path: Path) -> None:
+    async with open_site(tmp_path, cache=served_cache(references=ReferencePolicy.ANY)) as site:
+        await site.send(PROGRAM)
+        assert await site.add(PROGRAM) == [None]
+
+
+async def test_a_content_address_that_does_not_hold(site: Site) -> None:
+    """What a path says of its contents is checked against them, whoever signed it."""
+    ca = "fixed:sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73"
+    await site.send(LIBRARY)
+    lying = narinfo.parse(LIBRARY.narinfo() + f"CA: {ca}\n".encode())
+    with pytest.raises(BadInput, match="does not lead to"):
+        await site.publish.one(site.cache, Candidate.from_narinfo(lying), "somebody")
+
+
+async def test_the_file_is_what_the_narinfo_says(site: Site) -> None:
+    await site.send(LIBRARY)
+    lying = narinfo.parse(LIBRARY.narinfo(file_size=1))
+    with pytest.raises(Mismatch, match="FileSize says 1"):
+        await site.publish.one(site.cache, Candidate.from_narinfo(lying), "somebody")
+
+
+async def test_equal_nars_are_stored_once(site: Site) -> None:
+    """Two paths with the same content share a NAR; each has its own narinfo and listing."""
+    twin = Sample("twin", LIBRARY.content)
+    await site.send(LIBRARY)
+    assert await site.add(LIBRARY, twin) == [None, None]
+    assert await site.names() == {
+        "nix-cache-info",
+        f"nar/{LIBRARY.nar_name}",
+        *(f"{sample.path.hash_part}.narinfo" for sample in (LIBRARY, twin)),
+        *(f"{sample.path.hash_part}.ls" for sample in (LIBRARY, twin)),
+    }
+    third = Sample("third", LIBRARY.content)
+    assert await site.add(third) == [None]
+    assert f"{third.path.hash_part}.ls" in await site.names()
+
+
+async def number_of_steps(folder: Path) -> list[str]:
+    steps = Steps()
+    async with open_site(folder, wrap=steps.wrap) as site:
+        await site.send(*CHAIN)
+        await site.add(*CHAIN)
+    return steps.taken
+
+
+async def push(site: Site, as_: Callable[[Sample], Candidate]) -> None:
+    await site.send(*CHAIN)
+    for outcome in await site.add(*CHAIN, as_=as_):
+        if outcome:
+            raise outcome
+
+
+@pytest.mark.parametrize("late", [False, True])
+@both
+async def test_cut_short_at_every_step(tmp_path: Path, as_: Callable[[Sample], Candidate], late: bool) -> None:
+    """Whichever write was the last one: nothing is visible too early, and the same push completes it."""
+    taken = await number_of_steps(tmp_path / "whole")
+    assert taken.index("put_many") > taken.index("put_nar")
+    assert taken[-2:] == ["publish", "put"], "the index comes last, after the catalog"
+    for number in range(len(taken)):
+        folder = tmp_path / str(number)
+        steps = Steps(number, late=late)
+        async with open_site(folder, wrap=steps.wrap) as site:
+            with pytest.raises(StoreError, match="as told"):
+                await push(site, as_)
+            await check_what_is_visible(site)
+            index = site.index
+        async with open_site(folder, index=index) as site:
+            await check_what_is_visible(site)
+            await push(site, as_)
+            await check_what_is_visible(site)
+            assert site.visible() == {sample.path.hash_part for sample in CHAIN}
+
+
+@pytest.mark.parametrize("shown", [1, 4, 7, 11])
+async def test_killed_between_two_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: int) -> None:
+    """The files of a batch get their names one by one: also in between, none is there without its references."""
+    samples = [
+        Sample(str(number), str(number).encode(), (path_of(str(number - 1)),) if number else ()) for number in range(12)
+    ]
+    reveal = incoming.IncomingFile.reveal
+    names = 0
+
+    def reveal_some(file: incoming.IncomingFile, *, replace: bool) -> bool:
+        nonlocal names
+        if file.key.endswith(".narinfo"):
+            names += 1
+            if names > shown:
+                raise OSError("killed")
+        return reveal(file, replace=replace)
+
+    async with open_site(tmp_path) as site:
+        await site.send(*samples)
+        monkeypatch.setattr(incoming.IncomingFile, "reveal", reveal_some)
+        assert any(isinstance(outcome, CachesrvError) for outcome in await site.add(*samples))
+        await check_what_is_visible(site)
+        assert sum(name.endswith(".narinfo") for name in await site.names()) >= shown
+        monkeypatch.undo()
+        assert await site.add(*samples) == [None] * len(samples)
+        await check_what_is_visible(site)
