@@ -12,9 +12,11 @@ from cachesrv.api import ErrorAnswer
 from cachesrv.errors import CachesrvError, Conflict, NotAllowed, NotAuthenticated, Refused, ServerError, TooLarge
 from cachesrv.push.one_line import one_line
 from cachesrv.push.retry import TryAgain
+from cachesrv.push.token import is_nowhere
 
 if TYPE_CHECKING:
     from cachesrv.push.address import Address
+    from cachesrv.push.token import TokenSource
 
 _MAY_PASS = frozenset({408, 425, 429})
 _WILL_NOT_PASS = frozenset({501, 505})
@@ -25,21 +27,21 @@ def refusal(
     status: int,
     said: str,
     address: Address,
-    token_from: str | None,
+    tokens: TokenSource,
     *,
     location: str = "",
     retry_after: float = 0.0,
 ) -> CachesrvError:
-    """The error for an answer; `said` is the server's own line, `token_from` says where the token that was sent comes
-    from, `retry_after` is in seconds.
+    """The error for an answer; `said` is the server's own line, `tokens` where the token that was sent comes from,
+    `retry_after` is in seconds.
     """
     because = f": {said}" if said else ""
     if 300 <= status < 400:
         return ServerError(f"{address} redirects{' to ' + one_line(location) if location else ''}: use that URL")
     if status == 401:
-        return NotAuthenticated(_who(address, token_from) + because)
+        return NotAuthenticated(_who(address, tokens) + because)
     if status == 403:
-        token = f"the token from {token_from}" if token_from else "no token"
+        token = "no token" if is_nowhere(tokens) else f"the token from {tokens}"
         return NotAllowed(f"{address} does not allow this with {token}: it takes one that permits push{because}")
     if status == 404:
         return ServerError(
@@ -78,7 +80,7 @@ def seconds_until(retry_after: str) -> float:
         return 0.0
 
 
-def _who(address: Address, token_from: str | None) -> str:
-    if token_from is None:
+def _who(address: Address, tokens: TokenSource) -> str:
+    if is_nowhere(tokens):
         return f"{address} wants a token: give one by --token-file, $CACHESRV_TOKEN, the client configuration or netrc"
-    return f"{address} does not accept the token from {token_from}"
+    return f"{address} does not accept the token from {tokens}"

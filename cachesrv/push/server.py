@@ -163,7 +163,7 @@ class Server:
             response.status,
             said_in(body, response.content_type),
             self.address,
-            str(self._tokens) if self._token is not None else None,
+            self._tokens,
             location=response.headers.get("Location", ""),
             retry_after=seconds_until(response.headers.get("Retry-After", "")),
         )

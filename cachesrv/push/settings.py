@@ -67,7 +67,7 @@ def find_settings(given: Given, environ: Mapping[str, str]) -> Settings:
     address = _address(given, environ, config)
     token = FirstToken(lambda: _sources(given, environ, config, address))
     token.read()
-    return Settings(address, token)
+    return Settings(address, token.found or token)
 
 
 def client_config_path(environ: Mapping[str, str]) -> Path:

@@ -29,26 +29,28 @@ class TokenSource(Protocol):
 
 
 class FirstToken:
-    """The first of several places that has one; they are all looked at each time: one may come into being later."""
+    """The first of several places that has one; they are all looked at each time, since one may come into being later.
+    `found` is the place that had it last.
+    """
 
     def __init__(self, places: Callable[[], Iterable[TokenSource]]) -> None:
         self._places = places
-        self._found: TokenSource | None = None
+        self.found: TokenSource | None = None
 
     def read(self) -> str | None:
         for place in self._places():
             token = place.read()
             if token is not None:
-                self._found = place
+                self.found = place
                 return token
-        self._found = None
+        self.found = None
         return None
 
     def __str__(self) -> str:
-        return "nowhere" if self._found is None else str(self._found)
+        return "nowhere" if self.found is None else str(self.found)
 
     def __repr__(self) -> str:
-        return f"FirstToken({self._found!r})"
+        return f"FirstToken({self.found!r})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,11 @@ class _Hidden:
 
     def __repr__(self) -> str:
         return "…"
+
+
+def is_nowhere(tokens: TokenSource) -> bool:
+    """Whether no token was found when it was last read."""
+    return isinstance(tokens, FirstToken) and tokens.found is None
 
 
 def read_private(path: Path) -> str:

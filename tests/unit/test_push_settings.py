@@ -173,6 +173,16 @@ def test_the_local_push_token_stays_on_this_machine(home: Home) -> None:
     assert home.token("http://localhost:5000/main") == "local"
 
 
+def test_a_push_token_that_its_server_makes_later_is_found(home: Home) -> None:
+    token = find_settings(Given("http://127.0.0.1:5000/main"), home.environ).token
+    assert token.read() is None
+
+    home.write(PUSH_TOKEN, "local")
+
+    assert token.read() == "local"
+    assert str(token).endswith("push-token")
+
+
 def test_a_data_directory_that_was_named_is_for_any_server(home: Home) -> None:
     home.write("data/push-token", "named")
     directory = str(home.directory / "data")

@@ -92,7 +92,7 @@ def wanted(*names: str) -> list[api.WantedPath]:
     ],
 )
 def test_what_a_status_means(status: int, kind: type[CachesrvError], text: str) -> None:
-    error = refusal(status, "said", ADDRESS, "$CACHESRV_TOKEN", location="https://elsewhere")
+    error = refusal(status, "said", ADDRESS, TOKEN, location="https://elsewhere")
 
     with pytest.raises(kind, match=text):
         raise error
@@ -100,7 +100,8 @@ def test_what_a_status_means(status: int, kind: type[CachesrvError], text: str) 
 
 
 def test_who_has_no_token_is_told_where_to_put_one() -> None:
-    assert "--token-file, $CACHESRV_TOKEN" in str(refusal(401, "", ADDRESS, None))
+    assert "with no token" in str(refusal(403, "", ADDRESS, NO_TOKEN))
+    assert "--token-file, $CACHESRV_TOKEN" in str(refusal(401, "", ADDRESS, NO_TOKEN))
 
 
 @pytest.mark.parametrize(
