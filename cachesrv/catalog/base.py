@@ -143,8 +143,10 @@ class Catalog(Retention, Protocol):
     async def touch(self, cache: str, last_used: Mapping[str, int]) -> None:
         """Note when paths were last used; never moves back, passes over what is not there."""
 
-    async def put_nar(self, record: NarRecord) -> int:
-        """Note a verified NAR; one with the same key is replaced. Returns the fence. Raises BeingRemoved."""
+    async def put_nar(self, record: NarRecord, *, leased_until: int | None = None) -> int:
+        """Note a verified NAR, which stays until then at least; one with the same key is replaced. Returns the fence.
+        Raises BeingRemoved.
+        """
 
     async def nar(self, key: str) -> NarRecord | None:
         """A verified NAR by its key."""

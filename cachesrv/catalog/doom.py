@@ -119,6 +119,7 @@ def settle(connection: Connection, keys: Collection[str]) -> None:
     note(connection, _FENCE, str(fence(connection) + 1))
 
 
-def fence(connection: Connection) -> int:
+def fence(connection: Connection, objects: Collection[str] = ()) -> int:
     """See `Retention.fence`."""
+    demand_undoomed(connection, objects)
     return int(noted(connection, _FENCE) or 0)

@@ -37,13 +37,14 @@ _DROP_LISTINGS = (
 _DELETE = delete(nars).where(nars.c.key.in_(bindparam("keys", expanding=True)))
 
 
-def put(connection: Connection, record: NarRecord) -> int:
+def put(connection: Connection, record: NarRecord, leased_until: int | None) -> int:
     """See `Catalog.put_nar`."""
     demand_undoomed(connection, [record.key])
-    if find(connection, record.key) != record:
-        leased_until = connection.scalar(_LEASED_UNTIL, {"key": record.key})
+    before = connection.scalar(_LEASED_UNTIL, {"key": record.key})
+    lease = max(before or 0, leased_until or 0) or None
+    if lease != before or find(connection, record.key) != record:
         connection.execute(_DELETE, {"keys": [record.key]})
-        connection.execute(_INSERT, {**asdict(record), "leased_until": leased_until})
+        connection.execute(_INSERT, {**asdict(record), "leased_until": lease})
     return fence(connection)
 
 

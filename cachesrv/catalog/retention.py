@@ -212,8 +212,8 @@ class Retention(Protocol):
     async def settle(self, keys: Collection[str]) -> None:
         """The objects are gone from storage; moves the fence."""
 
-    async def fence(self) -> int:
-        """See the module's docstring."""
+    async def fence(self, objects: Collection[str] = ()) -> int:
+        """See the module's docstring. Raises BeingRemoved when one of these objects is doomed."""
 
     async def removal(self, cache: str, hash_part: str) -> RemovalRecord | None:
         """How a path was taken away, when it was."""

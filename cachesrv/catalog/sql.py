@@ -65,8 +65,8 @@ class SqlCatalog(SqlRetention):
     async def touch(self, cache: str, last_used: Mapping[str, int]) -> None:
         await self._database.write(publishing.touch, cache, last_used)
 
-    async def put_nar(self, record: NarRecord) -> int:
-        return await self._database.write(nars.put, record)
+    async def put_nar(self, record: NarRecord, *, leased_until: int | None = None) -> int:
+        return await self._database.write(nars.put, record, leased_until)
 
     async def nar(self, key: str) -> NarRecord | None:
         return await self._database.read(nars.find, key)

@@ -76,8 +76,8 @@ class SqlRetention:
     async def settle(self, keys: Collection[str]) -> None:
         await self._database.write(doom.settle, keys)
 
-    async def fence(self) -> int:
-        return await self._database.read(doom.fence)
+    async def fence(self, objects: Collection[str] = ()) -> int:
+        return await self._database.read(doom.fence, objects)
 
     async def removal(self, cache: str, hash_part: str) -> RemovalRecord | None:
         return await self._database.read(removal.find, cache, hash_part)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cachesrv.catalog.base import NarRecord
-from cachesrv.errors import BadInput, Mismatch, MissingNar, TooLarge
+from cachesrv.errors import BadInput, BeingRemoved, Mismatch, MissingNar, TooLarge
 from cachesrv.nix.compression import SUFFIXES
 from cachesrv.services.content import check_contents
 from cachesrv.services.in_thread import consumed
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"(?P<hash>[0-9a-df-np-sv-z]{52})\.nar(?P<suffix>\.[a-z0-9]+)?\Z")
 _COMPRESSIONS = {suffix: name for name, suffix in SUFFIXES.items() if suffix}
 _CHUNK = 256 * 1024
+DEFAULT_LEASE = 24 * 3600
+"""Seconds for which a NAR stays that no path needs yet."""
 _SMALL = 1024 * 1024
 """Bytes up to which a NAR is taken in whole: one hop to a thread instead of several."""
 
@@ -58,8 +60,16 @@ class Ingest:
     """Takes NARs into storage."""
 
     def __init__(
-        self, storage: ObjectStore, catalog: Catalog, metrics: Metrics, *, max_nar_size: int = 0, parallel: int = 32
+        self,
+        storage: ObjectStore,
+        catalog: Catalog,
+        metrics: Metrics,
+        *,
+        max_nar_size: int = 0,
+        parallel: int = 32,
+        lease: int = DEFAULT_LEASE,
     ) -> None:
+        self._lease = lease
         self._storage = storage
         self._catalog = catalog
         self._metrics = metrics
@@ -97,12 +107,13 @@ class Ingest:
         Raises MissingNar when it is not there, and BadInput when its bytes are not a NAR.
         """
         key = cache.key(f"nar/{name}")
+        fence = await self._catalog.fence([key])
         info = await self._storage.head(key)
         if info is None:
             raise MissingNar(f"there is no nar/{name}: send the NAR before the narinfo")
         async with self._slots:
             verified = await self._verified(compression, _coalesced(self._storage.read(key)))
-        return await self._note(cache, key, compression, verified)
+        return await self._note(cache, key, compression, verified, fence)
 
     async def examine(self, name: str, chunks: AsyncIterator[bytes]) -> tuple[str, VerifiedNar]:
         """Read a NAR called `name`, storing nothing; how it is compressed, and what it is. Raises BadInput when that is
@@ -156,8 +167,9 @@ class Ingest:
             self._executor, lambda: verify(compression, [body], nar_limit=self._max_nar_size)
         )
         _check_name(name, verified)
+        fence = await self._catalog.fence([key])
         created = await self._storage.put(key, body)
-        return await self._stored(cache, key, compression, verified, created=created)
+        return await self._stored(cache, key, compression, verified, fence, created=created)
 
     async def _receive_streaming(
         self, cache: ServedCache, name: NarName, key: str, chunks: AsyncIterable[bytes], size: int | None
@@ -182,11 +194,12 @@ class Ingest:
 
             verified = await self._verified(compression, written())
             _check_name(name, verified)
+            fence = await self._catalog.fence([key])
             created = await writer.commit()
-        return await self._stored(cache, key, compression, verified, created=created)
+        return await self._stored(cache, key, compression, verified, fence, created=created)
 
     async def _stored(
-        self, cache: ServedCache, key: str, compression: str, verified: VerifiedNar, *, created: bool
+        self, cache: ServedCache, key: str, compression: str, verified: VerifiedNar, fence: int, *, created: bool
     ) -> NarRecord:
         """What the catalog says of the object under `key`: the one just made, or the one that was there before."""
         if not created:
@@ -197,10 +210,14 @@ class Ingest:
                 raise Mismatch(
                     f"another NAR is stored under this name: {record.nar_hash}; {verified.nar_hash.nix32} was sent"
                 )
+            await self._catalog.lease_nars(cache.prefix, [record.nar_hash], int(time.time()) + self._lease)
             return record
-        return await self._note(cache, key, compression, verified)
+        return await self._note(cache, key, compression, verified, fence)
 
-    async def _note(self, cache: ServedCache, key: str, compression: str, verified: VerifiedNar) -> NarRecord:
+    async def _note(
+        self, cache: ServedCache, key: str, compression: str, verified: VerifiedNar, fence: int
+    ) -> NarRecord:
+        """Have the catalog know a NAR that lies in storage, and did at some time after the fence was there."""
         record = NarRecord(
             key=key,
             scope=cache.prefix,
@@ -212,8 +229,15 @@ class Ingest:
             listing=verified.listing,
             verified_at=int(time.time()),
         )
-        await self._catalog.put_nar(record)
+        if await self._catalog.put_nar(record, leased_until=record.verified_at + self._lease) != fence:
+            await self._check_still_there(key)
         return record
+
+    async def _check_still_there(self, key: str) -> None:
+        """It may have been removed before it was noted; it cannot be any more."""
+        if await self._storage.head(key) is None:
+            await self._catalog.remove_nars([key])
+            raise BeingRemoved(f"{key} was just being removed: send it again")
 
 
 async def _coalesced(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:

@@ -295,10 +295,12 @@ class RelianceContract(Fixtures):
         assert await catalog.doomed() == sorted(doomed)
         with pytest.raises(BeingRemoved, match="try again"):
             await catalog.publish([path(1)], Reliance(objects=objects(hash_part(1))))
-        before = await catalog.fence()
+        with pytest.raises(BeingRemoved, match="try again"):
+            await catalog.fence(["main/other", *objects(hash_part(1))])
+        before = await catalog.fence(["main/other"])
         await catalog.settle(doomed)
         assert await catalog.doomed() == []
-        assert await catalog.fence() == before + 1
+        assert await catalog.fence(objects(hash_part(1))) == before + 1
         await catalog.put_nar(nar(1))
         assert await catalog.publish([path(1)], Reliance(objects=objects(hash_part(1)))) == before + 1
 
@@ -390,7 +392,11 @@ class UnusedNarContract(RelianceContract):
         await catalog.put_nar(nar(1))
         await catalog.lease_nars("main", [nar_hash(1)], NOW + 10)
         await catalog.put_nar(nar(1, file_size=77))
-        assert await self.unused(catalog, NOW + 1) == []
+        await catalog.put_nar(nar(1, file_size=77), leased_until=NOW + 5)
+        assert await self.unused(catalog, NOW + 1, now=NOW + 9) == []
+        await catalog.put_nar(nar(1, file_size=77), leased_until=NOW + 15)
+        assert await self.unused(catalog, NOW + 1, now=NOW + 14) == []
+        assert await self.unused(catalog, NOW + 1, now=NOW + 15) == [(1, NOW)]
 
     async def unused(self, catalog: Catalog, before: int, now: int = NOW, after: int = 0) -> list[tuple[int, int]]:
         found = await catalog.unused_nars("main", before, now, nar(after).key if after else "")
