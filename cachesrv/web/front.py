@@ -10,8 +10,7 @@ was handed over since the connection was last idle is one plain request, the con
 front answers again. After anything else, what follows on the connection stays with aiohttp: there is no telling here
 where its requests end.
 
-A client that does not take its answers gets no further ones made: the front reads no more from it, and the middleware
-holds back aiohttp, which has no such limit of its own.
+A client that does not take its answers gets no further ones made: no more is read from it until it has.
 """
 
 from __future__ import annotations
@@ -57,7 +56,6 @@ class Front(asyncio.Protocol):
         "_make_inner",
         "_paused",
         "_single",
-        "_taken",
         "_transport",
         "quiet_sweeps",
     )
@@ -71,7 +69,6 @@ class Front(asyncio.Protocol):
         self._busy = False
         self._single = False
         self._paused = False
-        self._taken: asyncio.Future[None] | None = None
         self._handling = 0
         self._head_begun = False
         self.quiet_sweeps = 0
@@ -110,14 +107,13 @@ class Front(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._fronts.discard(self)
-        self._go_on()
+        if self._paused:
+            self._answers.slow -= 1
         if self._inner:
             self._inner.connection_lost(exc)
 
     def pause_writing(self) -> None:
         """The client does not take what it asked for: it may not ask for more."""
-        if self._paused:
-            return
         self._paused = True
         self._answers.slow += 1
         if self._inner:
@@ -126,30 +122,12 @@ class Front(asyncio.Protocol):
             self._transport.pause_reading()
 
     def resume_writing(self) -> None:
-        # Under TLS, `loop.sendfile` takes the place of this protocol, and may give back one call too many.
-        if not self._paused:
-            return
-        self._go_on()
+        self._paused = False
+        self._answers.slow -= 1
         if self._inner:
             self._inner.resume_writing()
         if not self._busy:
             self._transport.resume_reading()
-
-    def _go_on(self) -> None:
-        if self._paused:
-            self._paused = False
-            self._answers.slow -= 1
-        if self._taken and not self._taken.done():
-            self._taken.set_result(None)
-
-    async def taken(self) -> None:
-        """Wait until the client has taken most of what was written."""
-        if self._transport.get_write_buffer_size() > _UNSENT:
-            # Also after `loop.sendfile`, which keeps the call to itself.
-            self.pause_writing()
-        if self._paused:
-            self._taken = asyncio.get_running_loop().create_future()
-            await self._taken
 
     def begun(self) -> None:
         """Aiohttp handles a request."""
@@ -163,6 +141,8 @@ class Front(asyncio.Protocol):
         self.quiet_sweeps = 0
         if answered and self._single:
             self._busy = False
+            if self._paused:
+                self._transport.pause_reading()
 
     @property
     def idle(self) -> bool:
@@ -282,7 +262,6 @@ async def reporting(request: web.Request, handler: Handler) -> web.StreamRespons
             response.force_close()
         await response.prepare(request)
         await response.write_eof()
-        await front.taken()
         answered = True
     except ConnectionError:
         # The client has gone, or was cut off in the middle of its answer: no defect, as aiohttp would have it.

@@ -10,7 +10,7 @@ import subprocess
 from contextlib import suppress
 from dataclasses import replace
 from time import monotonic, time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -254,6 +254,15 @@ async def send_until_refused(connection: Connection, data: bytes, limit: int) ->
     return sent
 
 
+async def none_left(served: Served) -> None:
+    """Wait until the server has no connections."""
+    for _ in range(500):
+        if not len(served.fronts):
+            return
+        await asyncio.sleep(0.02)
+    pytest.fail("the server does not notice that clients have gone")
+
+
 class TestWhoDoesNotRead:
     @pytest.fixture
     async def served(self, site: Site) -> AsyncIterator[Served]:
@@ -286,13 +295,14 @@ class TestWhoDoesNotRead:
         await sending
         connection.close()
 
-    async def test_many_of_them_take_little_memory(self, site: Site) -> None:
+    @pytest.mark.parametrize("fields", [(), ("Range: bytes=0-262143",)])
+    async def test_many_of_them_take_little_memory(self, site: Site, fields: tuple[str, ...]) -> None:
         target = "/nar/just-small-enough.nar"
         await site.services.storage.put("main/nar/just-small-enough.nar", bytes(SMALL_NAR))
         async with front_server(site, send_buffer=SMALL_SOCKET) as served:
             connections = [await Connection.open(served.port, receive_buffer=SMALL_SOCKET) for _ in range(200)]
-            for number, connection in enumerate(connections):
-                await connection.send(request(target, *["Range: bytes=0-262143"] * (number % 2)))
+            for connection in connections:
+                await connection.send(request(target, *fields))
             await asyncio.sleep(0.3)
             assert served.unsent < (MANY_SLOW + 10) * SMALL_NAR
             for connection in connections[:5]:
@@ -301,6 +311,8 @@ class TestWhoDoesNotRead:
                 assert not any(bytes(connection.received).partition(b"\r\n\r\n")[2])
             for connection in connections:
                 connection.close()
+            await none_left(served)
+            assert served.fronts._answers.slow == 0
 
     @pytest.mark.parametrize("target", [MEDIUM_NAR, LARGE_NAR])
     async def test_a_slow_reader_gets_a_nar_whole(self, served: Served, target: str) -> None:
@@ -497,11 +509,7 @@ class TestTheEnd:
                     await connection.send(*[request(target)] * 20)
                     await asyncio.sleep(pause)
                     connection.close()
-            for _ in range(100):
-                if not len(served.fronts):
-                    break
-                await asyncio.sleep(0.02)
-            assert len(served.fronts) == 0
+            await none_left(served)
 
 
 LIMITS = {
@@ -554,27 +562,65 @@ class TestTls:
         server.load_cert_chain(certificate, key)
         return server, ssl.create_default_context(cafile=str(certificate))
 
+    @pytest.fixture
+    async def served(self, site: Site, contexts: tuple[ssl.SSLContext, ssl.SSLContext]) -> AsyncIterator[Served]:
+        async with front_server(site, tls=contexts[0], send_buffer=SMALL_SOCKET) as served:
+            yield served
+
+    async def connect(
+        self, served: Served, contexts: tuple[ssl.SSLContext, ssl.SSLContext]
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_SOCKET)
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", served.port))
+        return await asyncio.open_connection(sock=sock, ssl=contexts[1], server_hostname="localhost", limit=1000)
+
     async def test_slow_readers_and_fast_answers(
-        self, site: Site, contexts: tuple[ssl.SSLContext, ssl.SSLContext]
+        self, served: Served, contexts: tuple[ssl.SSLContext, ssl.SSLContext]
     ) -> None:
-        async with front_server(site, tls=contexts[0]) as served:
-            options: dict[str, Any] = {"ssl": contexts[1], "server_hostname": "localhost", "limit": 1000}
-            reader, writer = await asyncio.open_connection("127.0.0.1", served.port, **options)
-            for _ in range(3):
-                writer.write(request(LARGE_NAR))
-                writer.write(request(HIT))
-                await asyncio.sleep(0.3)
-                assert served.unsent < 2**20
+        reader, writer = await self.connect(served, contexts)
+        for _ in range(3):
+            writer.write(request(LARGE_NAR))
+            writer.write(request(HIT))
+            await asyncio.sleep(0.2)
+            assert served.unsent < 2**18
+            for content in (nar(LARGE), narinfo(0)):
                 head = await reader.readuntil(b"\r\n\r\n")
-                assert b"Content-Length: %d\r\n" % LARGE in head
-                assert await reader.readexactly(LARGE) == nar(LARGE)
-                head = await reader.readuntil(b"\r\n\r\n")
-                assert b"text/x-nix-narinfo" in head
-                assert await reader.readexactly(len(narinfo(0))) == narinfo(0)
-            for _ in range(2000):
-                writer.write(request(LARGE_NAR if not _ else HIT))
-                await asyncio.sleep(0)
-            assert served.unsent < 2**20
-            writer.transport.abort()
-            with suppress(OSError):
-                await writer.wait_closed()
+                assert b"Content-Length: %d\r\n" % len(content) in head
+                assert await reader.readexactly(len(content)) == content
+        await self.leave(writer)
+
+    @pytest.mark.parametrize("left", range(40_000, 520_000, 60_000))
+    async def test_one_who_stops_reading_at_the_end_of_a_nar_gets_no_more_answers_made(
+        self, served: Served, contexts: tuple[ssl.SSLContext, ssl.SSLContext], left: int
+    ) -> None:
+        reader, writer = await self.connect(served, contexts)
+        writer.write(request(LARGE_NAR))
+        await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(LARGE - left)
+        for _ in range(500):
+            writer.write(request(HIT))
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.1)
+        assert served.unsent < 2**17
+        assert await reader.readexactly(left) == nar(LARGE)[-left:]
+        for _ in range(500):
+            await reader.readuntil(b"\r\n\r\n")
+            assert await reader.readexactly(len(narinfo(0))) == narinfo(0)
+        await self.leave(writer)
+
+    async def test_one_who_leaves_in_the_middle_of_a_nar_is_no_defect(
+        self, served: Served, contexts: tuple[ssl.SSLContext, ssl.SSLContext], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        reader, writer = await self.connect(served, contexts)
+        writer.write(request(LARGE_NAR))
+        await reader.readexactly(10_000)
+        await self.leave(writer)
+        await none_left(served)
+        assert "defect" not in capsys.readouterr().err
+
+    async def leave(self, writer: asyncio.StreamWriter) -> None:
+        writer.transport.abort()
+        with suppress(OSError):
+            await writer.wait_closed()
