@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 BACKLOG = 4096
+STALLED_SECONDS = 900
+"""How long a client may take nothing of what it was sent: Nix itself pauses while it waits for its own disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,14 @@ def _listening(sock: socket.socket, where: object) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def end_stalls(sock: socket.socket) -> None:
+    """Have the kernel end connections whose client takes nothing any more. Inherited by those that are accepted.
+    Source: tcp(7).
+    """
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_SECONDS * 1000)
 
 
 def url_of(sock: socket.socket, *, tls: bool) -> str:

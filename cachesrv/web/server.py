@@ -19,7 +19,7 @@ from cachesrv.errors import CachesrvError, ConfigError, StoreError
 from cachesrv.web.app import create_app
 from cachesrv.web.fast import FastAnswers
 from cachesrv.web.front import IDLE_SECONDS, Fronts, reporting
-from cachesrv.web.listen import BACKLOG
+from cachesrv.web.listen import BACKLOG, end_stalls
 
 if TYPE_CHECKING:
     import socket
@@ -113,6 +113,8 @@ async def listening(
     idle_timeout: float = IDLE_SECONDS,
 ) -> AsyncIterator[Fronts]:
     """Accept connections; leaving stops that, and waits for requests in flight."""
+    for sock in sockets:
+        end_stalls(sock)
     runner = web.AppRunner(create_app(site, [reporting]), **RUNNER_OPTIONS)
     await runner.setup()
     assert runner.server is not None

@@ -315,6 +315,17 @@ class TestWhoDoesNotRead:
             assert served.fronts._answers.slow == 0
 
     @pytest.mark.parametrize("target", [MEDIUM_NAR, LARGE_NAR])
+    async def test_is_cut_off_in_the_end(self, site: Site, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("cachesrv.web.listen.STALLED_SECONDS", 1)
+        async with front_server(site, send_buffer=SMALL_SOCKET) as served:
+            connection = await Connection.open(served.port, receive_buffer=SMALL_SOCKET)
+            await connection.send(request(target))
+            await asyncio.sleep(0.5)
+            assert len(served.fronts) == 1
+            await none_left(served)
+            connection.close()
+
+    @pytest.mark.parametrize("target", [MEDIUM_NAR, LARGE_NAR])
     async def test_a_slow_reader_gets_a_nar_whole(self, served: Served, target: str) -> None:
         connection = await Connection.open(served.port, receive_buffer=SMALL_SOCKET)
         await connection.send(request(target))
@@ -618,7 +629,7 @@ class TestTls:
         await reader.readexactly(10_000)
         await self.leave(writer)
         await none_left(served)
-        assert "defect" not in capsys.readouterr().err
+        assert "defect" not in "".join(capsys.readouterr())
 
     async def leave(self, writer: asyncio.StreamWriter) -> None:
         writer.transport.abort()
