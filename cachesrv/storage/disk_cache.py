@@ -15,14 +15,14 @@ import asyncio
 import fcntl
 import os
 import time
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from cachesrv.errors import StoreFull
+from cachesrv.errors import StoreError, StoreFull
 from cachesrv.storage.base import LocalFile, validate_key
 from cachesrv.storage.incoming import IncomingFile, sweep
-from cachesrv.storage.threads import Threads, in_words
+from cachesrv.storage.threads import Threads, finished, in_words
 from cachesrv.storage.tree import Tree
 from cachesrv.storage.warm import WarmFiles
 
@@ -42,7 +42,9 @@ _MAX_TOUCHED = 10_000
 
 
 class DiskCache:
-    """`path` is made when it is missing; `limit` bounds the bytes in use. Raises StoreError."""
+    """See `cachesrv.storage.base.ObjectCache`. `path` is made when it is missing; `limit` bounds the bytes in use.
+    Raises StoreError.
+    """
 
     def __init__(self, path: str | Path, *, limit: int, threads: int = 4) -> None:
         with in_words("open the disk cache"):
@@ -57,54 +59,69 @@ class DiskCache:
 
     async def open(self) -> None:
         """Count what is there, clean up what a killed process left, and make room if the limit was lowered."""
-        async with self._one_at_a_time:
-            await self._threads.run("open the disk cache", self._make_room, 0)
+        await self.exclusively(self._evict, 0)
 
     async def get(self, key: str) -> LocalFile | None:
-        """Where the object lies, None when it is not here. Evicted files stay readable for those who have them open."""
-        return await self._threads.run("look into the disk cache", self._find, validate_key(key))
+        return await self.run(self._find, validate_key(key))
 
     def at_once(self, key: str, *, limit: int) -> memoryview | None:
-        """As `ObjectStore.at_once`."""
         view = self._warm.read(validate_key(key), limit)
         if view is not None:
             self._touch(key)
         return view
 
+    def warm_file(self, key: str, *, limit: int) -> tuple[int, int] | None:
+        found = self._warm.open(validate_key(key), limit)
+        if found is not None:
+            self._touch(key)
+        return found
+
     @asynccontextmanager
     async def incoming(self, key: str, size: int | None = None) -> AsyncIterator[Incoming]:
-        file = IncomingFile(self._tree, validate_key(key))
-        incoming = Incoming(self, file)
+        incoming = Incoming(self, IncomingFile(self._tree, validate_key(key)), self._limit)
         try:
-            await self.run(file.create, None)
-            await self.reserve(incoming, size if size is not None else _STEP)
+            await self.exclusively(incoming.file.create, None)
+            await incoming.reserve(size or 0)
             yield incoming
         finally:
-            await self.run(self._end, incoming)
+            await self._ended(incoming)
 
-    async def reserve(self, incoming: Incoming, size: int) -> None:
-        """Make room for `size` bytes more of an object on its way. Raises StoreFull."""
-        if incoming.reserved + size > self._limit:
-            raise StoreFull("an object is larger than the disk cache")
-        async with self._one_at_a_time:
-            await self.run(self._reserve, incoming, incoming.reserved + size)
+    async def _ended(self, incoming: Incoming) -> None:
+        """Also when the task is cancelled, and cancelled again, nothing stays behind."""
+        ending = asyncio.ensure_future(self._end(incoming))
+        try:
+            await asyncio.shield(ending)
+        except asyncio.CancelledError:
+            await finished(ending)
+            raise
+
+    async def _end(self, incoming: Incoming) -> None:
+        await incoming.unread()
+        # What fails here is set right when all is counted anew.
+        with suppress(StoreError):
+            await self.exclusively(self._release, incoming)
 
     async def run(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Do something with a file in a thread of the cache's."""
+        """Do something with a file in a thread of the cache's. Raises StoreError."""
         return await self._threads.run("use the disk cache", work, *args, **kwargs)
 
+    async def exclusively(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """The same, while nobody else counts files or touches the ledger."""
+        async with self._one_at_a_time:
+            return await self.run(self._locked, lambda: work(*args, **kwargs))
+
     async def discard(self, key: str) -> None:
-        """Forget an object."""
-        await self._threads.run("delete from the disk cache", self._delete, validate_key(key))
+        await self.exclusively(self._delete, validate_key(key))
 
     async def used(self) -> int:
         """Bytes in use."""
-        return await self._threads.run("look into the disk cache", self._used)
+        return await self.exclusively(self._read)
 
     async def close(self) -> None:
         """Let go of files and threads."""
         if not self._threads.closed:
             await self._threads.close()
+            self._warm.close()
             os.close(self._ledger)
             self._tree.close()
 
@@ -124,56 +141,62 @@ class DiskCache:
         if len(self._touched) >= _MAX_TOUCHED:
             self._touched.clear()
         self._touched[key] = now
-        try:
+        # It may have gone; and where times cannot be set, the order of leaving is that of coming.
+        with suppress(OSError):
             os.utime(f"{self._tree.root}/{key}", follow_symlinks=False)
-        except FileNotFoundError:
-            return
 
-    def _reserve(self, incoming: Incoming, total: int) -> None:
-        """The file takes what is reserved for it at once, so that whoever counts the files counts that too."""
-        more = total - incoming.reserved
-        with self._locked():
-            if self._read() + more > self._limit:
-                self._evict(more)
-            if total:
-                incoming.file.reserve(total)
-            self._write(self._read() + more)
-        incoming.reserved = total
+    def _locked(self, work: Callable[[], T]) -> T:
+        with _lock(self._ledger):
+            return work()
 
-    def _end(self, incoming: Incoming) -> None:
-        """What was reserved and is not taken by a file is free again."""
-        with self._locked():
-            incoming.file.discard()
-            self._write(max(0, self._read() - incoming.reserved + (incoming.written if incoming.committed else 0)))
+    # What follows holds the lock.
+
+    def reserve(self, incoming: Incoming, size: int) -> None:
+        """Make room for an object on its way to have `size` bytes. Its file takes them at once, so that whoever counts
+        the files counts that too. Raises StoreFull.
+        """
+        more = size - incoming.reserved
+        if self._read() + more > self._limit:
+            self._evict(more)
+        # First in the ledger: whoever is killed in between has taken too much, and not too little.
+        self._add(more)
+        try:
+            incoming.file.reserve(size)
+        except BaseException:
+            self._add(-more)
+            raise
+        incoming.reserved = size
+
+    def settle(self, incoming: Incoming) -> None:
+        """Give back what it does not need after all."""
+        incoming.file.truncate(incoming.written)
+        self._add(incoming.written - incoming.reserved)
+        incoming.reserved = incoming.written
+
+    def reveal(self, incoming: Incoming) -> None:
+        """Make it an object, unless it is one already."""
+        incoming.committed = incoming.file.reveal(replace=False)
+
+    def _release(self, incoming: Incoming) -> None:
+        incoming.file.discard()
+        if not incoming.committed:
+            self._add(-incoming.reserved)
 
     def _delete(self, key: str) -> None:
-        with self._locked():
-            found = self._tree.stat(key)
-            if found is not None:
-                self._tree.remove([key])
-                self._write(max(0, self._read() - found.st_size))
-
-    def _used(self) -> int:
-        with self._locked():
-            return self._read()
-
-    def _make_room(self, size: int) -> None:
-        with self._locked():
-            self._evict(size)
+        found = self._tree.stat(key)
+        if found is not None:
+            self._tree.remove([key])
+            self._add(-found.st_size)
 
     def _evict(self, size: int) -> None:
-        """Count everything; if `size` more bytes do not fit, let go of what was used longest ago."""
+        """Count everything; if `size` more bytes do not fit, let go of what was used longest ago. Raises StoreFull."""
         for _ in sweep(self._tree, older_than=0):
             pass
-        used = 0
-        files: list[tuple[float, int, str]] = []
-        for found in self._tree.walk(""):
-            if found.entry.name == _LEDGER or not found.entry.is_file(follow_symlinks=False):
-                continue
-            about = found.entry.stat(follow_symlinks=False)
-            used += about.st_size
-            if not found.entry.name.startswith("."):
-                files.append((about.st_mtime, about.st_size, found.key))
+        files, on_their_way = self._count()
+        used = sum(length for _, length, _ in files) + on_their_way
+        if on_their_way + size > self._limit:
+            self._write(used)
+            raise StoreFull("the disk cache is full of objects on their way")
         if used + size > self._limit:
             doomed: list[str] = []
             for _, length, key in sorted(files):
@@ -183,16 +206,27 @@ class DiskCache:
                 used -= length
             self._tree.remove(doomed)
         self._write(used)
-        if used + size > self._limit:
-            raise StoreFull("the disk cache is full of objects on their way")
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        fcntl.flock(self._ledger, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._ledger, fcntl.LOCK_UN)
+    def _count(self) -> tuple[list[tuple[float, int, str]], int]:
+        """Of each object when it was used, its size and its key; and the bytes of files that are no objects yet."""
+        files: list[tuple[float, int, str]] = []
+        on_their_way = 0
+        for found in self._tree.walk(""):
+            name = found.entry.name
+            if name == _LEDGER or not found.entry.is_file(follow_symlinks=False):
+                continue
+            try:
+                about = found.entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            if name.startswith("."):
+                on_their_way += about.st_size
+            else:
+                files.append((about.st_mtime, about.st_size, found.key))
+        return files, on_their_way
+
+    def _add(self, change: int) -> None:
+        self._write(max(0, self._read() + change))
 
     def _read(self) -> int:
         return int.from_bytes(os.pread(self._ledger, 8, 0), "little")
@@ -202,27 +236,63 @@ class DiskCache:
 
 
 class Incoming:
-    """An object on its way into the cache, that can be read as far as it has come. Sizes are in bytes."""
+    """See `cachesrv.storage.base.IncomingObject`. `reserved`: bytes that the ledger holds for it."""
 
-    def __init__(self, cache: DiskCache, file: IncomingFile) -> None:
-        self._cache = cache
+    def __init__(self, cache: DiskCache, file: IncomingFile, limit: int) -> None:
         self.file = file
         self.reserved = 0
         self.written = 0
         self.committed = False
+        self._cache = cache
+        self._limit = limit
+        self._readers = 0
+        self._unread = asyncio.Event()
+        self._ended = False
+
+    async def reserve(self, size: int) -> None:
+        """Have room for `size` bytes in all. Raises StoreFull."""
+        if size > self._limit:
+            raise StoreFull(f"an object of {size} bytes is larger than the disk cache, which holds {self._limit}")
+        if size > self.reserved:
+            await self._cache.exclusively(self._cache.reserve, self, size)
 
     async def write(self, data: bytes) -> None:
-        """Append. Raises StoreFull, StoreError."""
-        if self.written + len(data) > self.reserved:
-            await self._cache.reserve(self, max(_STEP, len(data)))
+        needed = self.written + len(data)
+        if needed > self.reserved:
+            await self.reserve(max(needed, min(self.reserved + _STEP, self._limit)))
         await self._cache.run(self.file.write, data)
-        self.written += len(data)
+        self.written = needed
 
     async def read(self, position: int, length: int) -> bytes:
-        """Bytes that were written, fewer than `length` where no more were."""
-        return await self._cache.run(self.file.read, position, length)
+        if self._ended:
+            raise StoreError("the object is no longer on its way")
+        self._readers += 1
+        try:
+            return await self._cache.run(self.file.read, position, min(length, max(0, self.written - position)))
+        finally:
+            self._readers -= 1
+            if not self._readers:
+                self._unread.set()
+
+    async def unread(self) -> None:
+        """Let nobody begin to read, and wait for those who do: the file is closed next, and its number given away."""
+        self._ended = True
+        if self._readers:
+            self._unread.clear()
+            await self._unread.wait()
 
     async def commit(self) -> None:
-        """Make it visible; if it is there already, that one stays."""
-        await self._cache.run(self.file.truncate, self.written)
-        self.committed = await self._cache.run(self.file.finish, b"", replace=False)
+        cache = self._cache
+        await cache.exclusively(cache.settle, self)
+        await cache.run(self.file.sync)
+        await cache.exclusively(cache.reveal, self)
+        await cache.run(self.file.sync_folder)
+
+
+@contextmanager
+def _lock(ledger: int) -> Iterator[None]:
+    fcntl.flock(ledger, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(ledger, fcntl.LOCK_UN)

@@ -63,6 +63,7 @@ class IncomingFile:
         except OSError as error:
             if error.errno not in _NO_RESERVATIONS:
                 raise
+            os.ftruncate(self._file, size)
 
     def write(self, *buffers: bytes | bytearray | memoryview) -> None:
         for buffer in buffers:

@@ -6,13 +6,14 @@ cache has no room, or breaks, the object is written all the same.
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cachesrv.errors import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from cachesrv.storage.base import (
@@ -39,13 +40,13 @@ class KeepingStore:
 
     @asynccontextmanager
     async def _writer(self, key: str, size: int | None) -> AsyncIterator[ObjectWriter]:
-        async with self._store.writer(key, size=size) as writer, AsyncExitStack() as stack:
+        async with AsyncExitStack() as stack:
+            writer = await stack.enter_async_context(self._store.writer(key, size=size))
             try:
                 incoming = await stack.enter_async_context(self._disk_cache.incoming(key, size))
             except StoreError:
-                yield writer
-            else:
-                yield _KeepingWriter(writer, incoming)
+                incoming = None
+            yield _KeepingWriter(writer, incoming, partial(self._disk_cache.discard, key))
 
     async def put(self, key: str, data: bytes, *, replace: bool = False) -> bool:
         created = await self._store.put(key, data, replace=replace)
@@ -75,6 +76,9 @@ class KeepingStore:
     def at_once(self, key: str, *, limit: int) -> bytes | memoryview | None:
         return self._store.at_once(key, limit=limit)
 
+    def warm_file(self, key: str, *, limit: int) -> tuple[int, int] | None:
+        return self._store.warm_file(key, limit=limit)
+
     def read(self, key: str, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
         return self._store.read(key, byte_range)
 
@@ -82,10 +86,11 @@ class KeepingStore:
         return await self._store.head(key)
 
     async def delete(self, keys: Sequence[str]) -> None:
+        # In this order: what is asked for meanwhile is not fetched once more, to be kept after all.
+        await self._store.delete(keys)
         for key in keys:
             if self._keeps(key):
                 await self._disk_cache.discard(key)
-        await self._store.delete(keys)
 
     def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         return self._store.list(prefix)
@@ -101,11 +106,16 @@ class KeepingStore:
 
 
 class _KeepingWriter:
-    """Writes to both; after the disk cache has failed once, to the store alone."""
+    """Writes to both; after the disk cache has failed once, to the store alone. `forget` takes from the disk cache what
+    it has under the same key.
+    """
 
-    def __init__(self, writer: ObjectWriter, incoming: IncomingObject) -> None:
+    def __init__(
+        self, writer: ObjectWriter, incoming: IncomingObject | None, forget: Callable[[], Awaitable[None]]
+    ) -> None:
         self._writer = writer
-        self._incoming: IncomingObject | None = incoming
+        self._incoming = incoming
+        self._forget = forget
 
     async def write(self, data: bytes | memoryview) -> None:
         await self._writer.write(data)
@@ -117,9 +127,9 @@ class _KeepingWriter:
 
     async def commit(self, *, replace: bool = False) -> bool:
         created = await self._writer.commit(replace=replace)
-        if created and self._incoming:
-            try:
-                await self._incoming.commit()
-            except StoreError:
-                self._incoming = None
+        if created:
+            with suppress(StoreError):
+                await self._forget()
+                if self._incoming:
+                    await self._incoming.commit()
         return created
