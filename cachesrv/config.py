@@ -52,6 +52,13 @@ Url = Annotated[
     str,
     msgspec.Meta(pattern=r"\Ahttps?://[!-~]+\Z", description='a URL such as "https://cache.example.org"'),
 ]
+UpstreamUrl = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"\A(https?://[!\"$->@-~]+|s3://[!-~]+)\Z",
+        description='a URL such as "https://cache.example.org" or "s3://bucket?region=eu-central-1"',
+    ),
+]
 CatalogUrl = Annotated[
     str,
     msgspec.Meta(
@@ -192,7 +199,7 @@ class Upstream(msgspec.Struct, frozen=True):
     """A cache of somebody else's."""
 
     name: CacheName
-    url: Url
+    url: UpstreamUrl
     public_keys: tuple[PublicKeyText, ...]
     timeout: PositiveDuration = 10
 

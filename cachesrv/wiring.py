@@ -26,14 +26,18 @@ from cachesrv.services.ingest import Ingest
 from cachesrv.services.lookup import CatalogSource, Lookup, Source
 from cachesrv.services.metadata import Metadata
 from cachesrv.services.publish import Publish
-from cachesrv.services.upstream import PullThrough, Upstream, Upstreams
+from cachesrv.services.pull_through import PullThrough
+from cachesrv.services.store_reader import StoreReader
+from cachesrv.services.upstream import Upstream, Upstreams
 from cachesrv.services.usage import Usage
 from cachesrv.storage.decorators import Direct, Guarded, Limited, Measured, Retrying
 from cachesrv.storage.disk_cache import DiskCache
 from cachesrv.storage.filesystem import FilesystemStore
 from cachesrv.storage.kept import KeepingStore
+from cachesrv.storage.no_cache import NoCache
 from cachesrv.storage.s3 import S3Store
 from cachesrv.storage.s3_errors import Exists
+from cachesrv.storage.s3_url import BucketUrl
 from cachesrv.web.site import Rules, Services
 
 if TYPE_CHECKING:
@@ -41,11 +45,16 @@ if TYPE_CHECKING:
 
     from cachesrv.catalog.base import Catalog
     from cachesrv.config import Cache, Config
+    from cachesrv.config import Upstream as UpstreamConfig
     from cachesrv.index.base import Index
     from cachesrv.nix.signing import SecretKey
-    from cachesrv.storage.base import ObjectStore
+    from cachesrv.services.upstream import Reader
+    from cachesrv.storage.base import ObjectCache, ObjectStore
     from cachesrv.storage.decorators import Requests
     from cachesrv.telemetry import Metrics
+
+_FETCHES = 128
+"""NARs that are fetched from afar at the same time."""
 
 
 def private_umask() -> None:
@@ -110,9 +119,8 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
     """All services of one process; leaving finishes what is under way."""
     async with AsyncExitStack() as stack:
         disk_cache = await _open_disk_cache(config, stack)
-        storage = open_storage(config, metrics)
-        if disk_cache and not _storage_is_local(config):
-            storage = KeepingStore(storage, disk_cache, lambda key: "/nar/" in key)
+        bare = open_storage(config, metrics)
+        storage = bare if _storage_is_local(config) else KeepingStore(bare, disk_cache, _is_nar)
         stack.push_async_callback(storage.close)
         catalog = await open_catalog(config)
         stack.push_async_callback(catalog.close)
@@ -126,12 +134,20 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
         stack.push_async_callback(ingest.close)
         publish = Publish(storage, catalog, index, ingest, metrics, upstreams=upstreams)
         stack.push_async_callback(publish.close)
-        far_away = None
-        if disk_cache:
-            fetches = Fetches(disk_cache)
-            stack.push_async_callback(fetches.close)
-            origin = PullThrough(upstreams, ingest, publish)
-            far_away = FarAway(disk_cache, fetches, origin, storage_is_local=_storage_is_local(config))
+        # What comes from upstream has threads of its own, and does not hold up pushes; the disk cache has it as it is.
+        taking_in = Ingest(bare, catalog, metrics, max_nar_size=config.server.max_nar_size, parallel=_FETCHES)
+        stack.push_async_callback(taking_in.close)
+        fetches = Fetches(disk_cache, parallel=_FETCHES)
+        stack.push_async_callback(fetches.close)
+        keep = not _storage_is_local(config)
+        origin = PullThrough(upstreams, taking_in, publish, keep=keep, forget=lookup.forget)
+        far_away = FarAway(
+            disk_cache,
+            fetches,
+            origin,
+            storage_is_local=_storage_is_local(config),
+            redirect=config.delivery.mode == "redirect",
+        )
         usage = Usage(catalog)
         stack.push_async_callback(usage.flush)
         metadata = Metadata(storage, catalog)
@@ -143,11 +159,15 @@ def _storage_is_local(config: Config) -> bool:
     return config.storage.kind == "filesystem"
 
 
-async def _open_disk_cache(config: Config, stack: AsyncExitStack) -> DiskCache | None:
+def _is_nar(key: str) -> bool:
+    return key.rpartition("/")[0].endswith("/nar")
+
+
+async def _open_disk_cache(config: Config, stack: AsyncExitStack) -> ObjectCache:
     """The disk cache, where there is something to keep in it."""
     wanted = not _storage_is_local(config) or any(cache.pull_through for cache in config.cache)
     if not wanted or not config.delivery.disk_cache_size:
-        return None
+        return NoCache()
     path = config.delivery.disk_cache_path or DataDirectory(config.data_dir).nar_cache
     disk_cache = DiskCache(path, limit=config.delivery.disk_cache_size)
     stack.push_async_callback(disk_cache.close)
@@ -156,19 +176,34 @@ async def _open_disk_cache(config: Config, stack: AsyncExitStack) -> DiskCache |
 
 
 async def _open_upstreams(config: Config, stack: AsyncExitStack) -> Upstreams:
-    if not config.upstream:
-        return Upstreams({})
-    session = await stack.enter_async_context(aiohttp.ClientSession(headers={"User-Agent": "cachesrv"}))
-    upstreams = {
-        upstream.name: Upstream(
-            upstream.name,
-            HttpReader(session, upstream.url, timeout=upstream.timeout),
-            trusted_keys(_public_key(f"upstream {upstream.name}", text) for text in upstream.public_keys),
-            Breaker(),
-        )
-        for upstream in config.upstream
-    }
-    return Upstreams({cache.name: tuple(upstreams[name] for name in cache.upstreams) for cache in config.cache})
+    upstreams = {upstream.name: await _open_upstream(upstream, stack) for upstream in config.upstream}
+    by_cache = {cache.name: tuple(upstreams[name] for name in cache.upstreams) for cache in config.cache}
+    return Upstreams(by_cache, patience=config.lookup.timeout)
+
+
+async def _open_upstream(upstream: UpstreamConfig, stack: AsyncExitStack) -> Upstream:
+    keys = trusted_keys(_public_key(f"upstream {upstream.name}", text) for text in upstream.public_keys)
+    return Upstream(upstream.name, await _open_reader(upstream, stack), keys, Breaker())
+
+
+async def _open_reader(upstream: UpstreamConfig, stack: AsyncExitStack) -> Reader:
+    if upstream.url.startswith("s3:"):
+        store = _open_bucket_of_others(upstream)
+        stack.push_async_callback(store.close)
+        return StoreReader(store)
+    # How many connections there are is bounded by how much is asked and fetched at the same time.
+    connector = aiohttp.TCPConnector(limit=0)
+    session = aiohttp.ClientSession(connector=connector, headers={"User-Agent": "cachesrv"})
+    return HttpReader(await stack.enter_async_context(session), upstream.url, timeout=upstream.timeout)
+
+
+def _open_bucket_of_others(upstream: UpstreamConfig) -> S3Store:
+    try:
+        url = BucketUrl.parse(upstream.url)
+        requests = Retrying(Guarded(Limited(Direct())), timeout=upstream.timeout)
+        return S3Store(url.bucket, requests=requests, prefix=url.prefix, region=url.region, endpoint=url.endpoint)
+    except BadInput as error:
+        raise ConfigError(f"upstream {upstream.name}: {error}") from error
 
 
 def served_caches(config: Config) -> dict[str, ServedCache]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cachesrv.errors import BadInput, PeerError, StoreError, StoreUnavailable
+from cachesrv.errors import BadInput, PeerError, StoreUnavailable
 from cachesrv.nix import narinfo
 
 if TYPE_CHECKING:
@@ -24,16 +24,12 @@ class BucketSource:
         """See Source. One request for what is not there, two for what is."""
         if not cache.bucket_is_authority:
             return None
-        if self._breaker.open:
+        if not self._breaker.allows():
             raise StoreUnavailable("the bucket did not answer a moment ago")
-        try:
+        with self._breaker.watching(StoreUnavailable):
             text = await self._storage.get(cache.narinfo_key(hash_part), limit=narinfo.DEFAULT_LIMIT)
             info = _checked(cache, hash_part, text) if text is not None else None
             whole = info is not None and await self._storage.head(cache.key(info.url))
-        except StoreError:
-            self._breaker.failed()
-            raise
-        self._breaker.succeeded()
         if info is None:
             return None
         if not whole:

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from dataclasses import dataclass
-from hashlib import sha256
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from cachesrv.errors import Mismatch
-from cachesrv.nix.hashes import Hash
-from cachesrv.storage.base import ByteRange, LocalFile, PresignedUrl, Stream
+from cachesrv.errors import StoreError
+from cachesrv.services.alone import read_alone
+from cachesrv.services.stored_nar import StoredNar
+from cachesrv.storage.base import LocalFile, PresignedUrl, Stream
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
     from cachesrv.catalog.base import Catalog, NarRecord
     from cachesrv.services.caches import ServedCache
-    from cachesrv.services.fetch import Fetch, Fetches, Remote
+    from cachesrv.services.fetch import Fetches, Remote
     from cachesrv.services.ingest import Ingest
-    from cachesrv.storage.base import ObjectCache, ObjectStore
+    from cachesrv.storage.base import ByteRange, ObjectCache, ObjectStore
 
 
 @dataclass(frozen=True, slots=True)
-class Following:
-    """The object is being fetched: follow it."""
+class Coming:
+    """The object comes from afar: `read` gives a part of its `size` bytes."""
 
-    fetch: Fetch
+    size: int
+    read: Callable[[ByteRange], AsyncIterator[bytes]]
 
 
-NarDelivery = LocalFile | PresignedUrl | Stream | Following
+NarDelivery = LocalFile | PresignedUrl | Coming
 
 
 class Origin(Protocol):
@@ -42,19 +45,21 @@ class Origin(Protocol):
 @dataclass(frozen=True, slots=True)
 class FarAway:
     """What it takes where NARs are not all files of this host: the disk cache, and the fetches that fill it.
-    `storage_is_local`: those in storage are files of this host.
+
+    `storage_is_local`: those in storage are files of this host; `redirect`: where they are not, clients are sent there.
     """
 
     disk_cache: ObjectCache
     fetches: Fetches
-    origin: Origin | None
+    origin: Origin
     storage_is_local: bool
+    redirect: bool
 
 
 class Delivery:
     """Opens NARs."""
 
-    def __init__(self, storage: ObjectStore, catalog: Catalog, ingest: Ingest, far_away: FarAway | None = None) -> None:
+    def __init__(self, storage: ObjectStore, catalog: Catalog, ingest: Ingest, far_away: FarAway) -> None:
         self._storage = storage
         self._catalog = catalog
         self._ingest = ingest
@@ -63,83 +68,84 @@ class Delivery:
     def at_once(self, key: str, *, limit: int) -> bytes | memoryview | None:
         """As `ObjectStore.at_once`, from storage or from the disk cache."""
         content = self._storage.at_once(key, limit=limit)
-        if content is None and self._far_away:
-            content = self._far_away.disk_cache.at_once(key, limit=limit)
-        return content
+        return self._far_away.disk_cache.at_once(key, limit=limit) if content is None else content
+
+    def warm_file(self, key: str, *, limit: int) -> tuple[int, int] | None:
+        """As `ObjectStore.warm_file`, from storage or from the disk cache."""
+        found = self._storage.warm_file(key, limit=limit)
+        return self._far_away.disk_cache.warm_file(key, limit=limit) if found is None else found
 
     async def size(self, cache: ServedCache, name: str, hash_part: str | None) -> int | None:
         """The bytes of `nar/<name>`, None when there is no such NAR. Raises StoreError, PeerError."""
-        size = await self._size_in_storage(cache.key(f"nar/{name}"))
-        if size is None and (remote := await self._remote(cache, name, hash_part)):
-            return remote.size
-        return size
+        _, size = await self._known(cache.key(f"nar/{name}"))
+        if size is not None:
+            return size
+        remote = await self._far_away.origin.remote(cache, name, hash_part)
+        if remote is None:
+            return None
+        if remote.size is None:
+            await self._far_away.fetches.start(remote).done()
+            return await self.size(cache, name, None)
+        return remote.size
 
     async def open(self, cache: ServedCache, name: str, hash_part: str | None) -> NarDelivery | None:
         """The best way to `nar/<name>`, None when there is no such NAR. Raises StoreError, PeerError."""
         key = cache.key(f"nar/{name}")
-        far_away = self._far_away
-        if far_away is None or far_away.storage_is_local:
-            delivery = await self._storage.delivery(key)
-            if delivery or far_away is None:
-                return delivery
-        if kept := await far_away.disk_cache.get(key):
-            return kept
-        if fetch := far_away.fetches.under_way(key):
-            return Following(fetch)
-        if not far_away.storage_is_local and (found := await self._from_afar(key)):
+        if found := await self._here(key) or await self._far_away_stored(key):
             return found
-        remote = await self._remote(cache, name, hash_part)
-        return Following(far_away.fetches.start(remote)) if remote else None
-
-    async def _from_afar(self, key: str) -> NarDelivery | None:
-        """A NAR in a store that is not of this host. A redirect is given only to what is known to be there."""
-        record = await self._catalog.nar(key)
-        size = record.file_size if record else await self._size_in_storage(key)
-        if size is None or self._far_away is None:
+        fetch = self._far_away.fetches.under_way(key)
+        if fetch is None and (remote := await self._far_away.origin.remote(cache, name, hash_part)):
+            fetch = self._far_away.fetches.start(remote)
+        if fetch is None:
             return None
-        delivery = await self._storage.delivery(key)
-        if isinstance(delivery, Stream):
-            stored = StoredNar(self._storage, self._ingest, key, size=size, record=record)
-            return Following(self._far_away.fetches.start(stored))
-        return delivery
+        if fetch.size is not None:
+            await fetch.begun()
+            return Coming(fetch.size, fetch.read)
+        await fetch.done()
+        return await self.open(cache, name, None)
 
-    async def _size_in_storage(self, key: str) -> int | None:
+    async def _known(self, key: str) -> tuple[NarRecord | None, int | None]:
+        """What the catalog knows of a NAR in storage, if anything, and its size; None when it is not there."""
         # A file is looked at; a question to a bucket is saved where the catalog knows the answer.
-        if self._far_away and not self._far_away.storage_is_local and (record := await self._catalog.nar(key)):
-            return record.file_size
+        if not self._far_away.storage_is_local and (record := await self._catalog.nar(key)):
+            return record, record.file_size
         info = await self._storage.head(key)
-        return info.size if info else None
+        return None, info.size if info else None
 
-    async def _remote(self, cache: ServedCache, name: str, hash_part: str | None) -> Remote | None:
-        if self._far_away is None or self._far_away.origin is None:
+    async def _here(self, key: str) -> NarDelivery | None:
+        """From storage, where that is of this host, or from the disk cache."""
+        if self._far_away.storage_is_local and (how := await self._storage.delivery(key)):
+            return Coming(how.size, partial(self._storage.read, key)) if isinstance(how, Stream) else how
+        return await self._far_away.disk_cache.get(key)
+
+    async def _far_away_stored(self, key: str) -> NarDelivery | None:
+        """From a store that is not of this host. Only to what is known to be there a redirect is given."""
+        if self._far_away.storage_is_local:
             return None
-        return await self._far_away.origin.remote(cache, name, hash_part)
+        record, size = await self._known(key)
+        if size is None:
+            return None
+        if self._far_away.redirect:
+            how = await self._storage.delivery(key)
+            return how if isinstance(how, PresignedUrl) else None
+        stored = StoredNar(self._storage, self._ingest, key, size=size, record=record)
+        return Coming(size, partial(_shared, self._far_away.fetches, stored))
 
 
-class StoredNar:
-    """A NAR in a store that is not of this host, on its way to the disk cache; a `Remote`."""
-
-    def __init__(self, storage: ObjectStore, ingest: Ingest, key: str, *, size: int, record: NarRecord | None) -> None:
-        self.key = key
-        self.size = size
-        self.keep = True
-        self._storage = storage
-        self._ingest = ingest
-        self._record = record
-
-    async def read(self, start: int) -> AsyncGenerator[bytes, None]:
-        """See Remote."""
-        async for chunk in self._storage.read(self.key, ByteRange(start, self.size)):
-            yield chunk
-
-    async def receive(self, chunks: AsyncIterator[bytes]) -> None:
-        """See Remote. A NAR that somebody else put there is judged by its name, which has one of its hashes."""
-        if self._record is None:
-            await self._ingest.examine(self.key.rpartition("/")[2], chunks)
-            return
-        hasher = sha256()
+async def _shared(fetches: Fetches, stored: StoredNar, part: ByteRange) -> AsyncGenerator[bytes, None]:
+    """A part of a stored NAR: by a fetch of the whole for all who want it; past the disk cache where that has no room;
+    and straight from storage for who wants but the end of it.
+    """
+    if part.start and not fetches.under_way(stored.key):
+        chunks = stored.part(part)
+    else:
+        fetch = fetches.start(stored)
+        try:
+            await fetch.begun()
+        except StoreError:
+            chunks = read_alone(stored, part)
+        else:
+            chunks = fetch.read(part)
+    async with aclosing(chunks):
         async for chunk in chunks:
-            hasher.update(chunk)
-        found = Hash("sha256", hasher.digest()).nix32
-        if found != self._record.file_hash:
-            raise Mismatch(f"{self.key} has the hash {found}, not {self._record.file_hash}")
+            yield chunk

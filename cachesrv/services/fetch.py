@@ -2,7 +2,8 @@
 
 What comes is written to the disk cache, and clients follow the file as it grows. The last byte is held back until size
 and contents are found to be what they should be: what was cut or altered on its way never reaches a client as a whole
-answer, and is not kept. A transfer that breaks is resumed where it broke.
+answer, and is not kept. A transfer that breaks is resumed where it broke. A client that is slow, or goes, is of no
+concern to the fetch.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
-from cachesrv.errors import CachesrvError, Mismatch, PeerError, StoreError, StoreUnavailable
+from cachesrv.errors import CachesrvError, Mismatch, PeerUnavailable, StoreUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+    from contextlib import AbstractAsyncContextManager
 
     from cachesrv.storage.base import ByteRange, IncomingObject, ObjectCache
 
@@ -24,46 +26,64 @@ _log = structlog.get_logger()
 
 _READ = 256 * 1024
 _TRIES = 5
+"""Transfers in a row that may bring nothing."""
 _PAUSE = 0.2
 """Seconds before the first resumption; twice as many before each one after it."""
 
 
 class Remote(Protocol):
-    """An object somewhere else. `key` is what it is called in the disk cache, `size` its bytes; `keep` says whether it
-    stays there.
+    """An object somewhere else. `key` is what it is called in the disk cache; `size` its bytes, None when nobody says
+    that before its end; `keep` says whether it stays in the disk cache.
     """
 
     @property
     def key(self) -> str: ...
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int | None: ...
 
     @property
     def keep(self) -> bool: ...
 
     @property
     def read(self) -> Callable[[int], AsyncGenerator[bytes, None]]:
-        """Gives its bytes from a position on. Raises StoreError or PeerError when it breaks."""
+        """Gives its bytes from a position on. Raises PeerUnavailable when it breaks and can be resumed, PeerError and
+        StoreError when it is in vain.
+        """
 
     @property
     def receive(self) -> Callable[[AsyncIterator[bytes]], Awaitable[None]]:
-        """Takes in all of its bytes, as they are written to the disk cache. Returns when they are found right, and
-        kept wherever they are to be kept for good. Raises BadInput when they are not right.
+        """Takes in all of its bytes, as they are written to the disk cache; comes for the first when it has room for
+        all. Returns when they are found right, and kept wherever they are to be kept for good. Raises BadInput when
+        they are not right, StoreError when they cannot be kept.
         """
 
 
 class Fetch:
-    """One object on its way; made by Fetches."""
+    """One object on its way."""
 
     def __init__(self, remote: Remote) -> None:
         self.size = remote.size
         self._remote = remote
         self._incoming: IncomingObject | None = None
+        self._begun = False
         self._verified = False
         self._error: Exception | None = None
         self._followers = 0
         self._moved = asyncio.Event()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is of no use any more to who comes now: found right and kept, or failed."""
+        return self._verified or self._error is not None
+
+    async def begun(self) -> None:
+        """Wait until there is room for it, here and wherever it is to be kept. Raises why there is none."""
+        await self._until(lambda: self._begun)
+
+    async def done(self) -> None:
+        """Wait until it is found right, and kept. Raises what ended it."""
+        await self._until(lambda: self._verified)
 
     async def read(self, part: ByteRange) -> AsyncGenerator[bytes, None]:
         """The part, as it comes. Raises what ended the fetch."""
@@ -71,24 +91,25 @@ class Fetch:
         try:
             position = part.start
             while position < part.end:
-                available = await self._wait_beyond(position)
+                await self._until(lambda: self._available > position)  # noqa: B023  it does not outlive the round
                 assert self._incoming is not None
-                data = await self._incoming.read(position, min(_READ, available - position, part.end - position))
+                data = await self._incoming.read(position, min(_READ, self._available - position, part.end - position))
                 position += len(data)
                 yield data
         finally:
             self._followers -= 1
             self._announce()
 
-    async def _wait_beyond(self, position: int) -> int:
-        """Where the bytes end that may be passed on; beyond `position`."""
-        while True:
+    @property
+    def _available(self) -> int:
+        """Where the bytes end that may be passed on."""
+        written = self._incoming.written if self._incoming else 0
+        return written if self._verified else min(written, (self.size or 1) - 1)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
             if self._error:
                 raise self._error
-            written = self._incoming.written if self._incoming else 0
-            available = written if self._verified else min(written, self.size - 1)
-            if available > position:
-                return available
             await self._moved.wait()
 
     def _announce(self) -> None:
@@ -96,74 +117,86 @@ class Fetch:
         self._moved.set()
         self._moved = asyncio.Event()
 
-    async def run(self, cache: ObjectCache) -> None:
-        """Fetch, verify and keep; then wait until nobody follows any more."""
+    async def run(self, cache: ObjectCache, turn: AbstractAsyncContextManager[object]) -> None:
+        """Fetch, verify and keep, within `turn`; then wait until nobody follows any more."""
         async with AsyncExitStack() as stack:
             try:
-                self._incoming = await stack.enter_async_context(cache.incoming(self._remote.key, self.size))
-                async with aclosing(self._written(self._incoming)) as chunks:
-                    await self._remote.receive(chunks)
-                if self._remote.keep:
-                    await self._incoming.commit()
+                async with turn:
+                    self._incoming = await stack.enter_async_context(cache.incoming(self._remote.key, self.size))
+                    await self._receive(self._incoming)
                 self._verified = True
             except CachesrvError as error:
                 _log.warning("a fetch failed", key=self._remote.key, error=str(error))
                 self._error = error
             except BaseException:
                 self._error = StoreUnavailable("the fetch was ended")
-                self._announce()
                 raise
-            self._announce()
+            finally:
+                self._announce()
             while self._followers:
                 await self._moved.wait()
 
+    async def _receive(self, incoming: IncomingObject) -> None:
+        async with aclosing(self._written(incoming)) as chunks:
+            await self._remote.receive(chunks)
+        if self._remote.keep:
+            await incoming.commit()
+
     async def _written(self, incoming: IncomingObject) -> AsyncGenerator[bytes, None]:
         """The bytes as they come, each chunk in the file before it is handed on."""
-        async with aclosing(self._resumed(incoming)) as chunks:
+        self._begun = True
+        self._announce()
+        async with aclosing(_arriving(self._remote)) as chunks:
             async for chunk in chunks:
-                if incoming.written + len(chunk) > self.size:
-                    raise Mismatch(f"more than the {self.size} bytes came that were announced")
                 await incoming.write(chunk)
                 self._announce()
                 yield chunk
 
-    async def _resumed(self, incoming: IncomingObject) -> AsyncGenerator[bytes, None]:
-        """The bytes from where they broke off, until all have come or no more do. Raises PeerError, StoreError."""
-        in_vain = 0
-        while incoming.written < self.size:
-            before = incoming.written
-            failure: PeerError | StoreError = PeerError(f"the transfer ended after {before} of {self.size} bytes")
-            chunks = self._remote.read(before)
-            try:
-                while chunk := await anext(chunks, b""):
+
+async def _arriving(remote: Remote) -> AsyncGenerator[bytes, None]:
+    """All bytes of an object, asked for again from where they broke off. Raises Mismatch when more come than should,
+    and what `Remote.read` raises when no more do.
+    """
+    position = in_vain = 0
+    while remote.size is None or position < remote.size:
+        before = position
+        failure = PeerUnavailable(f"the transfer ended after {position} of {remote.size} bytes")
+        try:
+            async with aclosing(remote.read(position)) as chunks:
+                async for chunk in chunks:
+                    position += len(chunk)
+                    if remote.size is not None and position > remote.size:
+                        raise Mismatch(f"more than the {remote.size} bytes came that were announced")
                     yield chunk
-            except (PeerError, StoreError) as error:
-                failure = error
-            finally:
-                await chunks.aclose()
-            if incoming.written < self.size:
-                in_vain = 0 if incoming.written > before else in_vain + 1
-                if in_vain == _TRIES:
-                    raise failure
-                _log.info("a transfer is resumed", key=self._remote.key, at=incoming.written, error=str(failure))
-                await asyncio.sleep(_PAUSE * 2**in_vain)
+            if remote.size is None:
+                return
+        except PeerUnavailable as error:
+            failure = error
+        if position != remote.size:
+            in_vain = 0 if position > before else in_vain + 1
+            if in_vain == _TRIES:
+                raise failure
+            _log.info("a transfer is resumed", key=remote.key, at=position, error=str(failure))
+            await asyncio.sleep(_PAUSE * 2**in_vain)
 
 
 class Fetches:
-    """All that are under way in this process."""
+    """All that are under way in this process, at most `parallel` at a time; others wait for their turn."""
 
-    def __init__(self, cache: ObjectCache) -> None:
+    def __init__(self, cache: ObjectCache, *, parallel: int = 128) -> None:
         self._cache = cache
+        self._turns = asyncio.Semaphore(parallel)
         self._under_way: dict[str, Fetch] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def under_way(self, key: str) -> Fetch | None:
         """The one of this object, to be followed."""
-        return self._under_way.get(key)
+        fetch = self._under_way.get(key)
+        return fetch if fetch and not fetch.ended else None
 
     def start(self, remote: Remote) -> Fetch:
         """Begin one, or join the one that is under way."""
-        if fetch := self._under_way.get(remote.key):
+        if fetch := self.under_way(remote.key):
             return fetch
         fetch = self._under_way[remote.key] = Fetch(remote)
         task = asyncio.create_task(self._run(remote.key, fetch))
@@ -179,6 +212,7 @@ class Fetches:
 
     async def _run(self, key: str, fetch: Fetch) -> None:
         try:
-            await fetch.run(self._cache)
+            await fetch.run(self._cache, self._turns)
         finally:
-            del self._under_way[key]
+            if self._under_way.get(key) is fetch:
+                del self._under_way[key]

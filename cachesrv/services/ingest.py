@@ -174,10 +174,11 @@ class Ingest:
     async def _receive_streaming(
         self, cache: ServedCache, name: NarName, key: str, chunks: AsyncIterable[bytes], size: int | None
     ) -> NarRecord:
-        pieces = _coalesced(chunks)
-        first = await anext(pieces, b"")
-        compression = name.compression or _guess(first)
+        # Where there is no room, no body is asked for.
         async with self._storage.writer(key, size=size) as writer:
+            pieces = _coalesced(chunks)
+            first = await anext(pieces, b"")
+            compression = name.compression or _guess(first)
 
             async def written() -> AsyncIterator[bytes]:
                 received = 0

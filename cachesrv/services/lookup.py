@@ -1,18 +1,21 @@
 """Which narinfo a cache has for a hash part: the index, and behind it a chain of sources.
 
 What the sources say is written to the index: a path when one of them has it, an absence when all of them say that they
-have not. An error is neither, and is never written. Equal questions in flight are asked once.
+have not. An error is neither, and is never written; nor is it told to clients as an absence, which they remember too,
+unless it is one that will not pass. Equal questions in flight are asked once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
-from cachesrv.errors import PeerError, StoreError, StoreUnavailable
+from cachesrv.errors import PeerError, PeerUnavailable, StoreError, StoreUnavailable
 from cachesrv.index.base import IndexEntry, Present
 from cachesrv.services.answer import present
 from cachesrv.services.batch import Batcher
@@ -32,7 +35,8 @@ class Source(Protocol):
 
     async def narinfo(self, cache: ServedCache, hash_part: str) -> bytes | None:
         """Its narinfo as it is to be served; None when the source is sure not to have it. Raises StoreError when it
-        cannot tell and has to be asked again, PeerError when it cannot tell and others may do instead.
+        cannot tell; PeerUnavailable when it cannot tell now, and others may do instead; PeerError when what it has
+        cannot be served, now and later.
         """
 
 
@@ -48,6 +52,16 @@ class CatalogSource:
         return record.narinfo if record else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Learnt:
+    """What the sources said; `epoch` is that of the index from before they were asked."""
+
+    cache: str
+    hash_part: str
+    text: bytes | None
+    epoch: int
+
+
 class Lookup:
     """Answers questions that the index alone cannot, and teaches it."""
 
@@ -58,16 +72,22 @@ class Lookup:
         self._negative_ttl = negative_ttl
         self._timeout = timeout
         self._asked: dict[tuple[str, str], asyncio.Task[bytes | None]] = {}
-        self._learnt: Batcher[tuple[str, str, bytes | None]] = Batcher(self._learn)
+        self._learnt: Batcher[_Learnt] = Batcher(self._learn)
         self._learning: set[asyncio.Task[None]] = set()
 
     async def find(self, cache: ServedCache, hash_part: str) -> Present | None:
-        """The answer for a path, or None when it is not there. Raises StoreError when that cannot be told now."""
+        """The answer for a path, or None when it is not there. Raises StoreError or PeerUnavailable when that cannot be
+        told now.
+        """
         known = self._index.get(cache.name, hash_part)
         if known is not None:
             return known if isinstance(known, Present) else None
         text = await self._ask_once(cache, hash_part)
         return present(text) if text is not None else None
+
+    async def forget(self, cache: ServedCache, hash_part: str) -> None:
+        """Take what the index says of a path for nothing, and look it up anew next time. Raises StoreError."""
+        await asyncio.to_thread(self._index.delete, [(cache.name, hash_part)])
 
     async def close(self) -> None:
         """Finish what is being asked and learnt."""
@@ -81,11 +101,18 @@ class Lookup:
         if task is None:
             task = asyncio.create_task(self._ask(cache, hash_part))
             self._asked[key] = task
-            task.add_done_callback(lambda _: self._asked.pop(key))
+            task.add_done_callback(partial(self._answered, key))
+        # The others wait for it too, if this one goes.
         return await asyncio.shield(task)
+
+    def _answered(self, key: tuple[str, str], task: asyncio.Task[bytes | None]) -> None:
+        del self._asked[key]
+        if not task.cancelled():
+            task.exception()  # all who waited may have gone; then nobody else would look
 
     async def _ask(self, cache: ServedCache, hash_part: str) -> bytes | None:
         doubts: list[PeerError] = []
+        epoch = self._index.epoch()
         try:
             async with asyncio.timeout(self._timeout):
                 text = await self._ask_sources(cache, hash_part, doubts)
@@ -96,7 +123,9 @@ class Lookup:
         for doubt in doubts:
             _log.warning("a source could not answer", cache=cache.name, hash_part=hash_part, error=str(doubt))
         if text is not None or not doubts:
-            self._teach(cache.name, hash_part, text)
+            self._teach(_Learnt(cache.name, hash_part, text, epoch))
+        elif unavailable := next((doubt for doubt in doubts if isinstance(doubt, PeerUnavailable)), None):
+            raise unavailable
         return text
 
     async def _ask_sources(self, cache: ServedCache, hash_part: str, doubts: list[PeerError]) -> bytes | None:
@@ -111,23 +140,26 @@ class Lookup:
                     return text
         return None
 
-    def _teach(self, cache: str, hash_part: str, text: bytes | None) -> None:
+    def _teach(self, learnt: _Learnt) -> None:
         """Write to the index, without making the one who asked wait for it."""
-        task = asyncio.create_task(self._submit(cache, hash_part, text))
+        task = asyncio.create_task(self._submit(learnt))
         self._learning.add(task)
         task.add_done_callback(self._learning.discard)
 
-    async def _submit(self, cache: str, hash_part: str, text: bytes | None) -> None:
+    async def _submit(self, learnt: _Learnt) -> None:
         try:
-            await self._learnt.submit((cache, hash_part, text))
+            await self._learnt.submit(learnt)
         except StoreError as error:
             _log.warning("the index does not take what was looked up", error=str(error))
 
-    async def _learn(self, batch: list[tuple[str, str, bytes | None]]) -> None:
-        """A path that was published meanwhile stays as it was published."""
-        absent = [(cache, hash_part) for cache, hash_part, text in batch if text is None]
-        entries = [IndexEntry(cache, hash_part, present(text)) for cache, hash_part, text in batch if text is not None]
+    async def _learn(self, batch: list[_Learnt]) -> None:
+        """A path that was published meanwhile stays as it was published; what was removed meanwhile is not stored."""
+        epoch = self._index.epoch()
+        answers = [learnt for learnt in batch if learnt.epoch == epoch]
+        absent = [(learnt.cache, learnt.hash_part) for learnt in answers if learnt.text is None]
+        entries = [IndexEntry(one.cache, one.hash_part, present(one.text)) for one in answers if one.text is not None]
         if entries:
-            await asyncio.to_thread(self._index.put, entries, replace=False)
+            await asyncio.to_thread(self._index.put, entries, replace=False, epoch=epoch)
         if absent:
-            await asyncio.to_thread(self._index.put_absent, absent, int(time.time()) + self._negative_ttl)
+            until = int(time.time()) + self._negative_ttl
+            await asyncio.to_thread(self._index.put_absent, absent, until, epoch=epoch)

@@ -1,50 +1,54 @@
-"""Caches of others: what they have, verified by their keys, offered as ours, and fetched on the first demand.
+"""Caches of others: what they have, verified by their keys and offered as ours.
 
 A narinfo from upstream is served with a URL of ours, `nar/<name>?path=<hash part>`: whoever comes for the NAR says with
-it whose NAR that is, so nothing has to be remembered between the two requests.
+it whose NAR that is, so nothing has to be remembered between the two requests (`cachesrv.services.pull_through`).
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
-from dataclasses import dataclass, replace
-from functools import partial
+from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-import structlog
+from cachetools import TTLCache
 
-from cachesrv.errors import BadInput, CachesrvError, Mismatch, PeerError
+from cachesrv.errors import BadInput, PeerError, PeerUnavailable
 from cachesrv.nix import narinfo
 from cachesrv.nix.compression import SUFFIXES
 from cachesrv.nix.signing import verify_any
-from cachesrv.nix.store_path import is_hash_part
-from cachesrv.services.candidate import Candidate
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping
+    from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping
 
     from cachesrv.nix.narinfo import NarInfo
     from cachesrv.nix.signing import PublicKey
     from cachesrv.services.breaker import Breaker
     from cachesrv.services.caches import ServedCache
-    from cachesrv.services.ingest import Ingest
-    from cachesrv.services.publish import Publish
 
-_log = structlog.get_logger()
-_NAR_NAME = re.compile(r"nar/([0-9a-df-np-sv-z]{52}\.nar(?:\.[a-z0-9]+)?)\Z")
+_NAR_NAME = re.compile(r"nar/(([0-9a-df-np-sv-z]{52})(\.nar(?:\.[a-z0-9]+)?))\Z")
+_MAX_RESOLVED = 100_000
+_RESOLVED_SECONDS = 3600
+"""How long a reference that an upstream has is taken to be there."""
+_RESOLVED_TOGETHER = 32
+_ASKED_TOGETHER = 64
+"""Questions to one upstream at the same time: so many connections it may cost."""
 
 
 class Reader(Protocol):
-    """The objects of a binary cache, wherever it is. Names are relative, such as `nar/…`, or absolute URLs."""
+    """The objects of a binary cache, wherever it is. Names are relative, such as `nar/…`, or absolute URLs. Raises
+    PeerUnavailable for what may go well another time, PeerError for what will not.
+    """
 
     async def get(self, name: str, limit: int) -> bytes | None:
-        """A small object; None when it is not there. Raises PeerError."""
+        """A small object; None when it is not there."""
 
     async def size(self, name: str) -> int | None:
-        """Bytes of an object; None when it is not there. Raises PeerError."""
+        """Bytes of an object; None when it is not there, or when that is not said."""
 
     def read(self, name: str, start: int) -> AsyncGenerator[bytes, None]:
-        """An object from `start` on. Raises PeerError, also when it is not there."""
+        """An object from `start` on. Raises PeerError also when it is not there."""
 
 
 class Upstream:
@@ -55,29 +59,53 @@ class Upstream:
         self._reader = reader
         self._trusted_keys = trusted_keys
         self._breaker = breaker
+        self._turns = asyncio.Semaphore(_ASKED_TOGETHER)
 
     async def narinfo(self, hash_part: str, store_dir: str) -> NarInfo | None:
-        """What it says of a path, signed by one of its keys; None when it is sure not to have it. Raises PeerError."""
-        if self._breaker.open:
-            raise PeerError(f"upstream {self.name} did not answer a moment ago")
-        try:
-            text = await self._reader.get(f"{hash_part}.narinfo", narinfo.DEFAULT_LIMIT)
-        except PeerError as error:
-            self._breaker.failed()
-            raise PeerError(f"upstream {self.name}: {error}") from error
-        self._breaker.succeeded()
+        """What it says of a path, signed by one of its keys; None when it is sure not to have it. Raises
+        PeerUnavailable when it did not answer, PeerError when its answer cannot be used.
+        """
+        # Its turn first: who waits for that says nothing about the upstream.
+        async with self._turns:
+            with self._asking():
+                text = await self._reader.get(f"{hash_part}.narinfo", narinfo.DEFAULT_LIMIT)
         return self._verified(hash_part, store_dir, text) if text is not None else None
 
-    async def size(self, info: NarInfo) -> int:
-        """Bytes of the compressed NAR. Raises PeerError when it is not there."""
-        size = info.file_size or await self._reader.size(info.url)
-        if not size:
-            raise PeerError(f"upstream {self.name} lacks {info.url}, the NAR of {info.store_path}")
-        return size
+    async def size(self, info: NarInfo) -> int | None:
+        """Bytes of the compressed NAR; None when nobody says it before its end. Raises PeerError."""
+        if info.file_size:
+            return info.file_size
+        if info.compression == "none":
+            return info.nar_size
+        with self._asking():
+            return await self._reader.size(info.url)
 
-    def read(self, info: NarInfo, start: int) -> AsyncGenerator[bytes, None]:
-        """The compressed NAR from `start` on. Raises PeerError."""
-        return self._reader.read(info.url, start)
+    async def read(self, info: NarInfo, start: int) -> AsyncGenerator[bytes, None]:
+        """The compressed NAR from `start` on. Raises PeerError, also when it is not there."""
+        async with aclosing(self._reader.read(info.url, start)) as chunks:
+            with self._asking():
+                chunk = await anext(chunks, b"")
+            # A transfer that breaks later says little about who sends it.
+            while chunk:
+                yield chunk
+                with self._named():
+                    chunk = await anext(chunks, b"")
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        if not self._breaker.allows():
+            raise PeerUnavailable(f"upstream {self.name} did not answer a moment ago, and is left alone for a while")
+        with self._named(), self._breaker.watching(PeerUnavailable):
+            yield
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except PeerUnavailable as error:
+            raise PeerUnavailable(f"upstream {self.name}: {error}", after=error.after) from error
+        except PeerError as error:
+            raise PeerError(f"upstream {self.name}: {error}") from error
 
     def _verified(self, hash_part: str, store_dir: str, text: bytes) -> NarInfo:
         try:
@@ -94,96 +122,75 @@ class Upstream:
 
 
 class Upstreams:
-    """The upstreams of all caches: a source of narinfos, and a place where references resolve."""
+    """The upstreams of all caches: a source of narinfos, and a place where references resolve. A question to all of a
+    cache's upstreams takes at most `patience` seconds, of which each has its share.
+    """
 
-    def __init__(self, by_cache: Mapping[str, tuple[Upstream, ...]]) -> None:
+    def __init__(self, by_cache: Mapping[str, tuple[Upstream, ...]], *, patience: float) -> None:
         self._by_cache = by_cache
+        self._patience = patience
+        self._resolved: TTLCache[tuple[str, str], bool] = TTLCache(_MAX_RESOLVED, _RESOLVED_SECONDS)
+        self._resolving = asyncio.Semaphore(_RESOLVED_TOGETHER)
 
     async def narinfo(self, cache: ServedCache, hash_part: str) -> bytes | None:
         """See `cachesrv.services.lookup.Source`; for caches that pull through."""
         if not cache.pull_through:
             return None
         found = await self.find(cache, hash_part)
-        return narinfo.render(_as_ours(cache, found[1])) if found else None
+        return narinfo.render(as_ours(cache, found[1])) if found else None
 
     async def resolve(self, cache: ServedCache, hash_parts: Collection[str]) -> set[str]:
         """Those of them that an upstream of the cache has. Raises PeerError when that cannot be told."""
-        return {hash_part for hash_part in hash_parts if await self.find(cache, hash_part)}
+        answers = await asyncio.gather(*(self._resolves(cache, hash_part) for hash_part in hash_parts))
+        return {hash_part for hash_part, there in zip(hash_parts, answers, strict=True) if there}
 
-    async def find(self, cache: ServedCache, hash_part: str) -> tuple[Upstream, NarInfo] | None:
-        """The first upstream that has the path, and what it says of it; None when all are sure not to have it. Raises
-        PeerError when none has it and one could not tell.
+    async def _resolves(self, cache: ServedCache, hash_part: str) -> bool:
+        key = cache.name, hash_part
+        if key in self._resolved:
+            return True
+        async with self._resolving:
+            there = await self.find(cache, hash_part) is not None
+        if there:
+            self._resolved[key] = True
+        return there
+
+    async def find(
+        self, cache: ServedCache, hash_part: str, fits: Callable[[NarInfo], bool] = lambda _: True
+    ) -> tuple[Upstream, NarInfo] | None:
+        """The first upstream that has the path, and what it says of it, if that `fits`; None when all are sure not to
+        have it. Raises PeerError when none has it and one could not tell, PeerUnavailable if that one may later.
         """
-        doubt: PeerError | None = None
-        for upstream in self._by_cache.get(cache.name, ()):
+        upstreams = self._by_cache.get(cache.name, ())
+        doubts: list[PeerError] = []
+        for upstream in upstreams:
             try:
-                info = await upstream.narinfo(hash_part, cache.store_dir)
+                info = await self._ask(upstream, hash_part, cache.store_dir, self._patience / len(upstreams))
             except PeerError as error:
-                doubt = error
+                doubts.append(error)
             else:
-                if info is not None:
+                if info is not None and fits(info):
                     return upstream, info
-        if doubt:
-            raise doubt
+        if doubts:
+            raise next((doubt for doubt in doubts if isinstance(doubt, PeerUnavailable)), doubts[0])
         return None
 
-
-class PullThrough:
-    """Fetches NARs from upstream, stores them and publishes their paths; see `cachesrv.services.delivery.Origin`."""
-
-    def __init__(self, upstreams: Upstreams, ingest: Ingest, publish: Publish) -> None:
-        self._upstreams = upstreams
-        self._ingest = ingest
-        self._publish = publish
-
-    async def remote(self, cache: ServedCache, name: str, hash_part: str | None) -> UpstreamNar | None:
-        """See Origin."""
-        if not cache.pull_through or hash_part is None or not is_hash_part(hash_part):
-            return None
-        found = await self._upstreams.find(cache, hash_part)
-        if not found or _our_name(found[1]) != name:
-            return None
-        upstream, info = found
-        size = await upstream.size(info)
-        return UpstreamNar(
-            key=cache.key(f"nar/{name}"),
-            size=size,
-            read=partial(upstream.read, info),
-            receive=partial(self._take_in, cache, info, name, size),
-        )
-
-    async def _take_in(
-        self, cache: ServedCache, info: NarInfo, name: str, size: int, chunks: AsyncIterator[bytes]
-    ) -> None:
-        """Store a NAR as it comes, and publish its path. Raises BadInput for a NAR that is not what was promised."""
-        record = await self._ingest.receive(cache, name, chunks, size)
-        if record.nar_hash != info.nar_hash.nix32:
-            raise Mismatch(f"{name} came with the NAR hash {record.nar_hash}, not {info.nar_hash.nix32}")
-        ours = replace(info, url=f"nar/{name}", file_hash=None, file_size=None)
+    async def _ask(self, upstream: Upstream, hash_part: str, store_dir: str, seconds: float) -> NarInfo | None:
         try:
-            await self._publish.one(cache, Candidate.from_narinfo(ours), "upstream")
-        except CachesrvError as error:
-            _log.warning("a path from upstream was not published", path=str(info.store_path), error=str(error))
+            async with asyncio.timeout(seconds):
+                return await upstream.narinfo(hash_part, store_dir)
+        except TimeoutError:
+            raise PeerUnavailable(f"upstream {upstream.name} did not answer within {seconds:g} s") from None
 
 
-@dataclass(frozen=True, slots=True)
-class UpstreamNar:
-    """A NAR of an upstream on its way here; a `cachesrv.services.fetch.Remote`. It is kept by storing it."""
-
-    key: str
-    size: int
-    read: Callable[[int], AsyncGenerator[bytes, None]]
-    receive: Callable[[AsyncIterator[bytes]], Awaitable[None]]
-    keep: bool = False
-
-
-def _our_name(info: NarInfo) -> str:
-    """The name that the NAR gets here: the one it has, where that names its contents; else one by its NAR hash."""
+def our_name(info: NarInfo) -> str:
+    """The name that the NAR gets here: the one it has, where that says what it is; else one by its NAR hash."""
+    suffix = f".nar{SUFFIXES[info.compression]}"
+    hashes = {known.bare_nix32 for known in (info.file_hash, info.nar_hash) if known}
     match = _NAR_NAME.match(info.url)
-    return match[1] if match else f"{info.nar_hash.bare_nix32}.nar{SUFFIXES[info.compression]}"
+    return match[1] if match and match[2] in hashes and match[3] == suffix else f"{info.nar_hash.bare_nix32}{suffix}"
 
 
-def _as_ours(cache: ServedCache, info: NarInfo) -> NarInfo:
+def as_ours(cache: ServedCache, info: NarInfo) -> NarInfo:
     """As it is offered: at a URL of ours, and signed by us too."""
     signed = info.replace_signatures(key.sign(info.fingerprint) for key in cache.signing_keys)
-    return replace(signed, url=f"nar/{_our_name(info)}?path={info.store_path.hash_part}", system=None)
+    return replace(signed, url=f"nar/{our_name(info)}?path={info.store_path.hash_part}", system=None)

@@ -15,7 +15,8 @@ from cachesrv.nix import narinfo
 from cachesrv.nix.store_path import is_hash_part
 from cachesrv.services import metadata
 from cachesrv.services.candidate import Candidate
-from cachesrv.storage.base import LocalFile, PresignedUrl, Stream, validate_key
+from cachesrv.services.delivery import Coming
+from cachesrv.storage.base import PresignedUrl, validate_key
 from cachesrv.web import bodies, objects, ranges
 from cachesrv.web.auth import token_of
 from cachesrv.web.errors import MethodNotAllowed, UnknownCoding
@@ -32,6 +33,8 @@ _ENCODED_LOG_LIMIT = 32 * 1024 * 1024
 MISS_HEADERS = {"Cache-Control": "no-store"}
 MISS_TEXT = "no such path\n"
 _NO_NAR = "there is no such NAR in this cache"
+_EVICTED = 3
+"""Times that a file is looked for which goes before it is opened: from the disk cache it may, and is elsewhere then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +91,19 @@ async def get_nar(ask: Ask) -> web.StreamResponse:
         if size is None:
             raise NotFound(_NO_NAR)
         return await _send_nar(ask, objects.SizeOnly(size))
-    delivery = await ask.services.delivery.open(ask.cache, name, hash_part)
-    if delivery is None:
-        raise NotFound(_NO_NAR)
-    if isinstance(delivery, PresignedUrl):
-        return web.Response(status=307, headers={"Location": delivery.url, "Cache-Control": "no-store"})
-    if isinstance(delivery, LocalFile):
-        with objects.opened(delivery) as body:
-            return await _send_nar(ask, body)
-    if isinstance(delivery, Stream):
-        key = ask.cache.key(ask.name)
-        return await _send_nar(
-            ask, objects.ChunksBody(delivery.size, lambda part: ask.services.storage.read(key, part))
-        )
-    return await _send_nar(ask, objects.ChunksBody(delivery.fetch.size, delivery.fetch.read))
+    for _ in range(_EVICTED):
+        delivery = await ask.services.delivery.open(ask.cache, name, hash_part)
+        if delivery is None:
+            break
+        if isinstance(delivery, PresignedUrl):
+            return web.Response(status=307, headers={"Location": delivery.url, "Cache-Control": "no-store"})
+        if isinstance(delivery, Coming):
+            async with objects.ChunksBody(delivery.size, delivery.read) as chunks:
+                return await _send_nar(ask, chunks)
+        if file := objects.opened(delivery):
+            with file:
+                return await _send_nar(ask, file)
+    raise NotFound(_NO_NAR)
 
 
 async def _send_nar(ask: Ask, body: objects.Body) -> web.StreamResponse:
@@ -134,8 +136,8 @@ async def get_metadata(ask: Ask) -> web.StreamResponse:
     info = await ask.services.storage.head(key)
     if info is None:
         raise NotFound("there is no such object in this cache")
-    body = objects.ChunksBody(info.size, partial(ask.services.storage.read, key))
-    return await objects.send(ask.request, body, content_type=kind.content_type, cache_control=objects.REVALIDATE)
+    async with objects.ChunksBody(info.size, partial(ask.services.storage.read, key)) as body:
+        return await objects.send(ask.request, body, content_type=kind.content_type, cache_control=objects.REVALIDATE)
 
 
 async def put_metadata(ask: Ask) -> web.StreamResponse:

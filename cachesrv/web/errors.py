@@ -62,6 +62,7 @@ STATUSES: dict[type[errors.CachesrvError], int] = {
     errors.StoreFull: 507,
     errors.StoreUnavailable: 503,
     errors.StoreError: 500,
+    errors.PeerUnavailable: 503,
     errors.PeerError: 502,
     errors.ConfigError: 500,
 }

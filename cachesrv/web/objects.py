@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from aiohttp import web
 
-from cachesrv.errors import NotFound, StoreError
+from cachesrv.errors import StoreError
 from cachesrv.storage.base import ByteRange
 from cachesrv.web import ranges
 from cachesrv.web.errors import BEGUN
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable
     from typing import BinaryIO
 
     from cachesrv.storage.base import LocalFile
@@ -41,8 +41,8 @@ class Body(Protocol):
 
     size: int
 
-    async def small(self, part: ByteRange) -> bytes | None:
-        """The part, when it is small."""
+    async def begin(self, part: ByteRange, small: int) -> bytes | None:
+        """The part, when it has at most `small` bytes; else None, and it can be sent. What fails here can be told."""
 
     async def send(self, request: web.Request, response: web.StreamResponse, part: ByteRange) -> None:
         """Write the part. Raises when it breaks off."""
@@ -56,11 +56,14 @@ async def send(
     return await _send_part(request, headers, body, etag)
 
 
-@contextmanager
-def opened(file: LocalFile) -> Iterator[FileBody]:
-    """A file to be sent. Raises NotFound when it has gone meanwhile."""
-    with _open(file) as stream:
-        yield FileBody(stream, file.size)
+def opened(file: LocalFile) -> FileBody | None:
+    """A file to be sent, and closed; None when it has gone meanwhile. Raises StoreError."""
+    try:
+        return FileBody(Path(file.path).open("rb"), file.size)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StoreError(f"{file.path} cannot be read: {error.strerror}") from error
 
 
 class SizeOnly:
@@ -69,7 +72,7 @@ class SizeOnly:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    async def small(self, _part: ByteRange) -> bytes | None:
+    async def begin(self, _part: ByteRange, _small: int) -> bytes | None:
         """There is nothing to send."""
         return None
 
@@ -77,23 +80,22 @@ class SizeOnly:
         """There is nothing to send."""
 
 
-def _open(delivery: LocalFile) -> BinaryIO:
-    try:
-        return Path(delivery.path).open("rb")
-    except FileNotFoundError:
-        raise NotFound("there is no such object in this cache") from None
-    except OSError as error:
-        raise StoreError(f"{delivery.path} cannot be read: {error.strerror}") from error
-
-
 class FileBody:
+    """A context manager, that closes the file."""
+
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file = file
         self.size = size
 
-    async def small(self, part: ByteRange) -> bytes | None:
-        """The part, when it is small."""
-        if part.length > _SMALL:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    async def begin(self, part: ByteRange, small: int) -> bytes | None:
+        """See Body."""
+        if part.length > small:
             return None
         return await asyncio.to_thread(self._read, part)
 
@@ -121,21 +123,35 @@ class FileBody:
 
 
 class ChunksBody:
-    """What comes bit by bit: `read` gives the chunks of a part."""
+    """What comes bit by bit: `read` gives the chunks of a part. An asynchronous context manager, to be sent once."""
 
     def __init__(self, size: int, read: Callable[[ByteRange], AsyncIterator[bytes]]) -> None:
         self.size = size
         self._read = read
+        self._first = b""
+        self._chunks: AsyncIterator[bytes] | None = None
 
-    async def small(self, part: ByteRange) -> bytes | None:
-        """The part, when it is small; what breaks off can then still be told."""
-        if part.length > _SMALL:
-            return None
-        return b"".join([chunk async for chunk in self._read(part)])
+    async def __aenter__(self) -> Self:
+        return self
 
-    async def send(self, _request: web.Request, response: web.StreamResponse, part: ByteRange) -> None:
+    async def __aexit__(self, *_: object) -> None:
+        """Let go of what is read at once, however it ended."""
+        if isinstance(self._chunks, AsyncGenerator):
+            await self._chunks.aclose()
+
+    async def begin(self, part: ByteRange, small: int) -> bytes | None:
+        """See Body. Of a large part the first chunk is waited for."""
+        self._chunks = self._read(part)
+        if part.length <= small:
+            return b"".join([chunk async for chunk in self._chunks])
+        self._first = await anext(self._chunks, b"")
+        return None
+
+    async def send(self, _request: web.Request, response: web.StreamResponse, _part: ByteRange) -> None:
         """Pass it on as it comes."""
-        async for chunk in self._read(part):
+        assert self._chunks is not None
+        await response.write(self._first)
+        async for chunk in self._chunks:
             await response.write(chunk)
 
 
@@ -157,7 +173,7 @@ async def _send_bytes(
 ) -> web.StreamResponse:
     if request.method == "HEAD":
         return web.Response(status=status, headers={**headers, "Content-Length": str(part.length)})
-    data = None if request.get(FRUGAL) and part.length > _VERY_SMALL else await body.small(part)
+    data = await body.begin(part, _VERY_SMALL if request.get(FRUGAL) else _SMALL)
     if data is not None:
         return web.Response(status=status, headers=headers, body=data)
     response = web.StreamResponse(status=status, headers=headers)
