@@ -27,7 +27,7 @@ def token_in(header: str | None) -> str | None:
         return None
     scheme, _, value = header.strip().partition(" ")
     value = value.strip()
-    if value and len(value) <= _LONGEST:
+    if value and len(value) <= _LONGEST and value.isascii():
         if scheme.lower() == "bearer":
             return value
         if scheme.lower() == "basic":

@@ -60,11 +60,17 @@ def open_sockets(addresses: Sequence[str], workers: int = 1) -> list[list[socket
         address = parse_address(text)
         try:
             opened += _unix(address, workers) if isinstance(address, UnixAddress) else _tcp(address, workers)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             for sock in (sock for shares in opened for sock in shares):
                 sock.close()
-            raise ConfigError(f"cannot listen on {text}: {error.strerror or error}") from error
+            raise ConfigError(f"cannot listen on {text}: {_reason(error)}") from error
     return [list(share) for share in zip(*opened, strict=True)]
+
+
+def _reason(error: OSError | UnicodeError) -> str:
+    if isinstance(error, UnicodeError):
+        return "no host can have this name"
+    return error.strerror or str(error)
 
 
 def _tcp(address: TcpAddress, workers: int) -> list[list[socket.socket]]:
