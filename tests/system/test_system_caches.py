@@ -139,6 +139,8 @@ def test_tokens_come_as_bearer_and_as_password(server: Server) -> None:
         ("Bearer  ", 401),
         (f"Bearer {READER}x", 401),
         (f"Bearer {READER} {READER}", 401),
+        ("Bearer \xff", 401),
+        ("Basic \xff", 401),
         (f"Bearer {'x' * 5000}", 401),
     ):
         answer = server.client().ask("GET", "/team/nix-cache-info", headers={"Authorization": header})
