@@ -16,7 +16,7 @@ from cachetools import TTLCache
 
 from cachesrv.errors import BadInput, PeerError, PeerUnavailable
 from cachesrv.nix import narinfo
-from cachesrv.nix.compression import SUFFIXES
+from cachesrv.nix.compression import SUFFIXES, decompressed
 from cachesrv.nix.signing import verify_any
 
 if TYPE_CHECKING:
@@ -110,14 +110,13 @@ class Upstream:
     def _verified(self, hash_part: str, store_dir: str, text: bytes) -> NarInfo:
         try:
             info = narinfo.parse(text)
+            decompressed(info.compression, ())
         except BadInput as error:
-            raise PeerError(f"upstream {self.name} sent a broken narinfo of {hash_part}: {error}") from error
+            raise PeerError(f"upstream {self.name}: the narinfo of {hash_part} cannot be used: {error}") from error
         if info.store_path.hash_part != hash_part or info.store_dir != store_dir:
             raise PeerError(f"upstream {self.name} sent the narinfo of {info.full_path} for {hash_part}")
         if not verify_any(info.fingerprint, info.signatures, self._trusted_keys):
             raise PeerError(f"upstream {self.name}: no valid signature by its public_keys on {info.store_path}")
-        if info.compression not in SUFFIXES:
-            raise PeerError(f"upstream {self.name}: {info.store_path} is compressed by {info.compression}")
         return info
 
 

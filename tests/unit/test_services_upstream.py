@@ -86,7 +86,7 @@ async def test_what_is_signed_is_believed(upstream: Upstream, server: FakeUpstre
         ({"references": (Sample("other").path,)}, "no valid signature"),
         ({"store_path": Sample("other").path}, "sent the narinfo of .*-other for"),
         ({"store_dir": "/gnu/store"}, "sent the narinfo of /gnu/store"),
-        ({"compression": "lrzip"}, "compressed by lrzip"),
+        ({"compression": "lrzip"}, "compression 'lrzip' cannot be read"),
     ],
 )
 async def test_what_cannot_be_believed_is_neither_there_nor_absent(
@@ -102,11 +102,11 @@ async def test_what_cannot_be_believed_is_neither_there_nor_absent(
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"", "broken narinfo"),
-        (b"<html>blocked by policy</html>", "broken narinfo"),
-        (b"\xff" * 100, "broken narinfo"),
+        (b"", "cannot be used"),
+        (b"<html>blocked by policy</html>", "cannot be used"),
+        (b"\xff" * 100, "cannot be used"),
         (bytes(2**20 + 1), "more than 1048576 bytes"),
-        (b"StorePath: /nix/store/x\n", "broken narinfo"),
+        (b"StorePath: /nix/store/x\n", "cannot be used"),
     ],
 )
 async def test_what_is_no_narinfo_is_no_absence(
