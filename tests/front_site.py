@@ -153,11 +153,13 @@ async def front_server(
     shutdown_timeout: float = 1,
     tls: ssl.SSLContext | None = None,
     send_buffer: int | None = None,
+    by_reactor: bool = False,
 ) -> AsyncIterator[Served]:
-    """The server as `cachesrv serve` runs it."""
+    """The server as `cachesrv serve` runs it; plain TCP goes straight to the front unless it is `by_reactor`."""
     sock = listening(send_buffer)
     port: int = sock.getsockname()[1]
     options: dict[str, Any] = {"shutdown_timeout": shutdown_timeout, "idle_timeout": idle_timeout}
+    options["by_reactor"] = by_reactor
     async with server.listening(site, [sock], tls=tls, **options) as fronts:
         yield Served(port, fronts)
 

@@ -154,6 +154,11 @@ class ObjectStore(Protocol):
         None in all other cases. Never blocks; a view is valid until the next call.
         """
 
+    def warm_file(self, key: str, *, limit: int) -> tuple[int, int] | None:
+        """A descriptor of the object's file, for the caller to close, and its size, when it has at most `limit` bytes
+        and all of them can be had without waiting for a disk; None in all other cases. Never blocks.
+        """
+
     def read(self, key: str, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
         """The object, or a part of it, in chunks. Raises NotFound before the first chunk; BadInput for a range
         beyond the end; a transfer that breaks raises StoreError, it never just ends.
@@ -201,6 +206,9 @@ class ObjectCache(Protocol):
 
     def at_once(self, key: str, *, limit: int) -> bytes | memoryview | None:
         """As `ObjectStore.at_once`."""
+
+    def warm_file(self, key: str, *, limit: int) -> tuple[int, int] | None:
+        """As `ObjectStore.warm_file`."""
 
     def incoming(self, key: str, size: int | None = None) -> AbstractAsyncContextManager[IncomingObject]:
         """Begin an object, with room made for its `size` bytes if that is known; leaving without `commit` leaves

@@ -104,6 +104,9 @@ class FilesystemStore:
     def at_once(self, key: str, *, limit: int) -> memoryview | None:
         return self._warm.read(validate_key(key), limit)
 
+    def warm_file(self, key: str, *, limit: int) -> tuple[int, int] | None:
+        return self._warm.open(validate_key(key), limit)
+
     def read(self, key: str, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
         return self._read(validate_key(key), byte_range)
 

@@ -128,6 +128,9 @@ class S3Store:
     def at_once(self, key: str, *, limit: int) -> None:  # noqa: ARG002  nothing can be had without a request
         validate_key(key)
 
+    def warm_file(self, key: str, *, limit: int) -> None:  # noqa: ARG002  see at_once
+        validate_key(key)
+
     def read(self, key: str, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
         return self._read(self._name(key), byte_range)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import dataclass
 from email.utils import formatdate
 from typing import TYPE_CHECKING
 
@@ -15,23 +16,56 @@ from cachesrv.index.base import PRESENT
 from cachesrv.web.app import SERVER
 from cachesrv.web.cache import MISS_HEADERS, MISS_TEXT, NAR_TYPE
 from cachesrv.web.objects import IMMUTABLE
+from cachesrv.web.open_files import OpenFiles
 from cachesrv.web.plain import Blocks
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cachesrv.services.caches import ServedCache
+    from cachesrv.web.open_files import OpenFile
     from cachesrv.web.plain import Block
     from cachesrv.web.site import Rules, Site
 
 SMALL_NAR = 512 * 1024
 """Bytes up to which a NAR leaves in one write."""
+WARM_NAR = 4 * 1024 * 1024
+"""Bytes up to which a NAR is sent from its file in the loop, once all of it is in memory."""
 MANY_SLOW = 64
 """Clients that do not take their answers, over which no further NARs are read into memory."""
 
 _NAR_NAME = re.compile(rb"[0-9A-Za-z][0-9A-Za-z_.-]{0,199}\Z")
+_NARINFO_LINE = re.compile(rb"GET /(?:([0-9A-Za-z_-]+)/)?([0-9a-df-np-sv-z]{32})\.narinfo HTTP/1\.1")
+_NAR_LINE = re.compile(rb"GET /(?:([0-9A-Za-z_-]+)/)?nar/([0-9A-Za-z][0-9A-Za-z_.-]{0,199}) HTTP/1\.1")
 _LINE = re.compile(rb"(?:GET|HEAD) /[!-~]* HTTP/1\.1")
 _GET, _HEAD = b"GET /", b"HEAD /"
 _VERSION = b" HTTP/1.1"
 _NARINFO = b".narinfo"
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """GET requests for narinfos of one public cache, that are the same but for the hash part: `length` bytes, of which
+    `before` come first and `after` last; the key in the index is `prefix` and what stands from `start` to `end`.
+    """
+
+    before: bytes
+    after: bytes
+    length: int
+    prefix: bytes
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileAnswer:
+    """An answer whose body is a file: `head`, then `size` bytes of `descriptor`, which is good until the event loop
+    goes on.
+    """
+
+    head: bytes
+    descriptor: int
+    size: int
 
 
 class FastAnswers:
@@ -41,6 +75,7 @@ class FastAnswers:
         self._site = site
         self._delivery = site.services.delivery
         self._raw = site.services.index.raw
+        self._snapshot = site.services.index.snapshot
         self._usage = site.services.usage
         self._blocks = Blocks()
         metrics = site.services.metrics
@@ -52,6 +87,8 @@ class FastAnswers:
             for route in ("narinfo", "nar")
             for status in (200, 404)
         }
+        self._nar_cell = self._cell["GET", "nar", 200]
+        self._files = OpenFiles()
         self.slow = 0
         self._rules: Rules | None = None
         self._caches: dict[bytes, ServedCache] = {}
@@ -60,13 +97,74 @@ class FastAnswers:
 
     def tick(self) -> None:
         """Once a second: the date in the answers, and the rules that hold now."""
-        self._now = time.time()
-        common = f"Date: {formatdate(self._now, usegmt=True)}\r\nServer: {SERVER}\r\n"
-        self._ok = f"HTTP/1.1 200 OK\r\n{common}".encode()
+        self._files.expire()
+        self.now = time.time()
+        common = f"Date: {formatdate(self.now, usegmt=True)}\r\nServer: {SERVER}\r\n"
+        self.ok = f"HTTP/1.1 200 OK\r\n{common}".encode()
         fields = "".join(f"{name}: {value}\r\n" for name, value in MISS_HEADERS.items())
         fields += f"Content-Type: text/plain; charset=utf-8\r\nContent-Length: {len(MISS_TEXT)}\r\n"
-        self._miss_head = f"HTTP/1.1 404 Not Found\r\n{fields}{common}\r\n".encode()
-        self._miss = self._miss_head + MISS_TEXT.encode()
+        self.miss_head = f"HTTP/1.1 404 Not Found\r\n{fields}{common}\r\n".encode()
+        self.miss = self.miss_head + MISS_TEXT.encode()
+
+    def refresh(self) -> bool:
+        """Whether other rules hold than when this was last asked: forms that were found before hold no more."""
+        if self._site.rules is self._rules:
+            return False
+        self._adopt(self._site.rules)
+        self._files.close()
+        return True
+
+    def snapshot(self) -> tuple[Callable[[bytes], bytes | None], Callable[[], None]]:
+        """See `Index.snapshot`."""
+        return self._snapshot()
+
+    def noter(self) -> Callable[[bytes], None]:
+        """See `Usage.noter`."""
+        return self._usage.noter()
+
+    def count(self, hits: int, misses: int) -> None:
+        """So many GET requests for narinfos were answered by forms."""
+        self._cells[self._cell["GET", "narinfo", 200]] += hits
+        self._cells[self._cell["GET", "narinfo", 404]] += misses
+
+    def form(self, data: bytes) -> Form | None:
+        """The form of the one request that `data` is, None when it has none."""
+        line, _, fields = data.partition(b"\r\n")
+        match = _NARINFO_LINE.fullmatch(line)
+        block = self._blocks.get(fields) if match else None
+        if not match or block is None or block.conditional:
+            return None
+        cache = self._caches.get(match[1]) if match[1] else self._root
+        if cache is None or not cache.public:
+            return None
+        start, end = match.span(2)
+        return Form(data[:start], data[end:], len(data), f"{cache.name}/".encode("ascii"), start, end)
+
+    def file(self, data: bytes) -> FileAnswer | None:
+        """The answer to the one request that `data` is, if that is a GET for a NAR of a public cache that can be sent
+        from its file.
+        """
+        line, _, fields = data.partition(b"\r\n")
+        file = self._files.get(line) or self._open(line)
+        block = self._blocks.get(fields) if file else None
+        if file is None or block is None or block.conditional:
+            return None
+        self._cells[self._nar_cell] += 1
+        self._cells[self._sent] += file.size
+        return FileAnswer(self.ok + file.head, file.descriptor, file.size)
+
+    def _open(self, line: bytes) -> OpenFile | None:
+        match = _NAR_LINE.fullmatch(line)
+        cache = (self._caches.get(match[1]) if match[1] else self._root) if match else None
+        if match is None or cache is None or not cache.public:
+            return None
+        name = match[2].decode("ascii")
+        found = self._delivery.warm_file(cache.key(f"nar/{name}"), limit=WARM_NAR)
+        return self._files.add(line, *found, _nar_fields(name, found[1])) if found else None
+
+    def close(self) -> None:
+        """Close the files that are kept open."""
+        self._files.close()
 
     def block(self, data: bytes) -> Block | None:
         """The header fields of the one plain request that `data` is, None when it is anything else."""
@@ -116,12 +214,12 @@ class FastAnswers:
             self._cells[self._cell[method, "narinfo", 200]] += 1
             self._usage.add(key)
             if method == "GET":
-                return self._ok + value[3:]
-            return self._ok + value[3 : 3 + int.from_bytes(value[1:3], "big")]
-        if int.from_bytes(value[1:9], "big") <= self._now:
+                return self.ok + value[3:]
+            return self.ok + value[3 : 3 + int.from_bytes(value[1:3], "big")]
+        if int.from_bytes(value[1:9], "big") <= self.now:
             return None
         self._cells[self._cell[method, "narinfo", 404]] += 1
-        return self._miss if method == "GET" else self._miss_head
+        return self.miss if method == "GET" else self.miss_head
 
     def _nar(self, method: str, target: bytes, block: Block) -> bytes | None:
         """`target` is `<cache>/nar/<file>` or `nar/<file>`."""
@@ -144,14 +242,11 @@ class FastAnswers:
         if content is None:
             return None
         self._cells[self._cell[method, "nar", 200]] += 1
-        head = (
-            f"Content-Type: {NAR_TYPE}\r\nCache-Control: {IMMUTABLE}\r\nAccept-Ranges: bytes\r\n"
-            f'ETag: "{text}"\r\nContent-Length: {len(content)}\r\n\r\n'
-        ).encode("ascii")
+        head = _nar_fields(text, len(content))
         if method == "HEAD":
-            return self._ok + head
+            return self.ok + head
         self._cells[self._sent] += len(content)
-        return b"".join((self._ok, head, content))
+        return b"".join((self.ok, head, content))
 
     def _may_read(self, rules: Rules, cache: ServedCache, block: Block) -> bool:
         """One look into the memory of verified tokens; who is not in it is for aiohttp's handlers."""
@@ -165,3 +260,11 @@ class FastAnswers:
         self._root = rules.root
         self._root_prefix = f"{rules.root.name}/".encode("ascii") if rules.root else b""
         self._rules = rules
+
+
+def _nar_fields(name: str, size: int) -> bytes:
+    """The header fields of an answer that carries a NAR."""
+    return (
+        f"Content-Type: {NAR_TYPE}\r\nCache-Control: {IMMUTABLE}\r\nAccept-Ranges: bytes\r\n"
+        f'ETag: "{name}"\r\nContent-Length: {size}\r\n\r\n'
+    ).encode("ascii")

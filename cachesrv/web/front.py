@@ -55,12 +55,16 @@ class Front(asyncio.Protocol):
         "_inner",
         "_make_inner",
         "_paused",
+        "_received",
         "_single",
         "_transport",
         "quiet_sweeps",
     )
 
-    def __init__(self, answers: FastAnswers, make_inner: Callable[[], asyncio.Protocol], fronts: Fronts) -> None:
+    def __init__(
+        self, answers: FastAnswers, make_inner: Callable[[], asyncio.Protocol], fronts: Fronts, received: bytes = b""
+    ) -> None:
+        self._received = received
         self._answers = answers
         self._make_inner = make_inner
         self._fronts = fronts
@@ -77,6 +81,9 @@ class Front(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(_UNSENT)
         self._fronts.add(self)
+        if self._received:
+            self.data_received(self._received)
+            self._received = b""
 
     def data_received(self, data: bytes) -> None:
         if not self._busy:
@@ -188,8 +195,9 @@ class Fronts:
         self.stopping = False
         self._tasks: list[asyncio.Task[None]] = []
 
-    def __call__(self) -> Front:
-        return Front(self._answers, self._make_inner, self)
+    def __call__(self, received: bytes = b"") -> Front:
+        """The protocol of a new connection, from which some bytes may have been read already."""
+        return Front(self._answers, self._make_inner, self, received)
 
     def __len__(self) -> int:
         return len(self._open)

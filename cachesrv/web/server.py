@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import ssl
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,9 @@ from cachesrv.web.app import create_app
 from cachesrv.web.fast import FastAnswers
 from cachesrv.web.front import IDLE_SECONDS, Fronts, reporting
 from cachesrv.web.listen import BACKLOG, end_stalls
+from cachesrv.web.reactor import Reactor
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import AsyncIterator, Callable, Sequence
 
     from cachesrv.storage.base import ObjectStore
@@ -111,16 +112,22 @@ async def listening(
     tls: ssl.SSLContext | None,
     shutdown_timeout: float,
     idle_timeout: float = IDLE_SECONDS,
+    by_reactor: bool = True,
 ) -> AsyncIterator[Fronts]:
-    """Accept connections; leaving stops that, and waits for requests in flight."""
+    """Accept connections, those on plain TCP `by_reactor`; leaving stops that, and waits for requests in flight."""
     for sock in sockets:
         end_stalls(sock)
     runner = web.AppRunner(create_app(site, [reporting]), **RUNNER_OPTIONS)
     await runner.setup()
     assert runner.server is not None
-    fronts = Fronts(FastAnswers(site), runner.server, idle_timeout=idle_timeout)
+    answers = FastAnswers(site)
+    fronts = Fronts(answers, runner.server, idle_timeout=idle_timeout)
     loop = asyncio.get_running_loop()
-    servers = [await loop.create_server(fronts, sock=sock, ssl=tls, backlog=BACKLOG) for sock in sockets]
+    direct = [sock for sock in sockets if by_reactor and tls is None and sock.family != socket.AF_UNIX]
+    others = [sock for sock in sockets if sock not in direct]
+    servers = [await loop.create_server(fronts, sock=sock, ssl=tls, backlog=BACKLOG) for sock in others]
+    reactor = Reactor(answers, fronts, idle_timeout=idle_timeout)
+    reactor.start(direct)
     fronts.start()
     chores = [asyncio.create_task(site.services.usage.run()), asyncio.create_task(_sweep(site.services.storage))]
     try:
@@ -131,7 +138,10 @@ async def listening(
         await asyncio.wait(chores)
         for server in servers:
             server.close()
+        await reactor.stop_answering()
         await fronts.stop(shutdown_timeout)
+        await reactor.close(shutdown_timeout)
+        answers.close()
         await runner.cleanup()
         fronts.abort()
 

@@ -189,7 +189,7 @@ def test_a_file_that_is_replaced_meanwhile_is_read_whole(root: Path, files: Warm
 
 def test_where_the_kernel_lacks_the_call_nothing_is_warm(root: Path, files: WarmFiles) -> None:
     (root / "file").write_bytes(b"content")
-    files._number.value = 100_000
+    files._openat2.value = 100_000
     assert read(files, "file") is None
 
 

@@ -74,7 +74,9 @@ class Servers:
 
     async def _compare(self, steps: tuple[Step, ...]) -> Outcome:
         front, plain = await self._both(steps, QUIET)
-        if front != plain and not (front.ended and plain.ended):
+        if front != plain:
+            # On a busy machine a server may have had too little time: what is sent to one that is about to close the
+            # connection takes its last answer from the client.
             front, plain = await self._both(steps, 20 * QUIET)
         assert front == plain
         return front
@@ -115,8 +117,8 @@ async def take(port: int, steps: tuple[Step, ...], quiet: float) -> Outcome:
 LAST = b"GET /health/live HTTP/1.1\r\nHost: cache.test\r\nConnection: close\r\n\r\n"
 
 
-@pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+@pytest.fixture(scope="module", params=["front", "reactor"])
+def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
@@ -124,7 +126,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         async def start() -> Servers:
             site = await stack.enter_async_context(open_site(tmp_path_factory.mktemp("site")))
             behind_front, plain = counting_apart(site), counting_apart(site)
-            served = await stack.enter_async_context(front_server(behind_front))
+            by_reactor = request.param == "reactor"
+            served = await stack.enter_async_context(front_server(behind_front, by_reactor=by_reactor))
             plain_port = await stack.enter_async_context(plain_server(plain))
             return Servers(runner, behind_front, plain, served.port, plain_port)
 

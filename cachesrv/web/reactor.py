@@ -1,0 +1,340 @@
+"""The hottest path: lookups and small NARs answered in a loop of our own, without asyncio's machinery around each one.
+
+    listening socket ── Reactor ──┬── lookups in a form met before, and what `cachesrv.web.fast` can answer
+                                  └── everything else: the connection goes over to asyncio, as a `Front`, for good
+
+An epoll object holds the listening sockets, and the connections on which nothing but such requests has come so far. It
+is itself watched by the event loop, which calls in when there is something to do, so that both share one thread. All
+that is ready is worked off in one go: with one snapshot of the index, and one addition to each counter.
+
+A client's requests are the same but for the hash part. When one of them has been understood in full, what stands
+before and after the hash part is remembered on the connection (`Form`); the next request that has the same there is
+answered by one look into the index.
+
+A connection that wants anything else, or has sent only a part of a request, leaves. What was read goes with it, and
+nothing else was read, so that nothing is lost and the order is kept. An answer that the client does not take at once is
+sent on as it does, and meanwhile nothing is read from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import socket
+import struct
+from typing import TYPE_CHECKING
+
+import structlog
+
+from cachesrv.index.base import PRESENT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from cachesrv.web.fast import FastAnswers, FileAnswer, Form
+
+_log = structlog.get_logger()
+
+_READ = 4096
+"""Bytes read at a time; a request that fills them is none of ours."""
+_READ_BY_ASYNCIO = 256 * 1024
+_EVENTS = 512
+_ACCEPTED_AT_ONCE = 64
+_PAUSE = 1.0
+"""Seconds without new connections, when there is no descriptor or memory left for one."""
+_SWEEPS = 5
+"""How often in the idle time-out it is looked who is idle."""
+_STOP_INTERVAL = 0.02
+_TCP_INFO = struct.Struct("=52xII")
+"""In `struct tcp_info`: milliseconds since data came, and since an acknowledgement did. Source: linux/tcp.h."""
+
+
+class _Connection:
+    """A client. `unsent` is what it has not taken yet; after that come bytes of `file`, from `position` to `end`."""
+
+    __slots__ = ("end", "file", "form", "position", "recv", "send", "sock", "unsent")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.recv = sock.recv
+        self.send = sock.send
+        self.form: Form | None = None
+        self.unsent: memoryview | None = None
+        self.file = -1
+        self.position = 0
+        self.end = 0
+
+    @property
+    def sending(self) -> bool:
+        return self.unsent is not None or self.file >= 0
+
+
+class Reactor:
+    """`make_front` gives the protocol of a connection that leaves, from what was read of it. A connection is closed
+    when nothing was asked, or nothing taken, for `idle_timeout` seconds.
+    """
+
+    def __init__(
+        self, answers: FastAnswers, make_front: Callable[[bytes], asyncio.Protocol], *, idle_timeout: float
+    ) -> None:
+        self._answers = answers
+        self._make_front = make_front
+        self._idle_timeout = idle_timeout
+        self._epoll = select.epoll()
+        self._listening: dict[int, socket.socket] = {}
+        self._connections: dict[int, _Connection] = {}
+        self._leaving: set[asyncio.Task[object]] = set()
+        self._stopping = False
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    def start(self, sockets: Sequence[socket.socket]) -> None:
+        """Answer on these listening TCP sockets."""
+        for sock in sockets:
+            sock.setblocking(False)
+            self._listening[sock.fileno()] = sock
+        self._listen()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._epoll.fileno(), self._work)
+        self._sweeping = loop.create_task(self._sweep())
+
+    async def stop_answering(self) -> None:
+        """Accept no more connections, answer what has been asked, close what is idle; return when those that leave have
+        left.
+        """
+        if self._stopping:
+            return
+        self._listen_no_more()
+        for sock in self._listening.values():
+            sock.close()
+        self._work()
+        self._stopping = True
+        for connection in self._idle():
+            self._end(connection)
+        while self._leaving:
+            await asyncio.wait(self._leaving)
+
+    async def close(self, timeout: float) -> None:
+        """Close the connections on which an answer is being sent when it is sent, or after `timeout` seconds."""
+        if self._epoll.closed:
+            return
+        deadline = asyncio.get_running_loop().time() + timeout
+        while self._connections and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110  once in a lifetime
+            await asyncio.sleep(_STOP_INTERVAL)
+        self._sweeping.cancel()
+        asyncio.get_running_loop().remove_reader(self._epoll.fileno())
+        for connection in list(self._connections.values()):
+            self._end(connection)
+        self._epoll.close()
+
+    def _idle(self) -> list[_Connection]:
+        return [connection for connection in self._connections.values() if not connection.sending]
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self._idle_timeout / _SWEEPS)
+            for connection in list(self._connections.values()):
+                info = connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+                received, acknowledged = _TCP_INFO.unpack(info)
+                if (acknowledged if connection.sending else received) > self._idle_timeout * 1000:
+                    self._end(connection)
+
+    def _work(self) -> None:  # noqa: C901,PLR0912  each call less is some percent more requests
+        """Do all that can be done now."""
+        answers = self._answers
+        if answers.refresh():
+            for connection in self._connections.values():
+                connection.form = None
+        # What follows runs for each request: names are local, and calls into Python are few.
+        connections, readable, present = self._connections, select.EPOLLIN, PRESENT
+        ok, miss, now, note = answers.ok, answers.miss, answers.now, answers.noter()
+        hits = misses = 0
+        get, done = answers.snapshot()
+        try:
+            for descriptor, event in self._epoll.poll(0, _EVENTS):
+                known = connections.get(descriptor)
+                if known is None or event != readable:
+                    self._attend(descriptor, known, event)
+                    continue
+                connection = known
+                try:
+                    data = connection.recv(_READ)
+                except OSError as error:
+                    self._failed(connection, error)
+                    continue
+                form = connection.form
+                if form and len(data) == form.length and data.startswith(form.before) and data.endswith(form.after):
+                    key = form.prefix + data[form.start : form.end]
+                    try:
+                        value = get(key)
+                    except Exception:  # noqa: BLE001  whatever it was, the handlers meet it too, and have words for it
+                        value = None
+                    if value and value[0] == present:
+                        hits += 1
+                        note(key)
+                        answer = ok + value[3:]
+                    elif value and int.from_bytes(value[1:9], "big") > now:
+                        misses += 1
+                        answer = miss
+                    else:
+                        self._leave(connection, data)
+                        continue
+                    try:
+                        sent = connection.send(answer)
+                    except OSError as error:
+                        sent = self._failed(connection, error)
+                    if sent < len(answer) and connection.sock.fileno() >= 0:
+                        self._send_later(connection, memoryview(answer)[sent:])
+                else:
+                    self._understand(connection, data)
+        finally:
+            done()
+            answers.count(hits, misses)
+
+    def _understand(self, connection: _Connection, data: bytes) -> None:
+        """Answer what has no known form."""
+        if not data:
+            self._end(connection)
+        elif answer := self._answers.file(data):
+            self._send_answer(connection, answer)
+        elif (content := self._answers.answer(data)) is not None:
+            connection.form = self._answers.form(data)
+            self._send(connection, content)
+        else:
+            self._leave(connection, data)
+
+    def _send(self, connection: _Connection, data: bytes) -> None:
+        try:
+            sent = connection.send(data)
+        except OSError as error:
+            sent = self._failed(connection, error)
+        if sent < len(data) and connection.sock.fileno() >= 0:
+            self._send_later(connection, memoryview(data)[sent:])
+
+    def _send_answer(self, connection: _Connection, answer: FileAnswer) -> None:
+        """A head and a file: at once, if the client takes it, else with a descriptor of the connection's own."""
+        head, size = answer.head, answer.size
+        unsent, sent = len(head), 0
+        try:
+            unsent -= connection.send(head, socket.MSG_MORE)
+            if not unsent:
+                sent = os.sendfile(connection.sock.fileno(), answer.descriptor, 0, size)
+        except OSError as error:
+            self._failed(connection, error)
+        if sent < size and connection.sock.fileno() >= 0:
+            connection.file, connection.position, connection.end = os.dup(answer.descriptor), sent, size
+            self._send_later(connection, memoryview(head)[-unsent:] if unsent else None)
+
+    def _send_file(self, connection: _Connection) -> bool:
+        """Whether all of the file is sent, or will never be."""
+        try:
+            while connection.position < connection.end:
+                rest = connection.end - connection.position
+                sent = os.sendfile(connection.sock.fileno(), connection.file, connection.position, rest)
+                if sent == 0:
+                    raise OSError("the file of a NAR became shorter")  # noqa: TRY301  as bad as a broken connection
+                connection.position += sent
+        except BlockingIOError:
+            return False
+        except OSError:
+            self._end(connection)
+            return True
+        os.close(connection.file)
+        connection.file = -1
+        return True
+
+    def _send_later(self, connection: _Connection, unsent: memoryview | None) -> None:
+        connection.unsent = unsent
+        self._epoll.modify(connection.sock.fileno(), select.EPOLLOUT)
+
+    def _send_on(self, connection: _Connection) -> None:
+        """The client takes more."""
+        if connection.unsent is not None:
+            try:
+                sent = connection.send(connection.unsent)
+            except OSError as error:
+                self._failed(connection, error)
+                return
+            connection.unsent = connection.unsent[sent:]
+            if connection.unsent:
+                return
+            connection.unsent = None
+        if connection.file >= 0 and not self._send_file(connection):
+            return
+        if self._stopping:
+            self._end(connection)
+        elif connection.sock.fileno() >= 0:
+            self._epoll.modify(connection.sock.fileno(), select.EPOLLIN)
+
+    def _attend(self, descriptor: int, connection: _Connection | None, event: int) -> None:
+        """Whatever is not simply a request."""
+        if descriptor in self._listening:
+            self._accept(self._listening[descriptor])
+        elif connection is None:
+            return  # it was ended by what came before in the same go
+        elif event & select.EPOLLOUT:
+            self._send_on(connection)
+        elif event & select.EPOLLIN:
+            try:
+                self._understand(connection, connection.recv(_READ))
+            except OSError as error:
+                self._failed(connection, error)
+        else:
+            self._end(connection)
+
+    def _accept(self, listening: socket.socket) -> None:
+        for _ in range(_ACCEPTED_AT_ONCE):
+            try:
+                sock, _address = listening.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                _log.error("no new connections for a moment", error=str(error))
+                self._listen_no_more()
+                asyncio.get_running_loop().call_later(_PAUSE, self._listen)
+                return
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._connections[sock.fileno()] = _Connection(sock)
+            self._epoll.register(sock.fileno(), select.EPOLLIN)
+
+    def _listen(self) -> None:
+        if not self._stopping:
+            for descriptor in self._listening:
+                self._epoll.register(descriptor, select.EPOLLIN)
+
+    def _listen_no_more(self) -> None:
+        for descriptor in self._listening:
+            self._epoll.unregister(descriptor)
+
+    def _leave(self, connection: _Connection, data: bytes) -> None:
+        """Let asyncio have it, with what one read of its own would have given it."""
+        if len(data) == _READ:
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                data += connection.recv(_READ_BY_ASYNCIO - _READ)
+        self._forget(connection)
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(loop.connect_accepted_socket(lambda: self._make_front(data), connection.sock))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    def _failed(self, connection: _Connection, error: OSError) -> int:
+        """Nothing could be read or sent: because there is nothing to read or no room, or because it is over."""
+        if not isinstance(error, (BlockingIOError, InterruptedError)):
+            self._end(connection)
+        return 0
+
+    def _end(self, connection: _Connection) -> None:
+        self._forget(connection)
+        if connection.file >= 0:
+            os.close(connection.file)
+            connection.file = -1
+        connection.sock.close()
+
+    def _forget(self, connection: _Connection) -> None:
+        descriptor = connection.sock.fileno()
+        if self._connections.pop(descriptor, None):
+            self._epoll.unregister(descriptor)

@@ -1,0 +1,266 @@
+"""Which connections the reactor keeps, which leave it, and what becomes of slow, idle and open ones."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import pytest
+from aiohttp import web
+
+from cachesrv.web.app import create_app
+from cachesrv.web.fast import FastAnswers
+from cachesrv.web.front import Fronts, reporting
+from cachesrv.web.reactor import Reactor
+from cachesrv.web.server import RUNNER_OPTIONS
+from tests.exchange import Connection
+from tests.front_site import (
+    ABSENT,
+    CACHES,
+    ENDED,
+    LARGE,
+    MEDIUM,
+    NARS,
+    PRESENT,
+    UNKNOWN,
+    counting_apart,
+    listening,
+    nar,
+    narinfo,
+    open_site,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from cachesrv.web.site import Site
+
+NAMES = {size: name for name, size in NARS.items()}
+
+
+@dataclass(frozen=True)
+class Served:
+    port: int
+    reactor: Reactor
+    fronts: Fronts
+    site: Site
+    clients: ExitStack
+
+    async def connect(self, receive_buffer: int | None = None) -> Connection:
+        connection = await Connection.open(self.port, receive_buffer=receive_buffer)
+        self.clients.callback(connection.close)
+        return connection
+
+    async def until(self, *, reactor: int, fronts: int) -> None:
+        """Wait until so many connections are here and there."""
+        for _ in range(2000):
+            if (len(self.reactor), len(self.fronts)) == (reactor, fronts):
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError(f"{len(self.reactor)} connections are in the reactor, {len(self.fronts)} in fronts")
+
+
+@asynccontextmanager
+async def serving(folder: Path, *, idle_timeout: float = 60, send_buffer: int | None = None) -> AsyncIterator[Served]:
+    async with AsyncExitStack() as stack:
+        site = counting_apart(await stack.enter_async_context(open_site(folder)))
+        runner = web.AppRunner(create_app(site, [reporting]), **RUNNER_OPTIONS)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        assert runner.server is not None
+        answers = FastAnswers(site)
+        stack.callback(answers.close)
+        fronts = Fronts(answers, runner.server)
+        reactor = Reactor(answers, fronts, idle_timeout=idle_timeout)
+        sock = listening(send_buffer)
+        port: int = sock.getsockname()[1]
+        reactor.start([sock])
+        try:
+            with ExitStack() as clients:
+                yield Served(port, reactor, fronts, site, clients)
+        finally:
+            await reactor.stop_answering()
+            await fronts.stop(1)
+            await reactor.close(1)
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Served]:
+    async with serving(tmp_path) as served:
+        yield served
+
+
+def get(target: str, *fields: str) -> bytes:
+    return "\r\n".join([f"GET {target} HTTP/1.1", "Host: cache.test", *fields, "", ""]).encode()
+
+
+async def answers_to(connection: Connection, *requests: bytes) -> list[tuple[bytes, bytes]]:
+    """Status lines and bodies, each asked for when the one before has come."""
+    answers = []
+    for request in requests:
+        before = len(connection.received)
+        await connection.send(request)
+        await connection.receive_answers(["GET"])
+        head, _, body = bytes(connection.received[before:]).partition(b"\r\n\r\n")
+        answers.append((head.split(b"\r\n")[0], body))
+    return answers
+
+
+OK, MISS = b"HTTP/1.1 200 OK", b"HTTP/1.1 404 Not Found"
+
+
+async def test_lookups_stay_and_are_answered_by_their_form(served: Served) -> None:
+    connection = await served.connect()
+    targets = [f"/{PRESENT[0]}", f"/main/{PRESENT[1]}", f"/main/{PRESENT[2]}", f"/{PRESENT[3]}", f"/open/{PRESENT[0]}"]
+    answers = await answers_to(connection, *(get(f"{target}.narinfo") for target in targets))
+    assert answers == [(OK, narinfo(number)) for number in (0, 1, 2, 3, 0)]
+    absent = await answers_to(connection, *(get(f"/main/{part}.narinfo") for part in ABSENT))
+    assert absent == [(MISS, b"no such path\n")] * len(ABSENT)
+    assert (len(served.reactor), len(served.fronts)) == (1, 0)
+    text = served.site.services.metrics.render().decode()
+    assert 'method="GET",route="narinfo",status="200"} 5.0' in text
+    assert f'method="GET",route="narinfo",status="404"}} {float(len(ABSENT))}' in text
+
+
+async def test_use_is_noted(served: Served) -> None:
+    connection = await served.connect()
+    await answers_to(connection, *[get(f"/main/{part}.narinfo") for part in PRESENT])
+    assert {f"main/{part}".encode() for part in PRESENT} <= set(served.site.services.usage._gathered)
+
+
+@pytest.mark.parametrize("size", [1, MEDIUM, LARGE])
+async def test_nars_in_memory_are_sent_from_their_files(served: Served, size: int) -> None:
+    connection = await served.connect()
+    request = get(f"/main/nar/{NAMES[size]}")
+    assert await answers_to(connection, request, request, request) == [(OK, nar(size))] * 3
+    assert (len(served.reactor), len(served.fronts)) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        get("/nix-cache-info"),
+        get(f"/main/{UNKNOWN}.narinfo"),
+        get(f"/main/{ENDED}.narinfo"),
+        get(f"/main/nar/{NAMES[MEDIUM]}", "Range: bytes=0-9"),
+        get(f"/main/{PRESENT[0]}.narinfo", 'If-None-Match: "x"'),
+        get(f"/main/{PRESENT[0]}.narinfo", "X-Unheard-Of: yes"),
+        get(f"/team/{PRESENT[0]}.narinfo"),
+        get(f"/main/{PRESENT[0]}.narinfo")[:-2],
+        b"\x16\x03\x01garbage\r\n\r\n",
+        get(f"/main/{PRESENT[0]}.narinfo") * 2,
+    ],
+)
+async def test_what_is_not_plain_leaves(served: Served, request_: bytes) -> None:
+    connection = await served.connect()
+    assert await answers_to(connection, get(f"/main/{PRESENT[0]}.narinfo")) == [(OK, narinfo(0))]
+    await connection.send(request_)
+    for _ in range(2000):
+        if not len(served.reactor):
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("the connection stays in the reactor")
+
+
+async def test_a_connection_that_left_is_answered_all_the_same(served: Served) -> None:
+    connection = await served.connect()
+    first, second, third = await answers_to(
+        connection, get(f"/main/{UNKNOWN}.narinfo"), get(f"/main/{UNKNOWN}.narinfo"), get(f"/main/{PRESENT[0]}.narinfo")
+    )
+    assert first == second == (MISS, b"no such path\n")
+    assert third == (OK, narinfo(0))
+    await served.until(reactor=0, fronts=1)
+
+
+async def test_new_rules_hold_for_connections_with_a_form(served: Served) -> None:
+    connection = await served.connect()
+    request = get(f"/open/{PRESENT[0]}.narinfo")
+    assert await answers_to(connection, request, request) == [(OK, narinfo(0))] * 2
+    rules = served.site.rules
+    caches = {name: cache for name, cache in rules.caches.items() if name in CACHES and name != "open"}
+    served.site.rules = replace(rules, caches=caches)
+    ((status, _),) = await answers_to(connection, request)
+    assert status == MISS
+
+
+@pytest.mark.parametrize("size", [MEDIUM, LARGE])
+async def test_a_slow_reader_gets_all_of_a_nar(tmp_path: Path, size: int) -> None:
+    async with serving(tmp_path, send_buffer=8192) as served:
+        connection = await served.connect(receive_buffer=4096)
+        other = await served.connect()
+        await connection.send(get(f"/main/nar/{NAMES[size]}"))
+        await asyncio.sleep(0.1)
+        # Meanwhile others are answered.
+        assert await answers_to(other, get(f"/main/{PRESENT[0]}.narinfo")) == [(OK, narinfo(0))]
+        await connection.receive_answers(["GET"])
+        assert bytes(connection.received).endswith(nar(size))
+        assert await answers_to(connection, get(f"/main/{PRESENT[0]}.narinfo")) == [(OK, narinfo(0))]
+        assert (len(served.reactor), len(served.fronts)) == (2, 0)
+
+
+async def test_nothing_more_is_read_from_who_does_not_take_answers(tmp_path: Path) -> None:
+    async with serving(tmp_path, send_buffer=8192) as served:
+        connection = await served.connect(receive_buffer=4096)
+        request = get(f"/main/{PRESENT[0]}.narinfo")
+        sent = await sent_until_held_up(connection, request)
+        await asyncio.sleep(0.2)
+        again = await sent_until_held_up(connection, request)
+        assert sent > 10
+        # What fits into the kernel's buffers on both sides has been taken; none of it is held in our memory.
+        assert again < sent
+        assert len(served.reactor) + len(served.fronts) == 1
+
+
+async def sent_until_held_up(connection: Connection, request: bytes) -> int:
+    """How often a request can be sent to who does not read it."""
+    sent = 0
+    try:
+        async with asyncio.timeout(2):
+            while True:
+                await asyncio.get_running_loop().sock_sendall(connection.sock, request)
+                sent += 1
+                await asyncio.sleep(0)
+    except TimeoutError:
+        return sent
+
+
+async def test_idle_connections_are_closed_and_others_are_not(tmp_path: Path) -> None:
+    async with serving(tmp_path, idle_timeout=1) as served:
+        idle, silent, busy = await served.connect(), await served.connect(), await served.connect()
+        assert await answers_to(idle, get(f"/main/{PRESENT[0]}.narinfo")) == [(OK, narinfo(0))]
+        for _ in range(15):
+            assert await answers_to(busy, get(f"/main/{PRESENT[0]}.narinfo")) == [(OK, narinfo(0))]
+            await asyncio.sleep(0.15)
+        await served.until(reactor=1, fronts=0)
+        for connection in (idle, silent):
+            assert not await connection.receive(5)
+            assert connection.ended
+
+
+async def test_the_end_closes_what_is_idle_and_finishes_what_is_sent(tmp_path: Path) -> None:
+    async with serving(tmp_path, send_buffer=8192) as served:
+        idle, slow = await served.connect(), await served.connect(receive_buffer=4096)
+        assert await answers_to(idle, get(f"/main/{PRESENT[0]}.narinfo")) == [(OK, narinfo(0))]
+        await slow.send(get(f"/main/nar/{NAMES[LARGE]}"))
+        await served.reactor.stop_answering()
+        closing = asyncio.create_task(served.reactor.close(20))
+        await slow.receive_answers(["GET"])
+        assert bytes(slow.received).endswith(nar(LARGE))
+        await closing
+        assert not await idle.receive(5)
+
+
+async def test_many_connections_at_once(served: Served) -> None:
+    connections = [await served.connect() for _ in range(300)]
+    for connection in connections:
+        await connection.send(get(f"/main/{PRESENT[1]}.narinfo"))
+    for connection in connections:
+        await connection.receive_answers(["GET"])
+        assert bytes(connection.received).endswith(narinfo(1))
+    assert len(served.reactor) == len(connections)
+    for connection in connections:
+        connection.close()
+    await served.until(reactor=0, fronts=0)
