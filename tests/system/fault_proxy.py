@@ -11,6 +11,7 @@ import io
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakSet
 
 import aiohttp
 from aiohttp import web
@@ -125,6 +126,7 @@ class FaultProxy:
         self._planned: list[_Planned] = []
         self._port = 0
         self._over = asyncio.Event()
+        self._transports: WeakSet[asyncio.Transport] = WeakSet()
         self._site: web.TCPSite | None = None
         self.seen: list[Seen] = []
 
@@ -200,11 +202,17 @@ class FaultProxy:
             self._site = None
             self._over.set()
             await self._runner.cleanup()
+            # What a client does not read is not waited for.
+            for transport in self._transports:
+                transport.abort()
+            await asyncio.sleep(0)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         url = URL(request.raw_path, encoded=True)
         seen = Seen(request.method, url.path, dict(url.query), dict(request.headers))
         self.seen.append(seen)
+        if request.transport is not None:
+            self._transports.add(request.transport)
         fault = self._take(seen)
         body = bytearray()
         async for chunk in request.content.iter_chunked(2**18):
@@ -269,11 +277,13 @@ class FaultProxy:
         upstream = URL(self._upstream)
         reader, writer = await asyncio.open_connection(upstream.host, upstream.port)
         lines = [f"{request.method} {url.raw_path_qs} HTTP/1.1", *(f"{k}: {v}" for k, v in request.headers.items())]
-        writer.write("".join(f"{line}\r\n" for line in [*lines, ""]).encode() + start)
-        await writer.drain()
-        writer.write_eof()
-        await reader.read()
-        writer.close()
+        try:
+            writer.write("".join(f"{line}\r\n" for line in [*lines, ""]).encode() + start)
+            await writer.drain()
+            writer.write_eof()
+            await reader.read()
+        finally:
+            writer.transport.abort()
 
 
 def _passed_on(headers: Any) -> list[tuple[str, str]]:
