@@ -13,9 +13,13 @@ import resource
 import sqlite3
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cachesrv.catalog.sql import SqlCatalog
 from cachesrv.services.marking import Marking, Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 NOW = 1_800_000_000
 YEAR = 365 * 86_400
@@ -40,7 +44,7 @@ async def make(file: Path, paths: int, references: int) -> None:
     connection.close()
 
 
-def names(paths: int):
+def names(paths: int) -> Iterator[tuple[int, str]]:
     return ((n, f"{n:032d}") for n in range(1, paths + 1))
 
 
@@ -48,7 +52,7 @@ def used(chance: random.Random) -> int:
     return NOW - int(YEAR * chance.random() ** 2)
 
 
-def edges(chance: random.Random, paths: int, references: int):
+def edges(chance: random.Random, paths: int, references: int) -> Iterator[tuple[int, int]]:
     """Each path refers to a few that everybody refers to, and else to what was pushed not long before it."""
     for path in range(2, paths + 1):
         popular = {chance.randrange(1, min(path, POPULAR)) if path > 2 else 1 for _ in range(references // 3)}
