@@ -20,6 +20,7 @@ from cachesrv.errors import (
 )
 from cachesrv.nix.hashes import Hash
 from cachesrv.nix.store_path import StorePath
+from cachesrv.services import visible
 from cachesrv.services.candidate import Candidate
 from cachesrv.web import bodies, errors
 from cachesrv.web.auth import token_of
@@ -69,7 +70,7 @@ async def missing(request: web.Request) -> web.Response:
     _check_batch(asked.paths)
     services = request.app[SITE].services
     wanted = {StorePath.parse(path.path): Hash.parse(path.nar_hash).nix32 for path in asked.paths}
-    published = await services.catalog.paths(cache.name, {path.hash_part for path in wanted})
+    published = await visible.published(services.catalog, services.index, cache, {path.hash_part for path in wanted})
     absent = {path: nar_hash for path, nar_hash in wanted.items() if path.hash_part not in published}
     stored = await services.catalog.nars_by_hash(cache.prefix, set(absent.values()))
     conflicts = {
