@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import signal
 import sqlite3
+import time
 from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
 
+from cachesrv.index.lmdb import LmdbIndex
 from tests.system.nix import CHAIN
 from tests.system.push import both_ways, push
 from tests.system.server import until
@@ -110,6 +112,24 @@ def test_an_error_is_not_remembered_as_an_absence(builder: Nix, cache: Server) -
     mend()
     assert ask(cache, PLAIN, "GET", there) == 200
     assert _absences(cache) == 0
+
+
+@both_ways
+def test_an_absence_that_outlived_a_crash_is_cleared_by_the_next_push(builder: Nix, cache: Server, fill: Fill) -> None:
+    """Killed between catalog and index: what was published is hidden, until it is pushed again."""
+    path = builder.add("file", "content")
+    fill(builder, cache, path)
+    cache.kill()
+    key = ("main", path.rpartition("/")[2][:32])
+    index = LmdbIndex(str(cache.data_dir / "index"))
+    index.delete([key])
+    index.put_absent([key], int(time.time()) + 3600)
+    index.close()
+    cache.start()
+    assert ask(cache, PLAIN, "GET", path) == 404
+    builder.forget()
+    fill(builder, cache, path)
+    assert ask(cache, PLAIN, "GET", path) == 200
 
 
 def _break_catalog(server: Server) -> Callable[[], None]:
