@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cachesrv.catalog.base import Catalog
     from cachesrv.index.base import Index
     from cachesrv.services.publish import Outcome
+    from cachesrv.services.upstream import Upstreams
     from cachesrv.storage.base import ObjectStore
     from tests.samples import Sample
 
@@ -106,15 +107,17 @@ async def open_site(
     *,
     index: Index | None = None,
     cache: ServedCache | None = None,
+    storage: ObjectStore | None = None,
+    upstreams: Upstreams | None = None,
     wrap: Callable[[Any], Any] = lambda store: store,
 ) -> AsyncIterator[Site]:
     """Services over stores below `folder`; `wrap` makes other stores of them."""
-    storage = FilesystemStore(folder / "objects")
+    storage = storage or FilesystemStore(folder / "objects")
     catalog = await SqlCatalog.open(f"sqlite:///{folder / 'catalog.sqlite'}")
     index = index or MemoryIndex()
     metrics = Metrics()
     ingest = Ingest(wrap(storage), wrap(catalog), metrics)
-    publish = Publish(wrap(storage), wrap(catalog), wrap(index), ingest, metrics)
+    publish = Publish(wrap(storage), wrap(catalog), wrap(index), ingest, metrics, upstreams=upstreams)
     try:
         yield Site(storage, catalog, index, metrics, ingest, publish, cache or served_cache())
     finally:

@@ -126,7 +126,8 @@ class Fetch:
                     await self._receive(self._incoming)
                 self._verified = True
             except CachesrvError as error:
-                _log.warning("a fetch failed", key=self._remote.key, error=str(error))
+                if self._begun:
+                    _log.warning("a fetch failed", key=self._remote.key, error=str(error))
                 self._error = error
             except BaseException:
                 self._error = StoreUnavailable("the fetch was ended")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
-from cachesrv.errors import Mismatch
+from cachesrv.errors import BadInput, Mismatch
 from cachesrv.nix.hashes import Hash
+from cachesrv.services.ingest import NarName
 from cachesrv.storage.base import ByteRange
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ class StoredNar:
     def __init__(self, storage: ObjectStore, ingest: Ingest, key: str, *, size: int, record: NarRecord | None) -> None:
         self.key = key
         self.size = size
-        self.keep = True
+        self.keep = record is not None or _says_something(key)
         self._storage = storage
         self._ingest = ingest
         self._record = record
@@ -39,13 +40,33 @@ class StoredNar:
             yield chunk
 
     async def receive(self, chunks: AsyncIterator[bytes]) -> None:
-        """See Remote. A NAR that somebody else put there is judged by its name, which has one of its hashes."""
-        if self._record is None:
-            await self._ingest.examine(self.key.rpartition("/")[2], chunks)
-            return
+        """See Remote. A NAR that somebody else put there is judged by its name, which has one of its hashes; if it has
+        none, nothing but the size can be told.
+        """
+        if self._record:
+            await self._compare(self._record, chunks)
+        elif self.keep:
+            await self._ingest.examine(_name(self.key), chunks)
+        else:
+            async for _ in chunks:
+                pass
+
+    async def _compare(self, record: NarRecord, chunks: AsyncIterator[bytes]) -> None:
         hasher = sha256()
         async for chunk in chunks:
             hasher.update(chunk)
         found = Hash("sha256", hasher.digest()).nix32
-        if found != self._record.file_hash:
-            raise Mismatch(f"{self.key} has the hash {found}, not {self._record.file_hash}")
+        if found != record.file_hash:
+            raise Mismatch(f"{self.key} has the hash {found}, not {record.file_hash}")
+
+
+def _name(key: str) -> str:
+    return key.rpartition("/")[2]
+
+
+def _says_something(key: str) -> bool:
+    try:
+        NarName.parse(_name(key))
+    except BadInput:
+        return False
+    return True
