@@ -135,8 +135,8 @@ class Index(Protocol):
 
     def snapshot(self) -> tuple[Callable[[bytes], bytes | None], Callable[[], None]]:
         """For many lookups in a row, all at one moment: a function that gives the stored value under a key of 1 to 500
-        bytes, as `raw` does, and one that has to be called in the end. Hold it for as long as it takes to look, no longer.
-        Both may raise what the implementation's library raises.
+        bytes, as `raw` does, and one that has to be called in the end. Hold it for as long as it takes to look, no
+        longer. Both may raise what the implementation's library raises.
         """
 
     def put(self, entries: Iterable[IndexEntry], *, replace: bool = True, epoch: int | None = None) -> bool:

@@ -61,8 +61,7 @@ class MemoryStore:
         data = self._find(validate_key(key))
         return data if data is not None and len(data) <= limit else None
 
-    def warm_file(self, key: str, *, limit: int) -> None:
-        """There are no files."""
+    def warm_file(self, key: str, *, limit: int) -> None:  # noqa: ARG002  there are no files
         validate_key(key)
 
     def read(self, key: str, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:

@@ -2,8 +2,8 @@
 
 Calls of Linux make that sure. `openat2` with RESOLVE_CACHED (5.12) opens a path only when all of it is in the cache of
 names, and with RESOLVE_NO_SYMLINKS and RESOLVE_BENEATH follows no link and does not leave the root. `preadv2` with
-RWF_NOWAIT (4.14) reads only what is in the page cache, and `cachestat` (6.5) says how much of a file is there. Where they
-are missing, nothing is warm. Sources: openat2(2), preadv2(2), mm/filemap.c of Linux.
+RWF_NOWAIT (4.14) reads only what is in the page cache, and `cachestat` (6.5) says how much of a file is there. Where
+they are missing, nothing is warm. Sources: openat2(2), preadv2(2), mm/filemap.c of Linux.
 """
 
 from __future__ import annotations

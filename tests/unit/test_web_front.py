@@ -123,7 +123,7 @@ class TestWhoAnswers:
         answers = FastAnswers(site)
         assert answers.answer(request(f"/{ABSENT[0]}.narinfo")) is not None
         assert answers.answer(request(f"/{ENDED}.narinfo")) is None
-        answers._now = time() + 4000
+        answers.now = time() + 4000
         assert answers.answer(request(f"/{ABSENT[0]}.narinfo")) is None
 
     async def test_what_is_published_is_found_by_the_next_request(self, site: Site) -> None:
