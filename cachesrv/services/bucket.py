@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cachesrv.errors import BadInput, PeerError, StoreUnavailable
 from cachesrv.nix import narinfo
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from cachesrv.services.breaker import Breaker
     from cachesrv.services.caches import ServedCache
     from cachesrv.storage.base import ObjectStore
+
+_NAR_URL = re.compile(r"nar/[^/?]+\Z")
 
 
 class BucketSource:
@@ -26,25 +32,31 @@ class BucketSource:
             return None
         if not self._breaker.allows():
             raise StoreUnavailable("the bucket did not answer a moment ago")
-        with self._breaker.watching(StoreUnavailable):
+        with self._breaker.watching(StoreUnavailable), _named(hash_part):
             text = await self._storage.get(cache.narinfo_key(hash_part), limit=narinfo.DEFAULT_LIMIT)
-            info = _checked(cache, hash_part, text) if text is not None else None
-            whole = info is not None and await self._storage.head(cache.key(info.url))
-        if info is None:
-            return None
+            if text is None:
+                return None
+            info = _checked(cache, hash_part, text)
+            whole = await self._storage.head(cache.key(info.url))
         if not whole:
             raise PeerError(f"the narinfo of {info.store_path} lies in storage, but its NAR {info.url} does not")
         return narinfo.render(info)
 
 
-def _checked(cache: ServedCache, hash_part: str, text: bytes) -> narinfo.NarInfo:
-    """Raises PeerError for a narinfo that is not one of this path and cache: it is not for us to call that absent."""
+@contextmanager
+def _named(hash_part: str) -> Iterator[None]:
+    """What is wrong there is the doing of somebody else."""
     try:
-        info = narinfo.parse(text)
+        yield
     except BadInput as error:
-        raise PeerError(f"the narinfo of {hash_part} in storage is broken: {error}") from error
+        raise PeerError(f"the narinfo of {hash_part} in storage cannot be served: {error}") from error
+
+
+def _checked(cache: ServedCache, hash_part: str, text: bytes) -> narinfo.NarInfo:
+    """Raises BadInput for a narinfo that is not one of this path and cache: it is not for us to call that absent."""
+    info = narinfo.parse(text)
     if info.store_path.hash_part != hash_part or info.store_dir != cache.store_dir:
-        raise PeerError(f"the narinfo of {hash_part} in storage is that of {info.full_path}")
-    if "://" in info.url or "?" in info.url:
-        raise PeerError(f"the narinfo of {hash_part} in storage leads elsewhere, to {info.url}")
+        raise BadInput(f"it is that of {info.full_path}")
+    if not _NAR_URL.match(info.url):
+        raise BadInput(f"it leads to {info.url}, NARs are looked for below nar/")
     return info
