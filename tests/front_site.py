@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cachesrv.web.front import Fronts
+    from cachesrv.web.reactor import Reactor
     from cachesrv.web.site import Services
 
 READER = "csrv_reads-the-team-cache"
@@ -138,11 +139,18 @@ class Served:
 
     port: int
     fronts: Fronts
+    reactor: Reactor
+
+    @property
+    def connections(self) -> int:
+        """How many there are."""
+        return len(self.fronts) + len(self.reactor)
 
     @property
     def unsent(self) -> int:
         """Bytes that wait in the memory of this process, over all connections."""
-        return sum(front._transport.get_write_buffer_size() for front in self.fronts._open)
+        in_fronts = sum(front._transport.get_write_buffer_size() for front in self.fronts._open)
+        return in_fronts + sum(len(found.unsent or b"") for found in self.reactor._connections.values())
 
 
 @asynccontextmanager
@@ -160,8 +168,8 @@ async def front_server(
     port: int = sock.getsockname()[1]
     options: dict[str, Any] = {"shutdown_timeout": shutdown_timeout, "idle_timeout": idle_timeout}
     options["by_reactor"] = by_reactor
-    async with server.listening(site, [sock], tls=tls, **options) as fronts:
-        yield Served(port, fronts)
+    async with server.listening(site, [sock], tls=tls, **options) as (fronts, reactor):
+        yield Served(port, fronts, reactor)
 
 
 @asynccontextmanager

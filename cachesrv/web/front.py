@@ -139,11 +139,13 @@ class Front(asyncio.Protocol):
     def begun(self) -> None:
         """Aiohttp handles a request."""
         self._handling += 1
+        self._fronts.handling += 1
         self._head_begun = False
 
     def finished(self, *, answered: bool) -> None:
         """Its answer is written out, or will not be."""
         self._handling -= 1
+        self._fronts.handling -= 1
         self._head_begun = False
         self.quiet_sweeps = 0
         if answered and self._single:
@@ -163,8 +165,8 @@ class Front(asyncio.Protocol):
 
     @property
     def memory_is_dear(self) -> bool:
-        """Many clients do not take their answers."""
-        return self._answers.slow > MANY_SLOW
+        """Many clients do not take their answers, or may turn out not to."""
+        return self._answers.slow + self._fronts.handling > MANY_SLOW
 
     @property
     def head_begun(self) -> bool:
@@ -182,7 +184,7 @@ class Front(asyncio.Protocol):
 
 class Fronts:
     """All connections of this process; one is closed when it was idle for `idle_timeout` seconds, or when the head of a
-    request takes longer to come.
+    request takes longer to come. `handling`: how many requests aiohttp handles at present.
     """
 
     def __init__(
@@ -193,6 +195,7 @@ class Fronts:
         self._interval = idle_timeout / _SWEEPS
         self._open: set[Front] = set()
         self.stopping = False
+        self.handling = 0
         self._tasks: list[asyncio.Task[None]] = []
 
     def __call__(self, received: bytes = b"") -> Front:

@@ -52,9 +52,11 @@ _TCP_INFO = struct.Struct("=52xII")
 
 
 class _Connection:
-    """A client. `unsent` is what it has not taken yet; after that come bytes of `file`, from `position` to `end`."""
+    """A client. `unsent` is what it has not taken yet; after that come bytes of `file`, from `position` to `end`.
+    `slow`: it is counted as one that does not take its answers.
+    """
 
-    __slots__ = ("end", "file", "form", "position", "recv", "send", "sock", "unsent")
+    __slots__ = ("end", "file", "form", "position", "recv", "send", "slow", "sock", "unsent")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -62,6 +64,7 @@ class _Connection:
         self.send = sock.send
         self.form: Form | None = None
         self.unsent: memoryview | None = None
+        self.slow = False
         self.file = -1
         self.position = 0
         self.end = 0
@@ -73,7 +76,8 @@ class _Connection:
 
 class Reactor:
     """`make_front` gives the protocol of a connection that leaves, from what was read of it. A connection is closed
-    when nothing was asked, or nothing taken, for `idle_timeout` seconds.
+    when nothing was asked or taken for `idle_timeout` seconds; while it is being sent an answer, the kernel sees to it
+    that it does not stall for ever (see `cachesrv.web.listen`).
     """
 
     def __init__(
@@ -136,10 +140,9 @@ class Reactor:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(self._idle_timeout / _SWEEPS)
-            for connection in list(self._connections.values()):
+            for connection in self._idle():
                 info = connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
-                received, acknowledged = _TCP_INFO.unpack(info)
-                if (acknowledged if connection.sending else received) > self._idle_timeout * 1000:
+                if min(_TCP_INFO.unpack(info)) > self._idle_timeout * 1000:
                     self._end(connection)
 
     def _work(self) -> None:  # noqa: C901,PLR0912  each call less is some percent more requests
@@ -248,6 +251,9 @@ class Reactor:
 
     def _send_later(self, connection: _Connection, unsent: memoryview | None) -> None:
         connection.unsent = unsent
+        if unsent is not None:
+            connection.slow = True
+            self._answers.slow += 1
         self._epoll.modify(connection.sock.fileno(), select.EPOLLOUT)
 
     def _send_on(self, connection: _Connection) -> None:
@@ -261,13 +267,20 @@ class Reactor:
             connection.unsent = connection.unsent[sent:]
             if connection.unsent:
                 return
-            connection.unsent = None
+            self._has_taken(connection)
         if connection.file >= 0 and not self._send_file(connection):
             return
         if self._stopping:
             self._end(connection)
         elif connection.sock.fileno() >= 0:
             self._epoll.modify(connection.sock.fileno(), select.EPOLLIN)
+
+    def _has_taken(self, connection: _Connection) -> None:
+        """Nothing waits for it in our memory any more."""
+        connection.unsent = None
+        if connection.slow:
+            connection.slow = False
+            self._answers.slow -= 1
 
     def _attend(self, descriptor: int, connection: _Connection | None, event: int) -> None:
         """Whatever is not simply a request."""
@@ -329,6 +342,7 @@ class Reactor:
 
     def _end(self, connection: _Connection) -> None:
         self._forget(connection)
+        self._has_taken(connection)
         if connection.file >= 0:
             os.close(connection.file)
             connection.file = -1

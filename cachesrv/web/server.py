@@ -113,7 +113,7 @@ async def listening(
     shutdown_timeout: float,
     idle_timeout: float = IDLE_SECONDS,
     by_reactor: bool = True,
-) -> AsyncIterator[Fronts]:
+) -> AsyncIterator[tuple[Fronts, Reactor]]:
     """Accept connections, those on plain TCP `by_reactor`; leaving stops that, and waits for requests in flight."""
     for sock in sockets:
         end_stalls(sock)
@@ -131,7 +131,7 @@ async def listening(
     fronts.start()
     chores = [asyncio.create_task(site.services.usage.run()), asyncio.create_task(_sweep(site.services.storage))]
     try:
-        yield fronts
+        yield fronts, reactor
     finally:
         for chore in chores:
             chore.cancel()
