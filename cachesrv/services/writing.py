@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from cachesrv.catalog.retention import Reliance
 from cachesrv.errors import BadInput, BeingRemoved, Conflict
-from cachesrv.index.base import IndexEntry
+from cachesrv.index.base import Absent, IndexEntry, Present
 from cachesrv.nix import narinfo
 from cachesrv.nix.compression import decompress
 from cachesrv.nix.store_path import HASH_PART_LENGTH
@@ -65,11 +65,13 @@ class Writing:
         stores do not let in, BeingRemoved, StoreError.
         """
         objects = [key for path in batch for key in (path.narinfo_key, path.listing_key)]
-        fence, epoch = await self._catalog.fence(objects), self._index.epoch()
+        fence = await self._catalog.fence(objects)
         await self._describe({path.cache.name: path.cache for path in batch})
         await self._storage.put_many({path.listing_key: path.listing for path in batch if path.listing})
         for records in _levels(batch):
             await self._write_narinfos(records)
+        await self._doubt(batch)
+        epoch = self._index.epoch()
         reliance = Reliance(_by_cache(batch), objects)
         if await self._catalog.publish([path.record for path in batch], reliance) != fence:
             await self._write_again(batch)
@@ -91,6 +93,19 @@ class Writing:
             listing = await self.listing(path.cache, path.record.hash_part, nar) if nar else None
             if listing:
                 await self._storage.put(path.listing_key, listing)
+
+    async def _doubt(self, batch: Sequence[Admitted]) -> None:
+        """Have the index hold on to nothing against what the catalog is about to say: killed between the two, it would
+        go on to answer with an absence, or with a narinfo from before.
+        """
+        known = {(path.cache.name, path.record.hash_part) for path in batch}
+        answers = {key: self._index.get(*key) for key in known}
+        absent = [key for key, answer in answers.items() if isinstance(answer, Absent)]
+        if absent:  # not deleted, which would hold up all others who are about to write
+            await asyncio.to_thread(self._index.put_absent, absent, until=0)
+        older = [key for key, answer in answers.items() if isinstance(answer, Present)]
+        if older:
+            await asyncio.to_thread(self._index.delete, older)
 
     async def _reveal(self, batch: Sequence[Admitted], epoch: int) -> None:
         """Have the index answer for them, but not for what was deleted meanwhile."""
