@@ -133,7 +133,7 @@ class Steps:
     With `late`, the one at which it fails still takes effect, and only its answer is lost.
     """
 
-    WRITES = frozenset({"put", "put_many", "writer", "delete", "publish", "put_nar", "remove"})
+    WRITES = frozenset({"put", "put_many", "put_absent", "writer", "delete", "publish", "put_nar", "remove"})
 
     def __init__(self, fail_at: int | None = None, *, late: bool = False) -> None:
         self.taken: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,10 +20,12 @@ from cachesrv.errors import (
     Unsigned,
 )
 from cachesrv.index.base import Present
+from cachesrv.index.memory import MemoryIndex
 from cachesrv.nix import narinfo
 from cachesrv.nix.signing import SecretKey
 from cachesrv.services.caches import ReferencePolicy
 from cachesrv.services.candidate import Candidate
+from cachesrv.services.lookup import CatalogSource, Lookup
 from cachesrv.storage import incoming
 from tests.samples import Sample, path_of
 from tests.service_site import KEY, Site, Steps, by_api, by_narinfo, open_site, served_cache
@@ -267,6 +270,41 @@ async def test_cut_short_at_every_step(tmp_path: Path, as_: Callable[[Sample], C
             await push(site, as_)
             await check_what_is_visible(site)
             assert site.visible() == {sample.path.hash_part for sample in CHAIN}
+
+
+async def check_answers(site: Site) -> None:
+    """Clients are told what the catalog says, neither less nor something older."""
+    lookup = Lookup(site.index, [CatalogSource(site.catalog)], negative_ttl=1000, timeout=10)
+    for sample in CHAIN:
+        answer = await lookup.find(site.cache, sample.path.hash_part)
+        record = await site.catalog.path("main", sample.path.hash_part)
+        assert (answer and answer.body) == (record and record.narinfo), sample.name
+    await lookup.close()
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("before", ["absent", "published"])
+async def test_cut_short_after_it_was_asked_for(tmp_path: Path, before: str, late: bool) -> None:
+    """The index knew of the paths: that they are not there, or their narinfos from before. Wherever the process dies,
+    it does not hold on to that against the catalog.
+    """
+    resent = [replace(sample, compression="zstd") for sample in CHAIN]
+    number, failed = 0, True
+    while failed:
+        folder = tmp_path / str(number)
+        index = MemoryIndex()
+        async with open_site(folder, index=index) as site:
+            await site.send(*CHAIN, *resent)
+            if before == "published":
+                assert await site.add(*CHAIN, as_=by_narinfo) == [None] * 3
+            else:
+                index.put_absent([("main", sample.path.hash_part) for sample in CHAIN], 2**40)
+        async with open_site(folder, index=index, wrap=Steps(number, late=late).wrap) as site:
+            failed = any(await site.add(*resent, as_=by_narinfo))
+            await check_answers(site)
+        number += 1
+    assert number > 5, "it was never cut short"
+    assert all(isinstance(index.get("main", sample.path.hash_part), Present) for sample in CHAIN)
 
 
 @pytest.mark.parametrize("shown", [1, 4, 7, 11])
