@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -110,8 +111,13 @@ async def open_site(
     storage: ObjectStore | None = None,
     upstreams: Upstreams | None = None,
     wrap: Callable[[Any], Any] = lambda store: store,
+    copy_of: Path | None = None,
 ) -> AsyncIterator[Site]:
-    """Services over stores below `folder`; `wrap` makes other stores of them."""
+    """Services over stores below `folder`, which begins as a copy of that of a closed site, if one is given; `wrap`
+    makes other stores of them.
+    """
+    if copy_of:
+        shutil.copytree(copy_of, folder)
     storage = storage or FilesystemStore(folder / "objects")
     catalog = await SqlCatalog.open(f"sqlite:///{folder / 'catalog.sqlite'}")
     index = index or MemoryIndex()
