@@ -18,7 +18,7 @@ What every implementation promises:
 - **Absent is not failed.** NotFound (or None) means that the store knows that there is no such object; when it
   cannot say, it raises StoreUnavailable or another StoreError. StoreFull is raised when there is no room, as
   early as the stated size allows, and leaves nothing behind.
-- **Bounded memory.** No method but `get` (which has a limit) holds more than a few chunks of an object.
+- **Bounded memory.** No method but `get` and `get_many` (which have a limit) holds more than a few chunks of an object.
 - **Listing** comes in no promised order, in bounded memory, and may or may not see what changes meanwhile.
 
 Whether a key can also be the folder of another (`a` beside `a/b`) is left to the implementation; none of the layout
@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Protocol
 from cachesrv.errors import BadInput
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Collection, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
 MAX_KEY_LENGTH = 1024
@@ -148,6 +148,11 @@ class ObjectStore(Protocol):
 
     async def get(self, key: str, *, limit: int) -> bytes | None:
         """The whole object, or None when it is not there. Raises TooLarge when it exceeds `limit` bytes."""
+
+    async def get_many(self, keys: Collection[str], *, limit: int) -> dict[str, bytes]:
+        """Those of them that are there and have at most `limit` bytes each; all are in memory together. Raises as `get`
+        does for any of them.
+        """
 
     def at_once(self, key: str, *, limit: int) -> bytes | memoryview | None:
         """The whole object, when it has at most `limit` bytes and can be had without waiting for a disk or a network;

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, closing
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -24,7 +24,7 @@ from cachesrv.storage.tree import Tree, split
 from cachesrv.storage.warm import WarmFiles
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Collection, Generator, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from cachesrv.storage.base import ByteRange, ObjectWriter
@@ -100,6 +100,11 @@ class FilesystemStore:
 
     async def get(self, key: str, *, limit: int) -> bytes | None:
         return await self._threads.run(f"read {key}", _get, self._tree, validate_key(key), limit)
+
+    async def get_many(self, keys: Collection[str], *, limit: int) -> dict[str, bytes]:
+        for key in keys:
+            validate_key(key)
+        return await self._threads.run("read objects", _get_many, self._tree, keys, limit)
 
     def at_once(self, key: str, *, limit: int) -> memoryview | None:
         return self._warm.read(validate_key(key), limit)
@@ -220,6 +225,11 @@ def _get(tree: Tree, key: str, limit: int) -> bytes | None:
         if size > limit:
             raise TooLarge(f"{key} has {size} bytes, at most {limit} are allowed")
         return _read_exactly(descriptor, 0, size)
+
+
+def _get_many(tree: Tree, keys: Collection[str], limit: int) -> dict[str, bytes]:
+    with closing(tree.open_many(keys)) as opened:
+        return {key: _read_exactly(descriptor, 0, size) for key, descriptor, size in opened if size <= limit}
 
 
 def _read_exactly(descriptor: int, position: int, length: int) -> bytes:

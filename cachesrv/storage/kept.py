@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from cachesrv.errors import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from cachesrv.storage.base import (
@@ -72,6 +72,9 @@ class KeepingStore:
 
     async def get(self, key: str, *, limit: int) -> bytes | None:
         return await self._store.get(key, limit=limit)
+
+    async def get_many(self, keys: Collection[str], *, limit: int) -> dict[str, bytes]:
+        return await self._store.get_many(keys, limit=limit)
 
     def at_once(self, key: str, *, limit: int) -> bytes | memoryview | None:
         return self._store.at_once(key, limit=limit)

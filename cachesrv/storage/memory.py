@@ -10,7 +10,7 @@ from cachesrv.errors import BadInput, Mismatch, NotFound, StoreError, StoreFull,
 from cachesrv.storage.base import ObjectInfo, Stream, validate_key, validate_prefix
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Collection, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from cachesrv.storage.base import ByteRange, ObjectWriter
@@ -56,6 +56,10 @@ class MemoryStore:
         if data is not None and len(data) > limit:
             raise TooLarge(f"{key} has {len(data)} bytes, at most {limit} are allowed")
         return data
+
+    async def get_many(self, keys: Collection[str], *, limit: int) -> dict[str, bytes]:
+        found = {key: self._find(validate_key(key)) for key in keys}
+        return {key: data for key, data in found.items() if data is not None and len(data) <= limit}
 
     def at_once(self, key: str, *, limit: int) -> bytes | None:
         data = self._find(validate_key(key))

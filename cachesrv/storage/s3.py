@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
@@ -35,7 +36,7 @@ from cachesrv.storage.s3_sweep import sweep
 from cachesrv.storage.s3_upload import Uploads
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from botocore.session import Session
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from cachesrv.storage.s3_client import AddressingStyle
 
 _DELETED_TOGETHER = 1000
-_PUT_TOGETHER = 32
+_TOGETHER = 32
 
 
 class S3Store:
@@ -98,19 +99,13 @@ class S3Store:
     async def put_many(self, objects: Mapping[str, bytes], *, replace: bool = False) -> set[str]:
         for key in objects:
             validate_key(key)
-        waiting = iter(objects.items())
         created: set[str] = set()
 
-        async def put_some() -> None:
-            for key, data in waiting:
-                if await self.put(key, data, replace=replace):
-                    created.add(key)
+        async def put(key: str) -> None:
+            if await self.put(key, objects[key], replace=replace):
+                created.add(key)
 
-        # All are waited for, also when one fails: nothing is at work afterwards.
-        outcomes = await asyncio.gather(*(put_some() for _ in range(_PUT_TOGETHER)), return_exceptions=True)
-        for outcome in outcomes:
-            if outcome is not None:
-                raise outcome
+        await _together(objects, put)
         return created
 
     async def get(self, key: str, *, limit: int) -> bytes | None:
@@ -124,6 +119,20 @@ class S3Store:
                 return _decoded(key, bytes(data), body.encoding, limit)
         except NotFound:
             return None
+
+    async def get_many(self, keys: Collection[str], *, limit: int) -> dict[str, bytes]:
+        for key in keys:
+            validate_key(key)
+        found: dict[str, bytes] = {}
+
+        async def get(key: str) -> None:
+            with suppress(TooLarge):
+                data = await self.get(key, limit=limit)
+                if data is not None:
+                    found[key] = data
+
+        await _together(keys, get)
+        return found
 
     def at_once(self, key: str, *, limit: int) -> None:  # noqa: ARG002  nothing can be had without a request
         validate_key(key)
@@ -242,6 +251,20 @@ class S3Store:
             if self._conditional is None:
                 self._conditional = await s3_probe.honours_conditions(self._client, self._prefix)
         return self._conditional
+
+
+async def _together(keys: Iterable[str], work: Callable[[str], Awaitable[None]]) -> None:
+    """Several at a time; all are waited for, also when one fails: nothing is at work afterwards."""
+    waiting = iter(keys)
+
+    async def work_some() -> None:
+        for key in waiting:
+            await work(key)
+
+    outcomes = await asyncio.gather(*(work_some() for _ in range(_TOGETHER)), return_exceptions=True)
+    for outcome in outcomes:
+        if outcome is not None:
+            raise outcome
 
 
 def _check_limit(key: str, size: int, limit: int) -> None:

@@ -19,7 +19,7 @@ from cachesrv.errors import StoreError
 from cachesrv.storage.base import MAX_KEY_LENGTH, is_segment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
     from pathlib import Path
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -125,12 +125,22 @@ class Tree:
         folder, name = split(key)
         try:
             with self.folder(folder) as parent:
-                if not _is_file(os.stat(name, dir_fd=parent, follow_symlinks=False), key):
-                    return None
-                descriptor = os.open(name, _FILE, dir_fd=parent)
+                return open_in(parent, name, key)
         except FileNotFoundError:
             return None
-        return descriptor, os.fstat(descriptor).st_size
+
+    def open_many(self, keys: Iterable[str]) -> Generator[tuple[str, int, int], None, None]:
+        """Those of them that are there, one after the other: key, descriptor and size as `open_file` gives them. Each
+        descriptor is closed when the next one is asked for.
+        """
+        for path, together in groupby(sorted(keys, key=split), key=lambda key: split(key)[0]):
+            with suppress(FileNotFoundError), self.folder(path) as folder:
+                for key in together:
+                    if opened := open_in(folder, split(key)[1], key):
+                        try:
+                            yield key, *opened
+                        finally:
+                            os.close(opened[0])
 
     def remove(self, keys: Sequence[str]) -> None:
         """Remove files, and have that on disk; those that are not there are passed over."""
@@ -188,6 +198,17 @@ class _Level:
             opened.callback(os.close, descriptor)
             entries = opened.enter_context(os.scandir(descriptor))
             return cls(path, descriptor, entries, opened.pop_all())
+
+
+def open_in(folder: int, name: str, key: str) -> tuple[int, int] | None:
+    """A file in a folder, given by its descriptor, as `Tree.open_file` gives it."""
+    try:
+        if not _is_file(os.stat(name, dir_fd=folder, follow_symlinks=False), key):
+            return None
+        descriptor = os.open(name, _FILE, dir_fd=folder)
+    except FileNotFoundError:
+        return None
+    return descriptor, os.fstat(descriptor).st_size
 
 
 def _open_child(parent: int, name: str) -> int:

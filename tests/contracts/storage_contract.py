@@ -137,6 +137,16 @@ class StorageContract:
         with pytest.raises(TooLarge):
             await store.get("main/a", limit=4)
 
+    async def test_many_are_read_together(self, store: ObjectStore) -> None:
+        objects = {f"main/{number}.narinfo": b"%d" % number for number in range(70)} | {"main/nar/x": b"x", "y": b""}
+        await store.put_many(objects)
+        asked = [*objects, "main/never-there", "nowhere/at/all", "main/nar"]
+        assert await store.get_many(asked, limit=LIMIT) == objects
+        assert await store.get_many(asked, limit=1) == {key: data for key, data in objects.items() if len(data) <= 1}
+        assert await store.get_many([], limit=1) == {}
+        with pytest.raises(BadInput):
+            await store.get_many(["y", "../up"], limit=1)
+
     async def test_what_is_had_at_once_is_whole(self, store: ObjectStore) -> None:
         """Or nothing: nobody promises that it is in memory."""
         objects = {"main/empty": b"", "main/small": b"12345", "main/large": LARGE}
