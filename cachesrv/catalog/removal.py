@@ -64,7 +64,7 @@ def remove_unneeded(connection: Connection, removal: Removal, numbers: Collectio
     demand_lock(connection, MAINTENANCE, removal.holder)
     asked = {path.number: path for path in summaries(connection, removal.cache, numbers)}
     kept = _kept(connection, removal, asked)
-    going = sorted(asked.keys() - kept.keys())
+    going = sorted(asked.keys() - kept.keys(), reverse=True)
     while referred := _referred_by_others(connection, going):
         kept.update(dict.fromkeys(referred, Keeper.REFERRER))
         going = [number for number in going if number not in referred]
@@ -130,11 +130,18 @@ def _remember(connection: Connection, removal: Removal, gone: list[PathSummary])
         nar_hashes.update((number, nar_hash) for number, nar_hash in connection.execute(_NAR_HASHES, {"numbers": some}))
     for hash_parts in batches(path.hash_part for path in gone):
         connection.execute(_FORGET, {"of": removal.cache, "hash_parts": hash_parts})
-    common = {"cache": removal.cache, "reason": removal.reason, "by": removal.by, "at": removal.at}
     connection.execute(
         _REMEMBER,
         [
-            {"hash_part": path.hash_part, "name": path.name, "nar_hash": nar_hashes[path.number], **common}
+            {
+                "cache": removal.cache,
+                "hash_part": path.hash_part,
+                "name": path.name,
+                "nar_hash": nar_hashes[path.number],
+                "reason": removal.reason(path),
+                "by": removal.by,
+                "at": removal.at,
+            }
             for path in gone
         ],
     )

@@ -84,7 +84,7 @@ class Keeper(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """How paths of a cache are removed, by whom and why. `holder` is who holds the lock `MAINTENANCE`.
+    """How paths of a cache are removed, by whom and why (a line on each). `holder` is who holds the lock `MAINTENANCE`.
 
     `objects` gives the keys of the objects that belong to the path with a hash part alone; they go with it, unless it
     is published in one of the `siblings` too, other caches with the same storage prefix. Spared are paths that were
@@ -95,7 +95,7 @@ class Removal:
     cache: str
     objects: Callable[[str], Collection[str]]
     holder: str
-    reason: str
+    reason: Callable[[PathSummary], str]
     by: str
     at: int
     siblings: Collection[str] = ()

@@ -111,12 +111,12 @@ class Marking:
     async def plan(self, policy: Policy, now: int) -> Plan:
         """What may go by this policy at this time."""
         roots = await self._gather(now, now - policy.spared)
+        oldest = 0 if policy.max_age is None else now - policy.max_age
         if policy.max_size is None:
-            oldest = 0 if policy.max_age is None else now - policy.max_age
             seeds = (number for number, used in zip(self._numbers, self._used, strict=True) if used >= oldest)
             await self._reach([*roots, *seeds])
         else:
-            oldest = await self._fill(roots, policy.max_size, 0 if policy.max_age is None else now - policy.max_age)
+            await self._fill(roots, policy.max_size, oldest)
         return self._result(oldest)
 
     async def _gather(self, now: int, spared: int) -> set[int]:
@@ -154,34 +154,29 @@ class Marking:
             room.commit(taking)
         return True
 
-    async def _fill(self, roots: Iterable[int], max_size: int, oldest: int) -> int:
-        """Keep the roots, and then what was used last while there is room; when the first was used that did not fit."""
+    async def _fill(self, roots: Iterable[int], max_size: int, oldest: int) -> None:
+        """Keep the roots, and then what was used last, until something is too old or does not fit."""
         await self._reach(roots)
         room = Room(self, max_size, (number for number in self._numbers if number in self._kept))
         order = sorted(range(len(self._used)), key=self._used.__getitem__, reverse=True)
         for start in range(0, len(order), _SEEDS_TOGETHER):
             seeds = [at for at in order[start : start + _SEEDS_TOGETHER] if self._numbers[at] not in self._kept]
             young = [at for at in seeds if self._used[at] >= oldest]
-            failed = await self._fit(young, room)
-            if failed is not None:
-                return self._used[failed] + 1
-            if len(young) < len(seeds):
+            if not await self._fit(young, room) or len(young) < len(seeds):
                 break
-        return oldest
 
-    async def _fit(self, seeds: list[int], room: Room) -> int | None:
-        """Keep as many of these as there is room for, in order; the first for which there is none."""
+    async def _fit(self, seeds: list[int], room: Room) -> bool:
+        """Keep as many of these as there is room for, in order; whether these were all."""
         if await self._reach((self._numbers[at] for at in seeds), room):
-            return None
+            return True
         if len(seeds) == 1:
-            return seeds[0]
+            return False
         # Each failure costs a walk over all that there is room for: a few large steps instead of many small ones.
         part = -(-len(seeds) // _PARTS)
         for start in range(0, len(seeds), part):
-            failed = await self._fit(seeds[start : start + part], room)
-            if failed is not None:
-                return failed
-        return None
+            if not await self._fit(seeds[start : start + part], room):
+                return False
+        return True
 
     def _result(self, oldest: int) -> Plan:
         used_before = size = 0

@@ -59,7 +59,10 @@ class Publish:
         metrics: Metrics,
         *,
         upstreams: Upstreams | None = None,
+        tries: int = _TRIES,
     ) -> None:
+        """`tries`: how often what is to be published is tried while it is just being removed, a moment apart."""
+        self._tries = tries
         self._upstreams = upstreams
         self._storage = storage
         self._catalog = catalog
@@ -186,7 +189,7 @@ class Publish:
 
     async def _submit(self, paths: list[Admitted]) -> None:
         """Have them written; what is just being removed is made anew when it has gone."""
-        for _ in range(_TRIES):
+        for _ in range(self._tries - 1):
             try:
                 return await self._batches.submit(paths)
             except BeingRemoved:

@@ -45,7 +45,8 @@ def objects(part: str) -> list[str]:
 
 
 def removal(**fields: Any) -> Removal:
-    given = {"cache": "main", "objects": objects, "holder": HOLDER, "reason": "unused", "by": "gc", "at": NOW}
+    given = {"cache": "main", "objects": objects, "holder": HOLDER, "by": "gc", "at": NOW}
+    given["reason"] = lambda path: f"{path.name} is not used"
     return Removal(**{**given, **fields})
 
 
@@ -184,14 +185,14 @@ class RemovalContract(Fixtures):
     async def test_a_path_goes_with_its_objects_and_is_remembered(self, catalog: Catalog) -> None:
         await catalog.publish([path(1, 1, 2, 9), path(2)])
         numbers = await numbers_of(catalog, [1, 2])
-        removed = await remove(catalog, 1, reason="unused for a year", by="nightly")
+        removed = await remove(catalog, 1, by="nightly")
         (summary,) = removed.gone
         assert (summary.number, summary.base_name) == (numbers[1], base_name(1))
         assert removed == Removed([summary], {}, {numbers[2]}, objects(hash_part(1)))
         assert await left(catalog) == [2]
         assert await catalog.removal("main", hash_part(2)) is None
         record = RemovalRecord(
-            "main", hash_part(1), "package-1", nar_hash(1), "unused for a year", by="nightly", at=NOW
+            "main", hash_part(1), "package-1", nar_hash(1), "package-1 is not used", by="nightly", at=NOW
         )
         assert await catalog.removal("main", hash_part(1)) == record
         assert await catalog.removals("main", NOW) == [record]

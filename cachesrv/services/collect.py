@@ -1,0 +1,169 @@
+"""Garbage collection: paths that nothing keeps go out of sight at once, their NARs some time after that.
+
+It can be interrupted anywhere. It keeps no state of its own: what was not done yet is decided anew next time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from cachesrv.catalog.retention import Keeper, Removal
+from cachesrv.services import amounts
+from cachesrv.services.marking import Marking, Policy
+from cachesrv.services.removing import Removing, objects_of, siblings_of
+from cachesrv.services.sweeping import TOGETHER, Sweep
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+
+    from cachesrv.catalog.base import Catalog
+    from cachesrv.catalog.retention import PathSummary, Removed, UnusedNar
+    from cachesrv.index.base import Index
+    from cachesrv.services.caches import ServedCache
+    from cachesrv.services.marking import Plan
+    from cachesrv.storage.base import ObjectStore
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How long things are kept, in seconds. `nar_grace`: NARs stay so long after their last path; `history`: what has
+    gone is remembered so long.
+    """
+
+    nar_grace: int
+    history: int
+
+
+@dataclass(slots=True)
+class Report:
+    """What went, or would go: paths, and NARs with their bytes. `path_bytes` are those of the NARs that no path needs
+    any more; they stay for a while. `kept`: paths that were to go, and were needed again when it came to that.
+    """
+
+    paths: int = 0
+    path_bytes: int = 0
+    nars: int = 0
+    nar_bytes: int = 0
+    kept: int = 0
+
+
+class Listener:
+    """Hears of each path and each NAR that goes, with the reason."""
+
+    def path(self, cache: str, path: PathSummary, reason: str) -> None:
+        """A path goes."""
+
+    def nar(self, nar: UnusedNar) -> None:
+        """A NAR goes."""
+
+
+class Collect:
+    """Collects in all caches. `policies` by cache; those without one keep all their paths."""
+
+    def __init__(
+        self,
+        storage: ObjectStore,
+        catalog: Catalog,
+        index: Index,
+        *,
+        caches: Mapping[str, ServedCache],
+        policies: Mapping[str, Policy],
+        terms: Terms,
+    ) -> None:
+        self._catalog = catalog
+        self._removing = Removing(storage, catalog, index)
+        self._caches = caches
+        self._policies = policies
+        self._terms = terms
+
+    async def run(self, holder: str, listener: Listener, *, by: str, pace: float = 1.0) -> Report:
+        """Collect; `holder` has the lock of `cachesrv.services.maintenance`, `by` is remembered. After each step there
+        is a rest, `pace` times as long, so that others get their turn. Raises LockLost, StoreError.
+        """
+        report = Report()
+        await self._removing.finish(self._caches)
+        async for cache, plan in self._plans():
+            reason = partial(_reason, self._policies[cache.name], plan)
+            removal = Removal(
+                cache=cache.name,
+                objects=partial(objects_of, cache),
+                holder=holder,
+                reason=reason,
+                by=by,
+                at=int(time.time()),
+                siblings=siblings_of(cache, self._caches),
+                used_before=plan.used_before,
+            )
+            tell = partial(_tell, listener, report, cache.name, reason)
+            await Sweep(self._catalog, self._removing, removal, plan).run(tell, pace=pace)
+            report.path_bytes += plan.size
+        await self._collect_nars(holder, listener, report, pace)
+        await self._catalog.forget_removals(int(time.time()) - self._terms.history)
+        return report
+
+    async def rehearse(self, listener: Listener) -> Report:
+        """What would go now."""
+        report = Report()
+        async for cache, plan in self._plans():
+            for numbers in plan.batches(TOGETHER):
+                for path in reversed(await self._catalog.summaries(cache.name, numbers)):
+                    listener.path(cache.name, path, _reason(self._policies[cache.name], plan, path))
+            report.paths += plan.count
+            report.path_bytes += plan.size
+        async for nars in self._unused():
+            _tell_nars(listener, report, nars)
+        return report
+
+    async def _plans(self) -> AsyncIterator[tuple[ServedCache, Plan]]:
+        for cache in self._caches.values():
+            policy = self._policies.get(cache.name)
+            # What others write to a bucket, and what that needs, is not known here.
+            if policy and not cache.bucket_is_authority:
+                yield cache, await Marking(self._catalog, cache.name).plan(policy, int(time.time()))
+
+    async def _collect_nars(self, holder: str, listener: Listener, report: Report, pace: float) -> None:
+        async for nars in self._unused():
+            started = time.monotonic()
+            by_key = {nar.key: nar for nar in nars}
+            gone = await self._removing.nars(by_key, holder=holder, before=self._unused_before, now=int(time.time()))
+            _tell_nars(listener, report, [by_key[key] for key in gone])
+            await asyncio.sleep(pace * (time.monotonic() - started))
+
+    async def _unused(self) -> AsyncIterator[list[UnusedNar]]:
+        foreign = {cache.prefix for cache in self._caches.values() if cache.bucket_is_authority}
+        for prefix in sorted({cache.prefix for cache in self._caches.values()} - foreign):
+            after, now = "", int(time.time())
+            while nars := await self._catalog.unused_nars(prefix, self._unused_before, now, after):
+                yield nars
+                after = nars[-1].key
+
+    @property
+    def _unused_before(self) -> int:
+        return int(time.time()) - self._terms.nar_grace
+
+
+def _reason(policy: Policy, plan: Plan, path: PathSummary) -> str:
+    used = f"last used {amounts.date(path.used_at)}"
+    if policy.max_size is not None and path.used_at >= plan.oldest:
+        return f"no room within max_size = {amounts.size(policy.max_size)}, {used}"
+    return f"older than max_age = {amounts.time(policy.max_age or 0)}, {used}"
+
+
+def _tell(
+    listener: Listener, report: Report, cache: str, reason: Callable[[PathSummary], str], removed: Removed
+) -> None:
+    report.paths += len(removed.gone)
+    report.kept += sum(1 for why in removed.kept.values() if why is not Keeper.REFERRER)
+    for path in removed.gone:
+        listener.path(cache, path, reason(path))
+
+
+def _tell_nars(listener: Listener, report: Report, nars: list[UnusedNar]) -> None:
+    report.nars += len(nars)
+    for nar in nars:
+        report.nar_bytes += nar.file_size
+        listener.nar(nar)
