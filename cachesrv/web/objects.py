@@ -109,7 +109,7 @@ class FileBody:
     async def send(self, request: web.Request, response: web.StreamResponse, part: ByteRange) -> None:
         """Let the kernel copy it, unless it has to be encrypted."""
         transport = request.transport
-        if transport is None:
+        if transport is None or transport.is_closing():
             raise ConnectionResetError("the client has gone")
         if transport.get_extra_info("sslcontext") is not None:
             # The event loop's own way, 16 KiB a time, loses count of what waits, and fails when the client goes.
