@@ -42,7 +42,12 @@ class Download:
         self._etag = ""
 
     async def __aenter__(self) -> Self:
-        self._response = await self._client.get(self._key, self._part)
+        try:
+            self._response = await self._client.get(self._key, self._part)
+        except NotFound:
+            raise NotFound(f"there is no object {self._key}") from None
+        except BadInput:
+            raise BadInput(f"{self._key} has fewer bytes than were asked for") from None
         try:
             self._end = self._part.end if self._part else self._length()
             self._check_part()

@@ -248,5 +248,6 @@ def untrusted(request: Request) -> StoreError:
 
 def unreachable(error: BaseException, request: Request) -> TryAgain:
     """The error for a request that got no answer, or not all of it."""
-    said = " ".join(str(error).split()) or type(error).__name__
+    # A URL that is named there is signed.
+    said = re.sub(r"\?\S+", "?…", " ".join(str(error).split())) or type(error).__name__
     return TryAgain(f"{request}: no answer, or not all of it: {said[:300]}")

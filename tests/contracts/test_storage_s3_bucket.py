@@ -21,8 +21,8 @@ import pytest
 from botocore.compat import get_current_datetime
 from yarl import URL
 
-from cachesrv.errors import BadInput, StoreError, StoreUnavailable, TooLarge
-from cachesrv.storage.base import PresignedUrl, Stream
+from cachesrv.errors import BadInput, NotFound, StoreError, StoreUnavailable, TooLarge
+from cachesrv.storage.base import ByteRange, PresignedUrl, Stream
 from cachesrv.storage.decorators import Direct, Measured, Retrying
 from cachesrv.storage.s3 import S3Store
 from cachesrv.storage.s3_upload import MIN_PART_SIZE
@@ -170,6 +170,16 @@ async def test_sweep_leaves_what_is_being_written(store: S3Store) -> None:
         assert await store.sweep(older_than=-5) == 0
         assert await writer.commit()
     assert await store.get("main/a", limit=LIMIT) == PARTS
+
+
+async def test_clients_are_not_told_where_the_bucket_is(store: S3Store, bucket: str) -> None:
+    """NotFound and BadInput are for them; the place is for the operator."""
+    await store.put("main/a", b"12345")
+    for key, part in [("main/b", None), ("main/a", ByteRange(5, 6)), ("main/a", ByteRange(0, 6))]:
+        with pytest.raises((NotFound, BadInput)) as caught:
+            await whole(store.read(key, part))
+        assert bucket not in str(caught.value)
+        assert "http" not in str(caught.value)
 
 
 async def test_a_prefix_is_all_that_is_seen(open_store: Callable[..., S3Store]) -> None:

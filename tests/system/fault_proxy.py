@@ -171,8 +171,7 @@ class FaultProxy:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._wait(self._close())
-        self._wait(self._session.close())
+        self._wait(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -196,6 +195,16 @@ class FaultProxy:
             self._site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True)
             await self._site.start()
             self._port = self._runner.addresses[0][1]
+
+    async def _end(self) -> None:
+        await self._close()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._session.close()
+        # Connections close in the next rounds of the loop.
+        await asyncio.sleep(0.05)
 
     async def _close(self) -> None:
         if self._site is not None:

@@ -6,13 +6,13 @@ import asyncio
 import ssl
 import subprocess
 import time
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, urlsplit
 
 import botocore.session
 import pytest
-from aiohttp import web
 from botocore.credentials import RefreshableCredentials
 
 from cachesrv.errors import StoreError, StoreUnavailable
@@ -96,16 +96,17 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def endpoint(certificate: Path) -> AsyncIterator[str]:
     """An HTTPS server that has too much to do."""
 
-    async def handle(_request: web.BaseRequest) -> web.StreamResponse:
-        return web.Response(status=503)
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 503 x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
 
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate)
-    runner = web.ServerRunner(web.Server(handle))
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
-    yield f"https://127.0.0.1:{runner.addresses[0][1]}"
-    await runner.cleanup()
+    async with await asyncio.start_server(handle, "127.0.0.1", 0, ssl=context, ssl_shutdown_timeout=0.1) as server:
+        yield f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
 async def test_a_certificate_is_verified(endpoint: str, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,3 +121,33 @@ async def test_a_certificate_is_verified(endpoint: str, certificate: Path, monke
         with pytest.raises(StoreUnavailable, match="too many requests"):
             await attempt
     await store.close()
+
+
+FRAMES = {
+    "by its length": (b"Content-Length: 5\r\n\r\n12345", b"12345"),
+    "in chunks": (b"Transfer-Encoding: chunked\r\n\r\n3\r\n123\r\n2\r\n45\r\n0\r\n\r\n", b"12345"),
+    "short of its length": (b"Content-Length: 6\r\n\r\n12345", None),
+    "without the last chunk": (b"Transfer-Encoding: chunked\r\n\r\n3\r\n123\r\n2\r\n45\r\n", None),
+    "when the connection does": (b"\r\n12345", None),
+}
+
+
+@pytest.mark.parametrize(("answer", "expected"), FRAMES.values(), ids=FRAMES)
+async def test_a_body_ends_when_it_is_said_to_end(answer: bytes, expected: bytes | None) -> None:
+    """Where nothing says how long it is, a body that was cut would look whole."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n" + answer)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(handle, "127.0.0.1", 0) as server:
+        endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        store = S3Store("bkt", requests=Direct(), endpoint=endpoint, session=session())
+        if expected is not None:
+            assert await store.get("main/a", limit=10) == expected
+        else:
+            with pytest.raises(StoreError):
+                await store.get("main/a", limit=10)
+        await store.close()

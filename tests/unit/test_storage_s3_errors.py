@@ -136,6 +136,11 @@ def test_a_connection_that_says_nothing() -> None:
     assert "\n" not in str(unreachable(OSError("a\nb"), REQUEST))
 
 
+def test_signatures_stay_out_of_messages() -> None:
+    error = OSError("Connection timeout to host http://h/bkt/main/a?X-Amz-Signature=abc&X-Amz-Date=1, sorry")
+    assert str(unreachable(error, REQUEST)).endswith("Connection timeout to host http://h/bkt/main/a?… sorry")
+
+
 @given(
     st.integers(100, 599),
     st.dictionaries(st.sampled_from(["Retry-After", "Date", "x-amz-bucket-region"]), st.text(max_size=30)),
