@@ -7,14 +7,14 @@ what the model says.
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from cachesrv.errors import CachesrvError, MissingNar, MissingReferences, NotFound, StoreError
+from cachesrv.errors import BeingRemoved, CachesrvError, MissingNar, MissingReferences, NotFound, StoreError
 from tests.collecting import (
     HOUR,
     LEASE,
@@ -124,8 +124,9 @@ class CollectMachine(RuleBasedStateMachine):
 
     @rule(node=nodes)
     def send_only(self, node: int) -> None:
-        """An uploader that goes away before it publishes."""
-        self.run(self.with_process(lambda process: process.send(MAIN, self.sample(node, set()))))
+        """An uploader that goes away before it publishes; one that comes while a NAR is being removed is sent away."""
+        with suppress(BeingRemoved):
+            self.run(self.with_process(lambda process: process.send(MAIN, self.sample(node, set()))))
 
     @rule(used=some_nodes)
     def use(self, used: set[int]) -> None:
