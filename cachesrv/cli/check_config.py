@@ -71,10 +71,11 @@ def _unusable(config: Config) -> Iterator[str]:
 
 async def _probed(config: Config) -> list[str]:
     """What the server would stumble over."""
-    from cachesrv import wiring
+    from cachesrv import telemetry, wiring
     from cachesrv.errors import CachesrvError
     from cachesrv.services.data_directory import DataDirectory
 
+    telemetry.configure_logging("error")
     wiring.private_umask()
     try:
         _check_owner(config.data_dir)

@@ -23,6 +23,7 @@ def probe(folder: Path, endpoint: str, environment: dict[str, str]) -> tuple[int
     done = subprocess.run(
         [*CACHESRV, "check-config", "--probe"], check=False, capture_output=True, text=True, env=environ, timeout=60
     )
+    assert bool(done.stdout) == (done.returncode == 0)
     return done.returncode, done.stderr
 
 
