@@ -54,7 +54,7 @@ class Nix:
             "store": self.store,
             "connect-timeout": "5",
         }
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.environment = {
             **inherited(),
             "HOME": str(folder),
