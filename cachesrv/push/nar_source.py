@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from cachesrv.nix.hashes import Hash
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from concurrent.futures import Executor
+
+    from cachesrv.push.inspection import Tap
 
 Result = TypeVar("Result")
 
@@ -30,6 +32,9 @@ class NarSource(Protocol):
     def digest(self) -> Hash:
         """sha256 of all that has been read."""
 
+    async def accept(self) -> None:
+        """It has been read to its end, and is what it should be: whoever looked on may keep what was seen."""
+
     async def close(self) -> None:
         """Let go of files, connections and buffers."""
 
@@ -37,20 +42,25 @@ class NarSource(Protocol):
 class LocalNar:
     """From an iterator that reads files, in threads."""
 
-    def __init__(self, chunks: Iterator[bytes], threads: Executor) -> None:
+    def __init__(self, chunks: Iterator[bytes], threads: Executor, taps: Sequence[Tap] = ()) -> None:
         self._chunks = chunks
         self._work = _InThread(threads)
         self._rest = memoryview(b"")
-        self._sha256 = hashlib.sha256()
+        self._seen = _Seen(taps)
 
     async def read_into(self, buffer: memoryview) -> int:
         return await self._work.run(lambda: self._read_into(buffer))
 
     def digest(self) -> Hash:
-        return Hash("sha256", self._sha256.digest())
+        return self._seen.digest()
+
+    async def accept(self) -> None:
+        if self._seen.watched:
+            await self._work.run(self._seen.accept)
 
     async def close(self) -> None:
         await self._work.end()
+        self._seen.close()
         self._chunks = iter(())  # a generator closes its files when it goes
 
     def _read_into(self, buffer: memoryview) -> int:
@@ -63,18 +73,18 @@ class LocalNar:
                 self._rest = memoryview(chunk)
             free, self._rest = _move(self._rest, free)
         size = len(buffer) - len(free)
-        self._sha256.update(buffer[:size])
+        self._seen.feed(buffer[:size])
         return size
 
 
 class StreamedNar:
     """From an asynchronous iterator, such as the Nix daemon's answer."""
 
-    def __init__(self, chunks: AsyncIterator[bytes], threads: Executor) -> None:
+    def __init__(self, chunks: AsyncIterator[bytes], threads: Executor, taps: Sequence[Tap] = ()) -> None:
         self._chunks = chunks
         self._work = _InThread(threads)
         self._rest = memoryview(b"")
-        self._sha256 = hashlib.sha256()
+        self._seen = _Seen(taps)
 
     async def read_into(self, buffer: memoryview) -> int:
         free = buffer
@@ -86,17 +96,52 @@ class StreamedNar:
                     break
             free, self._rest = _move(self._rest, free)
         size = len(buffer) - len(free)
-        await self._work.run(lambda: self._sha256.update(buffer[:size]))
+        await self._work.run(lambda: self._seen.feed(buffer[:size]))
         return size
+
+    def digest(self) -> Hash:
+        return self._seen.digest()
+
+    async def accept(self) -> None:
+        if self._seen.watched:
+            await self._work.run(self._seen.accept)
+
+    async def close(self) -> None:
+        await self._work.end()
+        self._seen.close()
+        close = getattr(self._chunks, "aclose", None)
+        if close is not None:
+            await close()
+
+
+class _Seen:
+    """All that looks on while a NAR is read, first of all its hash."""
+
+    def __init__(self, taps: Sequence[Tap]) -> None:
+        self._sha256 = hashlib.sha256()
+        self._taps = taps
+
+    @property
+    def watched(self) -> bool:
+        return bool(self._taps)
+
+    def feed(self, data: memoryview) -> None:
+        self._sha256.update(data)
+        for tap in self._taps:
+            tap.feed(data)
 
     def digest(self) -> Hash:
         return Hash("sha256", self._sha256.digest())
 
-    async def close(self) -> None:
-        await self._work.end()
-        close = getattr(self._chunks, "aclose", None)
-        if close is not None:
-            await close()
+    def accept(self) -> None:
+        taps, self._taps = self._taps, ()
+        for tap in taps:
+            tap.accept()
+
+    def close(self) -> None:
+        for tap in self._taps:
+            tap.drop()
+        self._taps = ()
 
 
 class _InThread:

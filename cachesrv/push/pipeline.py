@@ -146,6 +146,7 @@ class CompressedNar:
             while size == FRAME_SIZE and (size := await self._read()):
                 await self._frames.put(self._compress(size))
             self._check()
+            await self._source.accept()
         except Exception as error:  # noqa: BLE001  the iteration raises it
             self.failure = error
         await self._frames.put(None)
