@@ -17,7 +17,7 @@ from cachesrv.nix.signing import PublicKey, trusted_keys
 from cachesrv.services.access import Access, Principal, token_hash
 from cachesrv.services.breaker import Breaker
 from cachesrv.services.bucket import BucketSource
-from cachesrv.services.caches import ReferencePolicy, ServedCache
+from cachesrv.services.caches import DeclaredUpstream, ReferencePolicy, ServedCache
 from cachesrv.services.data_directory import DataDirectory, parse_secret_key, read_secret
 from cachesrv.services.delivery import Delivery, FarAway
 from cachesrv.services.fetch import Fetches
@@ -238,6 +238,12 @@ def _served_cache(config: Config, cache: Cache) -> ServedCache:
         references=ReferencePolicy(cache.references),
         pull_through=cache.pull_through,
         bucket_is_authority=cache.authority == "bucket",
+        upstreams=tuple(
+            DeclaredUpstream(upstream.url, upstream.public_keys)
+            for name in cache.upstreams
+            for upstream in config.upstream
+            if upstream.name == name
+        ),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -16,8 +16,10 @@ from cachesrv import api
 from cachesrv.errors import BadInput, NotFound
 from cachesrv.nix.hashes import Hash
 from cachesrv.nix.nar_writer import dump
+from cachesrv.nix.narinfo import NarInfo
 from cachesrv.nix.path_info import PathInfo, in_reference_order
 from cachesrv.nix.store_path import StorePath
+from tests.fake_upstream import KEY
 
 if TYPE_CHECKING:
     import ssl
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from cachesrv.nix.realisation import OutputId, Realisation, TracedOutput
+    from cachesrv.nix.signing import SecretKey
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -48,6 +51,25 @@ def path_info(name: str, references: Iterable[str] = (), nar: str | None = None,
         nar_size=size,
         references=tuple(sorted(store_path(other) for other in references)),
     )
+
+
+def signed_narinfo(info: PathInfo, key: SecretKey = KEY) -> NarInfo:
+    """What a cache that has the path would say of it."""
+    unsigned = NarInfo(
+        store_path=info.store_path,
+        store_dir=STORE_DIR,
+        url=f"nar/{info.nar_hash.bare_nix32}.nar",
+        compression="none",
+        file_hash=None,
+        file_size=None,
+        nar_hash=info.nar_hash,
+        nar_size=info.nar_size,
+        references=info.references,
+        deriver=None,
+        signatures=(),
+        ca=None,
+    )
+    return replace(unsigned, signatures=(key.sign(unsigned.fingerprint),))
 
 
 class TemporaryStore:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cachesrv.push.progress import Rendering
     from cachesrv.push.run import Options
     from cachesrv.push.settings import Settings
+    from cachesrv.push.upstreams import Upstream
 
 
 @click.command(
@@ -50,6 +51,21 @@ Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 3 some paths fail
 @click.option(
     "--memory", type=click.IntRange(16), metavar="MIB", help="For NARs on their way, at most.  [default: 128]"
 )
+@click.option(
+    "--upstream",
+    "upstreams",
+    metavar="URL",
+    multiple=True,
+    help="A cache whose paths are not pushed, beside those that the server names.",
+)
+@click.option(
+    "--upstream-key",
+    "upstream_keys",
+    metavar="NAME:KEY",
+    multiple=True,
+    help="Of those caches.  [default: the keys that Nix trusts here]",
+)
+@click.option("--no-upstreams", is_flag=True, help="Push also what upstreams of the server have.")
 @click.option("--store", metavar="STORE", help="The local store, as Nix names it.  [default: auto]")
 def command(
     paths: tuple[str, ...],
@@ -64,6 +80,9 @@ def command(
     jobs: int,
     level: int,
     memory: int | None,
+    upstreams: tuple[str, ...],
+    upstream_keys: tuple[str, ...],
+    no_upstreams: bool,
     store: str | None,
 ) -> int:
     """Push store paths to a cache, with all they need."""
@@ -82,6 +101,8 @@ def command(
         closure=not no_closure,
         dry_run=dry_run,
         memory=memory * 1024 * 1024 if memory else None,
+        upstreams=_upstreams(upstreams, upstream_keys),
+        declared_upstreams=not no_upstreams,
     )
     with _rendering(as_json=as_json, dry_run=dry_run) as rendering:
         summary = asyncio.run(_push(names, store, settings, options, rendering))
@@ -97,6 +118,22 @@ async def _push(names: list[str], store: str | None, settings: Settings, options
         return await push(names, opened, settings, options, emit)
     finally:
         await opened.close()
+
+
+def _upstreams(urls: tuple[str, ...], keys: tuple[str, ...]) -> tuple[Upstream, ...]:
+    from cachesrv.errors import BadInput
+    from cachesrv.nix.signing import PublicKey, trusted_keys
+    from cachesrv.push.trusted import trusted_by_nix
+    from cachesrv.push.upstreams import Upstream
+    from cachesrv.push.wanted import parse_cache
+
+    if not urls:
+        return ()
+    try:
+        trusted = trusted_keys([PublicKey.parse(key) for key in keys] or trusted_by_nix(os.environ))
+    except BadInput as error:
+        raise click.BadParameter(str(error), click.get_current_context(), param_hint="--upstream-key") from None
+    return tuple(Upstream(parse_cache(url).url.rstrip("/"), trusted) for url in urls)
 
 
 def _lines_of_stdin() -> list[str]:

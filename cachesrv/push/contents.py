@@ -9,29 +9,29 @@ from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
 from cachesrv.errors import BadInput, ConfigError, NotFound
-from cachesrv.nix.signing import PublicKey, trusted_keys, verify_any
+from cachesrv.nix.signing import trusted_keys, verify_any
 from cachesrv.nix.store_path import StorePath
-from cachesrv.push import nix_conf, nix_conf_files, wanted
+from cachesrv.push import wanted
 from cachesrv.push.local_path import LocalPath
 from cachesrv.push.remote import open_remote
 from cachesrv.push.remote_path import RemotePath
 from cachesrv.push.settings import Given, find_settings
 from cachesrv.push.store_location import locate
+from cachesrv.push.trusted import trusted_by_nix
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Mapping
+    from collections.abc import AsyncIterator, Mapping
     from pathlib import Path
 
     from cachesrv.nix.listing import ListingNode
     from cachesrv.nix.narinfo import NarInfo
+    from cachesrv.nix.signing import PublicKey
     from cachesrv.push.address import Address
     from cachesrv.push.members import Names
     from cachesrv.push.nar_member import Write
     from cachesrv.push.store_location import StoreLocation
     from cachesrv.push.token import TokenSource
     from cachesrv.push.wanted import Wanted
-
-_NIXOS_KEY = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY="
 
 
 class Contents(Protocol):
@@ -113,7 +113,7 @@ def _check_signatures(info: NarInfo, given: tuple[PublicKey, ...], environ: Mapp
             names = ", ".join(key.name for key in given)
             raise BadInput(f"{info.full_path} is not signed by {names}")
         return
-    known = trusted_keys(_trusted_by_nix(environ))
+    known = trusted_keys(trusted_by_nix(environ))
     for signature in info.signatures:
         key = known.get(signature.name)
         if key is not None and not key.verify(info.fingerprint, signature):
@@ -121,15 +121,3 @@ def _check_signatures(info: NarInfo, given: tuple[PublicKey, ...], environ: Mapp
                 f"the signature of {info.full_path} by {key.name} does not hold: either the cache lies, or it has"
                 " another key of that name than Nix trusts here"
             )
-
-
-def _trusted_by_nix(environ: Mapping[str, str]) -> Iterable[PublicKey]:
-    files = [nix_conf_files.system_files(environ)]
-    if environ.get("HOME") or environ.get("XDG_CONFIG_HOME"):
-        files.append(nix_conf_files.user_files(environ))
-    lines = [line for file in files for line in nix_conf_files.lines(file.conf)]
-    for word in nix_conf.words(lines, nix_conf.KEYS, [_NIXOS_KEY]):
-        try:
-            yield PublicKey.parse(word)
-        except BadInput:
-            continue

@@ -8,6 +8,7 @@
     Published     the path is visible in the cache
     Failed        the path will not be published by this push
     Retrying      something went wrong and is tried again
+    Noted         something does not go as was wished, and the push goes on without it
     Summary       the end, always the last one
 
 Each is a struct whose JSON form carries its tag as `event`; paths are base names, sizes bytes, times seconds.
@@ -88,6 +89,10 @@ class Retrying(_Event, frozen=True):
     error: str
 
 
+class Noted(_Event, frozen=True):
+    text: str
+
+
 class Summary(_Event, frozen=True, kw_only=True, omit_defaults=False):
     """paths = uploaded + present + upstream + failed (after an interruption some are none of these);
     nar_bytes: dumped and stored by this push; sent_bytes: what left for it, repetitions included.
@@ -103,7 +108,7 @@ class Summary(_Event, frozen=True, kw_only=True, omit_defaults=False):
     seconds: float = 0.0
 
 
-Event = Planned | PlanMade | Sending | Sent | Stored | Published | Failed | Retrying | Summary
+Event = Planned | PlanMade | Sending | Sent | Stored | Published | Failed | Retrying | Noted | Summary
 
 Emit = Callable[[Event], None]
 """Takes events; it must not block and must not raise."""

@@ -1,13 +1,13 @@
-"""What to do with each path of a push, decided from data alone: path infos, the server's answers, upstreams' keys.
+"""What to do with each path of a push, decided from data alone: path infos, the server's answers, what upstreams have.
 
     upload      its NAR is sent, then it is published
     publish     its NAR is there, or comes with that of another path: nothing is sent
     present     it is in the cache
-    upstream    a cache that all clients of this one use as well has signed it
+    upstream    a cache that all clients of this one use as well has it
     conflict    it is in the cache with another NAR
 
-An upstream's word is its signature, verified over what this store has. Whether it still holds the path is not known
-here: when the server misses a reference that was left out for this reason, `plan_refused` makes up for it.
+What upstreams have is found out before (see `upstreams`). When the server misses a reference that was left out for
+this reason, `plan_refused` makes up for it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,14 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from cachesrv.api import WantedPath
-from cachesrv.errors import BadInput, ServerError
+from cachesrv.errors import ServerError
 from cachesrv.nix.path_info import PathInfo, in_reference_order
-from cachesrv.nix.signing import PublicKey, Signature, fingerprint, trusted_keys, verify_any
-from cachesrv.push.one_line import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from collections.abc import Set as AbstractSet
 
-    from cachesrv.api import MissingAnswer, UpstreamAnswer
+    from cachesrv.api import MissingAnswer
     from cachesrv.nix.hashes import Hash
     from cachesrv.nix.store_path import StorePath
 
@@ -122,48 +120,23 @@ class Answers:
             raise ServerError("the server's answer about missing paths contradicts itself")
 
 
-@dataclass(frozen=True, slots=True)
-class Upstream:
-    """A cache that clients of ours use as well, and the keys that its paths bear."""
-
-    url: str
-    keys: Mapping[str, PublicKey]
-
-    @classmethod
-    def from_answer(cls, answer: UpstreamAnswer) -> Upstream:
-        """Raises ServerError for what are no keys."""
-        try:
-            return cls(one_line(answer.url), trusted_keys(PublicKey.parse(key) for key in answer.public_keys))
-        except BadInput as error:
-            raise ServerError(f"the server names a public key of {answer.url} that is none: {error}") from None
-
-    def signed(self, info: PathInfo, store_dir: str) -> bool:
-        """Whether one of its keys has signed exactly this path."""
-        signatures = [one for one in map(_signature, info.signatures) if one and one.name in self.keys]
-        if not signatures:
-            return False
-        references = [path.full(store_dir) for path in info.references]
-        text = fingerprint(info.store_path.full(store_dir), info.nar_hash, info.nar_size, references)
-        return verify_any(text, signatures, self.keys) is not None
-
-
 def wanted(info: PathInfo) -> WantedPath:
     """The question whether a path is there."""
     return WantedPath(info.store_path.base_name, info.nar_hash.nix32, info.nar_size)
 
 
-def make_plan(
-    infos: Iterable[PathInfo], answers: Answers, *, store_dir: str, upstreams: Sequence[Upstream] = ()
-) -> Plan:
-    """Decide on every path. Raises ServerError for answers to another question, BadInput for a cycle of references."""
+def make_plan(infos: Iterable[PathInfo], answers: Answers, left_out: Mapping[StorePath, str] | None = None) -> Plan:
+    """Decide on every path; `left_out` are those that upstreams have, and why. Raises ServerError for answers to
+    another question, BadInput for a cycle of references.
+    """
     ordered = in_reference_order(infos)
     answers.check(info.store_path.base_name for info in ordered)
     sent: dict[Hash, list[PathInfo]] = {}
-    steps = tuple(_decide(info, answers, sent, store_dir, upstreams) for info in ordered)
+    steps = tuple(_decide(info, answers, sent, left_out or {}) for info in ordered)
     return Plan(steps, tuple(Nar(nar_hash, _size(nar_infos), tuple(nar_infos)) for nar_hash, nar_infos in sent.items()))
 
 
-def plan_refused(plan: Plan, refused: Iterable[StorePath], answers: Answers, *, store_dir: str) -> Plan | None:
+def plan_refused(plan: Plan, refused: Iterable[StorePath], answers: Answers) -> Plan | None:
     """What to do about paths that the server refused for want of references: send what they need, directly or not,
     that `plan` had left to upstreams. `answers` are as of now. None when there is nothing of that kind.
     """
@@ -177,15 +150,11 @@ def plan_refused(plan: Plan, refused: Iterable[StorePath], answers: Answers, *, 
             pending += [path for path in info.references if path in by_path]
     if not any(by_path[info.store_path].decision is Decision.UPSTREAM for info in needed.values()):
         return None
-    return make_plan(needed.values(), answers.about(needed.keys()), store_dir=store_dir)
+    return make_plan(needed.values(), answers.about(needed.keys()))
 
 
 def _decide(
-    info: PathInfo,
-    answers: Answers,
-    sent: dict[Hash, list[PathInfo]],
-    store_dir: str,
-    upstreams: Sequence[Upstream],
+    info: PathInfo, answers: Answers, sent: dict[Hash, list[PathInfo]], left_out: Mapping[StorePath, str]
 ) -> Step:
     """`sent` gathers the NARs that have to be sent, and the paths that each is for."""
     name = info.store_path.base_name
@@ -193,9 +162,8 @@ def _decide(
         return Step(info, Decision.CONFLICT, _conflict(answers.conflicts[name], info))
     if name not in answers.missing:
         return Step(info, Decision.PRESENT, "in the cache")
-    upstream = next((one for one in upstreams if one.signed(info, store_dir)), None)
-    if upstream is not None:
-        return Step(info, Decision.UPSTREAM, f"signed by {upstream.url}")
+    if info.store_path in left_out:
+        return Step(info, Decision.UPSTREAM, left_out[info.store_path])
     if name in answers.stored:
         return Step(info, Decision.PUBLISH, "its NAR is in the cache")
     others = sent.setdefault(info.nar_hash, [])
@@ -214,11 +182,3 @@ def _conflict(published: str, info: PathInfo) -> str:
 
 def _size(infos: Sequence[PathInfo]) -> int:
     return max(info.nar_size for info in infos)
-
-
-def _signature(text: str) -> Signature | None:
-    """None for one that cannot be read: it proves nothing."""
-    try:
-        return Signature.parse(text)
-    except BadInput:
-        return None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
 import msgspec
 
-from cachesrv.push.events import Event, Failed, PlanMade, Planned, Retrying, Sent, Stored, Summary
+from cachesrv.push.events import Event, Failed, Noted, PlanMade, Planned, Retrying, Sent, Stored, Summary
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -72,7 +72,7 @@ class Lines:
             case Stored():
                 sent = f"as {size_text(event.sent_bytes)}" if event.sent_bytes else "was there already"
                 self._print(self._err, f"sent {event.path}  {size_text(event.nar_size)} {sent}")
-            case Failed() | Retrying():
+            case Failed() | Retrying() | Noted():
                 self._print(self._err, trouble_text(event))
             case Summary():
                 self._print(self._out, summary_text(event, dry_run=self._dry_run))
@@ -90,8 +90,10 @@ def plan_text(plan: PlanMade) -> str:
     )
 
 
-def trouble_text(event: Failed | Retrying) -> str:
+def trouble_text(event: Failed | Retrying | Noted) -> str:
     """What went wrong."""
+    if isinstance(event, Noted):
+        return f"note: {event.text}"
     if isinstance(event, Failed):
         return f"failed {event.path}: {event.error}"
     return f"{event.error}; trying again in {event.delay:.1f} s ({event.what}, attempt {event.attempt})"

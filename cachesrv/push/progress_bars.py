@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
-from cachesrv.push.events import Event, Failed, PlanMade, Published, Retrying, Sending, Sent, Stored, Summary
+from cachesrv.push.events import Event, Failed, Noted, PlanMade, Published, Retrying, Sending, Sent, Stored, Summary
 from cachesrv.push.progress import count_text, summary_text, trouble_text
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Bars:
             case Published():
                 self._published += 1
                 self._describe()
-            case Failed() | Retrying():
+            case Failed() | Retrying() | Noted():
                 self._tell(event)
             case Summary():
                 self._progress.stop()
@@ -97,7 +97,7 @@ class Bars:
         if bar is not None:
             self._progress.remove_task(bar)
 
-    def _tell(self, event: Failed | Retrying) -> None:
+    def _tell(self, event: Failed | Retrying | Noted) -> None:
         if isinstance(event, Failed):
             self._remove_bar(event.path)
         self._progress.console.print(Text(trouble_text(event)), soft_wrap=True)

@@ -187,10 +187,15 @@ class RemoteCache:
 
 @asynccontextmanager
 async def open_remote(
-    address: Address, tokens: TokenSource, *, backoff: Backoff | None = None, timeouts: Timeouts | None = None
+    address: Address,
+    tokens: TokenSource,
+    *,
+    connections: int = 2,
+    backoff: Backoff | None = None,
+    timeouts: Timeouts | None = None,
 ) -> AsyncIterator[RemoteCache]:
     """Nothing is sent yet. Raises ConfigError when the token or the authorities' certificates cannot be read."""
-    async with open_session(address, connections=2) as session:
+    async with open_session(address, connections) as session:
         yield RemoteCache(session, address, tokens, backoff or PATIENCE, timeouts or Timeouts())
 
 

@@ -22,18 +22,20 @@ from cachesrv.push.events import Failed, PlanMade, Planned, ignore
 from cachesrv.push.nar_source import LocalNar, StreamedNar
 from cachesrv.push.one_line import one_line
 from cachesrv.push.pipeline import DEFAULT_LEVEL, Pipeline
-from cachesrv.push.plan import Answers, Decision, Upstream, make_plan, plan_refused, wanted
+from cachesrv.push.plan import Answers, Decision, make_plan, plan_refused, wanted
 from cachesrv.push.retry import Backoff
 from cachesrv.push.selection import select
 from cachesrv.push.server import connect
 from cachesrv.push.tally import Tally
 from cachesrv.push.upload import Upload
+from cachesrv.push.upstreams import Upstream, Upstreams
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from cachesrv.api import CacheAnswer
     from cachesrv.nix.path_info import PathInfo
+    from cachesrv.nix.store_path import StorePath
     from cachesrv.push.events import Emit, Summary
     from cachesrv.push.local_store import LocalStore
     from cachesrv.push.nar_source import NarSource
@@ -49,7 +51,8 @@ MAX_READERS = 8
 class Options:
     """jobs: NARs on their way at once; level: of zstd; closure: push what the paths need as well; dry_run: only say
     what would be done; memory: bytes for NARs on their way, whatever their number and size, by default as
-    `memory.Shares` says.
+    `memory.Shares` says; upstreams: caches beside those that the server declares whose paths are not pushed;
+    declared_upstreams: whether those count.
     """
 
     jobs: int = 8
@@ -57,6 +60,8 @@ class Options:
     closure: bool = True
     dry_run: bool = False
     memory: int | None = None
+    upstreams: tuple[Upstream, ...] = ()
+    declared_upstreams: bool = True
     backoff: Backoff = field(default_factory=Backoff)
     timeouts: Timeouts = field(default_factory=Timeouts)
 
@@ -98,14 +103,21 @@ class _Push:
             cache = await server.describe()
             self._check(cache)
             answers = await _ask(server, infos)
-            upstreams = [Upstream.from_answer(upstream) for upstream in cache.upstreams]
-            plan = make_plan(infos, answers, store_dir=self._store.store_dir, upstreams=upstreams)
+            plan = make_plan(infos, answers, await self._left_out(infos, answers, cache))
             self._tell(plan)
             for step in plan.steps:
                 if step.decision is Decision.CONFLICT:
                     self._emit(Failed(step.path.base_name, step.reason))
             if not self._options.dry_run:
                 await self._carry_out(plan, answers, server, cache.max_nar_size)
+
+    async def _left_out(self, infos: Sequence[PathInfo], answers: Answers, cache: CacheAnswer) -> dict[StorePath, str]:
+        """What upstreams have: those of the cache, and those that the options add."""
+        options = self._options
+        declared = cache.upstreams if options.declared_upstreams else ()
+        upstreams = [*map(Upstream.from_answer, declared), *options.upstreams]
+        async with Upstreams(upstreams, self._store.store_dir, self._settings.token_for, self._emit) as asked:
+            return await asked.left_out(infos, answers.missing)
 
     def _check(self, cache: CacheAnswer) -> None:
         if cache.store_dir != self._store.store_dir:
@@ -147,7 +159,7 @@ class _Push:
             delivery = Delivery(server, pipeline, open_nar, max_file_size=max_file_size, emit=self._emit)
             result = await Upload(plan, server, delivery, jobs=options.jobs, emit=self._emit).run()
             answers = answers.after(stored=result.stored, published=result.published)
-            second = plan_refused(plan, result.refused, answers, store_dir=self._store.store_dir)
+            second = plan_refused(plan, result.refused, answers)
             if second is not None:
                 self._tell(second)
                 result = await Upload(second, server, delivery, jobs=options.jobs, emit=self._emit).run()

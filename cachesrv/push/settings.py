@@ -39,10 +39,17 @@ SYSTEM_NETRC = Path("/etc/nix/netrc")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Where to push, and where the token for it is."""
+    """Where to push, and where the token for it is; `netrc`: files that may have those for other caches."""
 
     address: Address
     token: TokenSource
+    netrc: tuple[Path, ...] = ()
+
+    def token_for(self, address: Address) -> TokenSource:
+        """That of another cache: never this one's, unless it is of the same server."""
+        if address.origin == self.address.origin:
+            return self.token
+        return FirstToken(lambda: (NetrcEntry(path, address.host) for path in self.netrc if _readable(path)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +74,7 @@ def find_settings(given: Given, environ: Mapping[str, str]) -> Settings:
     address = _address(given, environ, config)
     token = FirstToken(lambda: _sources(given, environ, config, address))
     token.read()
-    return Settings(address, token.found or token)
+    return Settings(address, token.found or token, tuple(_netrc_files(environ)))
 
 
 def client_config_path(environ: Mapping[str, str]) -> Path:

@@ -26,6 +26,14 @@ class ReferencePolicy(Enum):
 
 
 @dataclass(frozen=True)
+class DeclaredUpstream:
+    """A cache that clients have beside this one; keys in Nix's `name:base64` form."""
+
+    url: str
+    public_keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ServedCache:
     """`prefix` is where its objects lie in storage, without a slash at the end; `trusted_keys`, by name: when there are
     any, a path must be signed by one of them or have a content address that holds. `pull_through`: what is not here
@@ -44,6 +52,12 @@ class ServedCache:
     references: ReferencePolicy
     pull_through: bool
     bucket_is_authority: bool
+    upstreams: tuple[DeclaredUpstream, ...] = ()
+
+    @property
+    def completed_by(self) -> tuple[DeclaredUpstream, ...]:
+        """Upstreams whose paths need not be pushed here; none where references have to resolve in the cache itself."""
+        return () if self.references is ReferencePolicy.STRICT else self.upstreams
 
     @property
     def info(self) -> bytes:

@@ -58,7 +58,7 @@ async def get_cache(request: web.Request) -> web.Response:
             priority=cache.priority,
             public=cache.public,
             public_keys=[key.public.render() for key in cache.signing_keys],
-            upstreams=[],
+            upstreams=[api.UpstreamAnswer(one.url, list(one.public_keys)) for one in cache.completed_by],
             max_nar_size=rules.max_nar_size,
         )
     )

@@ -12,8 +12,8 @@ import zstandard
 
 from cachesrv import api
 from cachesrv.errors import ConfigError, NotAuthenticated, ServerError
+from cachesrv.nix import narinfo
 from cachesrv.nix.nar_writer import dump
-from cachesrv.nix.signing import SecretKey, fingerprint
 from cachesrv.push import events
 from cachesrv.push.address import Address
 from cachesrv.push.connection import Timeouts
@@ -21,7 +21,9 @@ from cachesrv.push.retry import Backoff
 from cachesrv.push.run import Options, push
 from cachesrv.push.settings import Settings
 from cachesrv.push.token import TokenVariable
-from tests.push_doubles import FakeCache, TemporaryStore, answer, drop, hang, store_path
+from cachesrv.push.upstreams import Upstream
+from tests.fake_upstream import KEY, FakeUpstream
+from tests.push_doubles import FakeCache, TemporaryStore, answer, drop, hang, signed_narinfo, store_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -371,27 +373,51 @@ async def test_what_was_published_before_the_end_stays(store: TemporaryStore, ca
     assert list(cache.published) == [store_path("first").base_name]
 
 
-async def test_a_path_that_an_upstream_signed_is_left_to_it(store: TemporaryStore, cache: FakeCache) -> None:
-    _sign(store, cache, "base")
-    cache.elsewhere = {store_path("base").base_name}
+async def test_a_path_that_an_upstream_has_is_left_to_it(store: TemporaryStore, cache: FakeCache) -> None:
+    async with FakeUpstream() as upstream:
+        _sign(store, cache, upstream, "base")
+        _hold(store, upstream, "base")
+        cache.elsewhere = {store_path("base").base_name}
 
-    summary = await push(full("top"), store, settings(cache), QUICK)
+        summary = await push(full("top"), store, settings(cache), QUICK)
 
     assert (summary.upstream, summary.uploaded, summary.failed) == (1, 3, 0)
     assert store_path("base").base_name not in cache.published
 
 
-async def test_a_path_that_the_upstream_does_not_have_is_sent_after_all(
-    store: TemporaryStore, cache: FakeCache
-) -> None:
-    _sign(store, cache, "base")
-    told: list[events.Event] = []
+async def test_a_path_that_the_upstream_does_not_have_is_sent(store: TemporaryStore, cache: FakeCache) -> None:
+    async with FakeUpstream() as upstream:
+        _sign(store, cache, upstream, "base")
 
-    summary = await push(full("top"), store, settings(cache), QUICK, told.append)
+        summary = await push(full("top"), store, settings(cache), QUICK)
+
+    assert (summary.upstream, summary.uploaded, summary.failed) == (0, 4, 0)
+
+
+async def test_what_the_server_does_not_find_there_is_sent_after_all(store: TemporaryStore, cache: FakeCache) -> None:
+    told: list[events.Event] = []
+    async with FakeUpstream() as upstream:
+        _sign(store, cache, upstream, "base")
+        _hold(store, upstream, "base")
+
+        summary = await push(full("top"), store, settings(cache), QUICK, told.append)
 
     assert (summary.upstream, summary.uploaded, summary.failed) == (0, 4, 0)
     assert cache.count("nar") == 4
     assert not [event for event in told if isinstance(event, events.Failed)]
+
+
+async def test_upstreams_may_be_passed_over_and_added(store: TemporaryStore, cache: FakeCache) -> None:
+    cache.elsewhere = {store_path("base").base_name}
+    async with FakeUpstream() as upstream:
+        _sign(store, cache, upstream, "base")
+        _hold(store, upstream, "base")
+        dry = replace(QUICK, dry_run=True)
+        alone = await push(full("top"), store, settings(cache), replace(dry, declared_upstreams=False))
+        added = Upstream.from_answer(cache.upstreams.pop())
+        with_it = await push(full("top"), store, settings(cache), replace(dry, upstreams=(added,)))
+
+    assert (alone.upstream, with_it.upstream) == (0, 1)
 
 
 async def test_references_that_nobody_has_are_told(store: TemporaryStore, cache: FakeCache) -> None:
@@ -435,13 +461,15 @@ async def test_cancelling_leaves_nothing_behind(store: TemporaryStore, cache: Fa
     }
 
 
-def _sign(store: TemporaryStore, cache: FakeCache, name: str) -> None:
-    """Let an upstream have signed a path of the diamond."""
+def _sign(store: TemporaryStore, cache: FakeCache, upstream: FakeUpstream, name: str) -> None:
+    """Let an upstream of the cache have signed a path of the diamond."""
     diamond(store)
-    key = SecretKey.generate("upstream-1")
-    cache.upstreams = [api.UpstreamAnswer("https://upstream.example.org", [key.public.render()])]
+    cache.upstreams = [api.UpstreamAnswer(upstream.url, [KEY.public.render()])]
     info = store.infos[store_path(name)]
-    references = [path.full(store.store_dir) for path in info.references]
-    text = fingerprint(info.store_path.full(store.store_dir), info.nar_hash, info.nar_size, references)
-    signature = key.sign(text).render()
-    store.infos[info.store_path] = replace(info, signatures=(signature,))
+    store.infos[info.store_path] = replace(info, signatures=(signed_narinfo(info).signatures[0].render(),))
+
+
+def _hold(store: TemporaryStore, upstream: FakeUpstream, name: str) -> None:
+    """Let an upstream have the narinfo of a path."""
+    path = store_path(name)
+    upstream.objects[f"{path.hash_part}.narinfo"] = narinfo.render(signed_narinfo(store.infos[path]))
