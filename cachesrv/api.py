@@ -38,7 +38,8 @@ class ErrorAnswer(msgspec.Struct, frozen=True):
 
 class CacheAnswer(msgspec.Struct, frozen=True):
     """`public_keys` in Nix's `name:base64` form; `upstreams` are the caches that clients of this one are expected to
-    have beside it, none where references have to resolve in the cache itself; `max_nar_size` in bytes of the compressed file, 0 for no limit.
+    have beside it, none where references have to resolve in the cache itself; `max_nar_size` in bytes of the
+    compressed file, 0 for no limit.
     """
 
     name: str
