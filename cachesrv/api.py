@@ -7,19 +7,37 @@ be compressed (`Content-Encoding: zstd` or `gzip`). Errors are `ErrorAnswer` wit
     POST /api/v1/caches/<cache>/missing   MissingRequest -> MissingAnswer    which of these are not there (push)
     POST /api/v1/caches/<cache>/paths     PublishRequest -> PublishAnswer    publish paths whose NARs are there (push)
 
+    PUT    …/<cache>/uploads/<upload>                  UploadRequest -> UploadAnswer      begin, or take up again (push)
+    PUT    …/<cache>/uploads/<upload>/parts/<number>   bytes, with Content-Digest         send a part (push)
+    POST   …/<cache>/uploads/<upload>/complete         CompleteRequest -> CompleteAnswer  make a NAR of the parts (push)
+    DELETE …/<cache>/uploads/<upload>                                                     forget the parts (push)
+
 A NAR is sent before its path is published, by `PUT /<cache>/nar/<NAR hash>.nar.zst` (`application/x-nix-nar`): named
 by its NAR hash, so that an equal NAR is sent once. The server checks it while it streams, and answers a NAR that it
 already has without reading it when the client asks first by `Expect: 100-continue` or HEAD.
+
+A NAR of more than `CacheAnswer.part_size` bytes is sent in parts, so that no proxy on the way finds a body too large
+and what has arrived need not be sent again. The client names the upload (16 to 64 of `0-9a-z`): who names it by the
+NAR and by all that the bytes of the parts depend on can take it up after any interruption, from any machine, and two
+who send the same NAR share the work. Parts have numbers from 1 to MAX_PARTS and come in any order, several at once,
+each with `Content-Digest: sha-256=:<base64>:` (RFC 9530); a part that is there already is known by its sha256.
+`complete` names the parts that make up the NAR, which is then checked as any other; where that takes long the answer is
+`verifying`, and the client asks again. Parts that nothing is added to for some days are removed.
 
 Fields may be added: readers pass over those that they do not know. `MAX_BATCH` bounds the paths of one request.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 MAX_BATCH = 5000
 """Paths in one request, at most."""
+
+MAX_PARTS = 100_000
+"""Parts of one NAR, at most."""
 
 MAX_REQUEST_SIZE = 64 * 1024 * 1024
 """Bytes of one request body after decoding, at most."""
@@ -39,7 +57,8 @@ class ErrorAnswer(msgspec.Struct, frozen=True):
 class CacheAnswer(msgspec.Struct, frozen=True):
     """`public_keys` in Nix's `name:base64` form; `upstreams` are the caches that clients of this one are expected to
     have beside it, none where references have to resolve in the cache itself; `max_nar_size` in bytes of the
-    compressed file, 0 for no limit.
+    compressed file, 0 for no limit; `part_size`: bytes of the largest body that a client is to send where it can help
+    it, 0 where NARs cannot be sent in parts.
     """
 
     name: str
@@ -49,6 +68,7 @@ class CacheAnswer(msgspec.Struct, frozen=True):
     public_keys: list[str]
     upstreams: list[UpstreamAnswer]
     max_nar_size: int
+    part_size: int = 0
 
 
 class UpstreamAnswer(msgspec.Struct, frozen=True):
@@ -121,3 +141,43 @@ class PublishAnswer(msgspec.Struct, frozen=True):
     """One outcome a path, in the order of the request."""
 
     outcomes: list[PathOutcome]
+
+
+class UploadRequest(msgspec.Struct, frozen=True):
+    """The NAR that is to be sent in parts, compressed with zstd: its `sha256:<nix32>` and its size in bytes."""
+
+    nar_hash: str
+    nar_size: int
+
+
+class UploadedPart(msgspec.Struct, frozen=True, array_like=True):
+    """A part that is there: `size` in bytes, `sha256` in base-16."""
+
+    number: int
+    size: int
+    sha256: str
+
+
+class UploadAnswer(msgspec.Struct, frozen=True):
+    """`stored`: the NAR itself is there, nothing has to be sent. `parts` may have several of one number."""
+
+    stored: bool
+    parts: list[UploadedPart] = []
+
+
+class CompleteRequest(msgspec.Struct, frozen=True):
+    """The NAR as in the UploadRequest; `parts` are the sha256 (base-16) of all its parts, in order."""
+
+    nar_hash: str
+    nar_size: int
+    parts: list[str]
+
+
+class CompleteAnswer(msgspec.Struct, frozen=True):
+    """`stored`: the NAR is there, checked. `verifying`: ask again; `verified` bytes of the parts have been read so far.
+    `incomplete`: nothing has changed, and the parts with the numbers `missing` have to be sent.
+    """
+
+    state: Literal["stored", "verifying", "incomplete"]
+    missing: list[int] = []
+    verified: int = 0

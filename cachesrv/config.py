@@ -32,6 +32,7 @@ _FOLDER = "[0-9A-Za-z_-][0-9A-Za-z_.-]{0,100}"
 
 # Descriptions end the sentence "expected …"; what is secret is not repeated in messages.
 Size = Annotated[int, msgspec.Meta(ge=0, le=_LARGEST, title="size", description=_SIZE)]
+PartSize = Annotated[int, msgspec.Meta(ge=2**20, le=2**30, title="size", description='a size from "1 MiB" to "1 GiB"')]
 Duration = Annotated[int, msgspec.Meta(ge=0, le=_LARGEST, title="duration", description=_DURATION)]
 PositiveDuration = Annotated[
     int, msgspec.Meta(ge=1, le=_LARGEST, title="duration", description='one second or more, as 60 or "30 min"')
@@ -178,6 +179,15 @@ class Delivery(msgspec.Struct, frozen=True):
     disk_cache_size: Size = 10 * 2**30
 
 
+class Uploads(msgspec.Struct, frozen=True):
+    """How large NARs come in."""
+
+    part_size: PartSize = 32 * 2**20
+    keep: PositiveDuration = 3 * 86400
+    limit_size: Size = 256 * 2**30
+    limit_count: Positive = 10_000
+
+
 class Cache(msgspec.Struct, frozen=True):
     """One binary cache."""
 
@@ -223,6 +233,7 @@ class Config(msgspec.Struct, frozen=True):
     index: Index = Index()
     lookup: Lookup = Lookup()
     delivery: Delivery = Delivery()
+    uploads: Uploads = Uploads()
     cache: tuple[Cache, ...] = (Cache(name="main", root=True),)
     upstream: tuple[Upstream, ...] = ()
     token: tuple[Token, ...] = ()

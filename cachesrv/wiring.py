@@ -28,6 +28,7 @@ from cachesrv.services.metadata import Metadata
 from cachesrv.services.publish import Publish
 from cachesrv.services.pull_through import PullThrough
 from cachesrv.services.store_reader import StoreReader
+from cachesrv.services.uploads import Limits, Uploads
 from cachesrv.services.upstream import Upstream, Upstreams
 from cachesrv.services.usage import Usage
 from cachesrv.storage.decorators import Direct, Guarded, Limited, Measured, Retrying
@@ -132,6 +133,8 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
         stack.push_async_callback(lookup.close)
         ingest = Ingest(storage, catalog, metrics, max_nar_size=config.server.max_nar_size)
         stack.push_async_callback(ingest.close)
+        uploads = Uploads(storage, ingest, _limits_of_uploads(config))
+        stack.push_async_callback(uploads.close)
         publish = Publish(storage, catalog, index, ingest, metrics, upstreams=upstreams)
         stack.push_async_callback(publish.close)
         # What comes from upstream has threads of its own, and does not hold up pushes; the disk cache has it as it is.
@@ -152,7 +155,14 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
         stack.push_async_callback(usage.flush)
         metadata = Metadata(storage, catalog)
         delivery = Delivery(storage, catalog, ingest, far_away)
-        yield Services(storage, catalog, index, lookup, ingest, delivery, publish, metadata, usage, metrics)
+        yield Services(storage, catalog, index, lookup, ingest, delivery, uploads, publish, metadata, usage, metrics)
+
+
+def _limits_of_uploads(config: Config) -> Limits:
+    uploads = config.uploads
+    return Limits(
+        part_size=uploads.part_size, size=uploads.limit_size, uploads=uploads.limit_count, seconds=uploads.keep
+    )
 
 
 def _storage_is_local(config: Config) -> bool:

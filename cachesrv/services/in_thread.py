@@ -9,13 +9,29 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from cachesrv.errors import BadInput
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
     from concurrent.futures import Executor
 
 Result = TypeVar("Result")
 
 _IN_FLIGHT = 8
 """Chunks of one stream that wait for its thread, at most."""
+
+_CHUNK = 256 * 1024
+
+
+async def coalesced(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+    """The same bytes in chunks of at least 256 KiB, but for the last: each one costs a hop to a thread."""
+    gathered: list[bytes] = []
+    size = 0
+    async for chunk in chunks:
+        gathered.append(chunk)
+        size += len(chunk)
+        if size >= _CHUNK:
+            yield b"".join(gathered) if len(gathered) > 1 else chunk
+            gathered, size = [], 0
+    if size:
+        yield b"".join(gathered)
 
 
 async def consumed(

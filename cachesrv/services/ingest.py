@@ -13,7 +13,7 @@ from cachesrv.catalog.base import NarRecord
 from cachesrv.errors import BadInput, BeingRemoved, Mismatch, MissingNar, TooLarge
 from cachesrv.nix.compression import SUFFIXES
 from cachesrv.services.content import check_contents
-from cachesrv.services.in_thread import consumed
+from cachesrv.services.in_thread import coalesced, consumed
 from cachesrv.services.verify_nar import VerifiedNar, verify
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"(?P<hash>[0-9a-df-np-sv-z]{52})\.nar(?P<suffix>\.[a-z0-9]+)?\Z")
 _COMPRESSIONS = {suffix: name for name, suffix in SUFFIXES.items() if suffix}
-_CHUNK = 256 * 1024
 DEFAULT_LEASE = 24 * 3600
 """Seconds for which a NAR stays that no path needs yet."""
 _SMALL = 1024 * 1024
@@ -89,8 +88,7 @@ class Ingest:
         Raises BadInput (and its kin) for what is not what it says, and StoreError; then nothing has changed.
         """
         parsed = NarName.parse(name)
-        if size is not None and self._max_nar_size and size > self._max_nar_size:
-            raise TooLarge(f"{size} bytes are more than the {self._max_nar_size} that this server takes in one NAR")
+        self.check_size(size or 0)
         key = cache.key(f"nar/{name}")
         async with self._slots:
             if size is not None and size <= _SMALL:
@@ -100,6 +98,11 @@ class Ingest:
         self._metrics.add("nars_stored")
         self._metrics.add("received_bytes", record.file_size)
         return record
+
+    def check_size(self, size: int) -> None:
+        """Raises TooLarge when a NAR of so many bytes is not taken."""
+        if self._max_nar_size and size > self._max_nar_size:
+            raise TooLarge(f"{size} bytes are more than the {self._max_nar_size} that this server takes in one NAR")
 
     async def adopt(self, cache: ServedCache, name: str, compression: str) -> NarRecord:
         """Note a NAR that lies in storage without the catalog knowing: put there by somebody else, or by a crash.
@@ -112,7 +115,7 @@ class Ingest:
         if info is None:
             raise MissingNar(f"there is no nar/{name}: send the NAR before the narinfo")
         async with self._slots:
-            verified = await self._verified(compression, _coalesced(self._storage.read(key)))
+            verified = await self._verified(compression, coalesced(self._storage.read(key)))
         return await self._note(cache, key, compression, verified, fence)
 
     async def examine(self, name: str, chunks: AsyncIterator[bytes]) -> tuple[str, VerifiedNar]:
@@ -120,7 +123,7 @@ class Ingest:
         not what the name says.
         """
         parsed = NarName.parse(name)
-        pieces = _coalesced(chunks)
+        pieces = coalesced(chunks)
         first = await anext(pieces, b"")
         compression = parsed.compression or _guess(first)
         async with self._slots:
@@ -145,7 +148,7 @@ class Ingest:
             await consumed(
                 self._executor,
                 lambda pieces: check_contents(address, path, nar.compression, pieces),
-                _coalesced(self._storage.read(nar.key)),
+                coalesced(self._storage.read(nar.key)),
             )
 
     async def close(self) -> None:
@@ -176,7 +179,7 @@ class Ingest:
     ) -> NarRecord:
         # Where there is no room, no body is asked for.
         async with self._storage.writer(key, size=size) as writer:
-            pieces = _coalesced(chunks)
+            pieces = coalesced(chunks)
             first = await anext(pieces, b"")
             compression = name.compression or _guess(first)
 
@@ -239,20 +242,6 @@ class Ingest:
         if await self._storage.head(key) is None:
             await self._catalog.remove_nars([key])
             raise BeingRemoved(f"{key} was just being removed: send it again")
-
-
-async def _coalesced(chunks: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
-    """The same bytes in chunks of at least 256 KiB, but for the last: each one costs a hop to a thread."""
-    gathered: list[bytes] = []
-    size = 0
-    async for chunk in chunks:
-        gathered.append(chunk)
-        size += len(chunk)
-        if size >= _CHUNK:
-            yield b"".join(gathered) if len(gathered) > 1 else chunk
-            gathered, size = [], 0
-    if size:
-        yield b"".join(gathered)
 
 
 async def _preceded(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

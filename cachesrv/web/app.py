@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from cachesrv.web import admin, cache, errors, push
+from cachesrv.web import admin, cache, errors, push, uploads
 from cachesrv.web.site import ROUTE, SITE, Site
 
 if TYPE_CHECKING:
@@ -29,6 +29,11 @@ def create_app(site: Site, outermost: Sequence[Middleware] = ()) -> web.Applicat
     _add(app, "GET", "/api/v1/caches/{cache}", push.get_cache)
     _add(app, "POST", "/api/v1/caches/{cache}/missing", push.missing)
     _add(app, "POST", "/api/v1/caches/{cache}/paths", push.publish)
+    upload = "/api/v1/caches/{cache}/uploads/{upload}"
+    _add(app, "PUT", upload, uploads.begin)
+    _add(app, "PUT", upload + "/parts/{number}", uploads.put_part)
+    _add(app, "POST", upload + "/complete", uploads.complete)
+    _add(app, "DELETE", upload, uploads.abort)
     _add(app, "*", "/{name:.+}", cache.handle)
     return app
 

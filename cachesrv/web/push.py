@@ -51,7 +51,7 @@ async def get_cache(request: web.Request) -> web.Response:
     rules = request.app[SITE].rules
     cache = named(rules, request.match_info["cache"])
     await check_readable(rules, cache, token_of(request))
-    return _json(
+    return json_answer(
         api.CacheAnswer(
             name=cache.name,
             store_dir=cache.store_dir,
@@ -60,13 +60,14 @@ async def get_cache(request: web.Request) -> web.Response:
             public_keys=[key.public.render() for key in cache.signing_keys],
             upstreams=[api.UpstreamAnswer(one.url, list(one.public_keys)) for one in cache.completed_by],
             max_nar_size=rules.max_nar_size,
+            part_size=request.app[SITE].services.uploads.limits.part_size,
         )
     )
 
 
 async def missing(request: web.Request) -> web.Response:
     """Which of many paths are not here; asked once by an uploader."""
-    cache, asked, pusher = await _authorised(request, api.MissingRequest)
+    cache, asked, pusher = await authorised(request, api.MissingRequest)
     _check_batch(asked.paths)
     services = request.app[SITE].services
     wanted = {StorePath.parse(path.path): Hash.parse(path.nar_hash).nix32 for path in asked.paths}
@@ -80,7 +81,7 @@ async def missing(request: web.Request) -> web.Response:
     }
     for path in conflicts:
         await services.publish.remember_conflict(published[path.hash_part], wanted[path], pusher)
-    return _json(
+    return json_answer(
         api.MissingAnswer(
             missing=[path.base_name for path in absent],
             stored=[path.base_name for path, nar_hash in absent.items() if nar_hash in stored],
@@ -91,7 +92,7 @@ async def missing(request: web.Request) -> web.Response:
 
 async def publish(request: web.Request) -> web.Response:
     """Publish many paths whose NARs are here."""
-    cache, asked, pusher = await _authorised(request, api.PublishRequest)
+    cache, asked, pusher = await authorised(request, api.PublishRequest)
     _check_batch(asked.paths)
     outcomes: list[Outcome] = []
     candidates: list[Candidate] = []
@@ -105,13 +106,15 @@ async def publish(request: web.Request) -> web.Response:
     results = [outcome or next(published) for outcome in outcomes]
     if full := next((outcome for outcome in results if isinstance(outcome, StoreError)), None):
         raise full
-    return _json(
+    return json_answer(
         api.PublishAnswer([_outcome(path.path, result) for path, result in zip(asked.paths, results, strict=True)])
     )
 
 
-async def _authorised(request: web.Request, kind: type[Body]) -> tuple[ServedCache, Body, str]:
-    """The cache that the request is about, its body, and the name of who sends it."""
+async def authorised(request: web.Request, kind: type[Body]) -> tuple[ServedCache, Body, str]:
+    """The cache that the request is about, its body, and the name of who sends it and may write. Raises BadInput,
+    NotAuthenticated, NotAllowed, NotFound.
+    """
     request[ROUTE] = "api"
     rules = request.app[SITE].rules
     cache = named(rules, request.match_info["cache"])
@@ -135,7 +138,8 @@ def _outcome(path: str, error: Outcome) -> api.PathOutcome:
     return api.PathOutcome(path, errors.text_for_client(error), kind)
 
 
-def _json(answer: msgspec.Struct) -> web.Response:
+def json_answer(answer: msgspec.Struct) -> web.Response:
+    """An answer of the API."""
     return web.Response(
         body=msgspec.json.encode(answer), content_type="application/json", headers={"Cache-Control": "no-store"}
     )

@@ -26,8 +26,7 @@ from cachesrv.web.reactor import Reactor
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
-    from cachesrv.storage.base import ObjectStore
-    from cachesrv.web.site import Rules, Site
+    from cachesrv.web.site import Rules, Services, Site
 
 _log = structlog.get_logger()
 
@@ -129,7 +128,7 @@ async def listening(
     reactor = Reactor(answers, fronts, idle_timeout=idle_timeout)
     reactor.start(direct)
     fronts.start()
-    chores = [asyncio.create_task(site.services.usage.run()), asyncio.create_task(_sweep(site.services.storage))]
+    chores = [asyncio.create_task(site.services.usage.run()), asyncio.create_task(_sweep(site.services))]
     try:
         yield fronts, reactor
     finally:
@@ -146,11 +145,11 @@ async def listening(
         fronts.abort()
 
 
-async def _sweep(storage: ObjectStore) -> None:
-    """Remove what killed writers left behind: at the start, and from time to time."""
+async def _sweep(services: Services) -> None:
+    """Remove what killed writers and clients left behind: at the start, and from time to time."""
     while True:
         try:
-            removed = await storage.sweep(older_than=_ABANDONED)
+            removed = await services.storage.sweep(older_than=_ABANDONED) + await services.uploads.sweep()
         except StoreError as error:
             _log.error("unfinished objects cannot be removed", error=str(error))
         else:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cachesrv.services.lookup import Lookup
     from cachesrv.services.metadata import Metadata
     from cachesrv.services.publish import Publish
+    from cachesrv.services.uploads import Uploads
     from cachesrv.services.usage import Usage
     from cachesrv.storage.base import ObjectStore
     from cachesrv.telemetry import Metrics
@@ -36,6 +37,7 @@ class Services:
     lookup: Lookup
     ingest: Ingest
     delivery: Delivery
+    uploads: Uploads
     publish: Publish
     metadata: Metadata
     usage: Usage

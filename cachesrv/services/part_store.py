@@ -1,0 +1,166 @@
+"""Parts of NARs until all of them are there: objects of the object store, under keys that nobody is served from.
+
+    ~uploads/<cache>/<two characters>/<upload>.begun               what the parts are to become
+    ~uploads/<cache>/<two characters>/<upload>.<number>.<sha256>   a part
+
+No cache can have a prefix that begins with a tilde. All that is known of a part stands in its key, so that parts
+outlive the server and are there for all of its processes. The two characters are the first of the upload's name: a
+folder for each upload would stay for ever, since folders are not removed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from cachesrv.errors import BadInput, StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from cachesrv.storage.base import ObjectInfo, ObjectStore, ObjectWriter
+
+_ROOT = "~uploads/"
+_LARGEST_BEGUN = 64 * 1024
+_REMOVED_TOGETHER = 1000
+_KEY = re.compile(
+    r"~uploads/(?P<cache>[^/]+)/../(?P<upload>[0-9a-z]{16,64})\."
+    r"(?:begun|(?P<number>[0-9]{6})\.(?P<sha256>[0-9a-f]{64}))"
+)
+_UPLOAD = re.compile(r"[0-9a-z]{16,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the parts of one upload lie."""
+
+    cache: str
+    upload: str
+
+    @classmethod
+    def of(cls, cache: str, upload: str) -> Place:
+        """Raises BadInput when an upload cannot be called so."""
+        if not _UPLOAD.fullmatch(upload):
+            raise BadInput("the name of an upload is 16 to 64 digits and lower-case letters")
+        return cls(cache, upload)
+
+    @property
+    def folder(self) -> str:
+        """What its keys begin with, and some of others."""
+        return f"{_ROOT}{self.cache}/{self.upload[:2]}/"
+
+    @property
+    def begun_key(self) -> str:
+        """Of the object that says what it is to become."""
+        return f"{self.folder}{self.upload}.begun"
+
+    def part_key(self, number: int, sha256: str) -> str:
+        """Of a part."""
+        return f"{self.folder}{self.upload}.{number:06}.{sha256}"
+
+
+class Begun(msgspec.Struct, frozen=True):
+    """An upload: of which NAR (`sha256:<nix32>`, bytes), and by whom it was begun."""
+
+    nar_hash: str
+    nar_size: int
+    pusher: str
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """`sha256` in base-16, size in bytes."""
+
+    number: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """How many uploads there are, and the bytes of all their parts."""
+
+    uploads: int
+    size: int
+
+
+class PartStore:
+    """All of it raises StoreError."""
+
+    def __init__(self, storage: ObjectStore) -> None:
+        self._storage = storage
+
+    async def begin(self, place: Place, begun: Begun) -> None:
+        """Note an upload, or that somebody goes on with it."""
+        await self._storage.put(place.begun_key, msgspec.json.encode(begun), replace=True)
+
+    async def begun(self, place: Place) -> Begun | None:
+        """What was noted, None when there is no such upload."""
+        noted = await self._storage.get(place.begun_key, limit=_LARGEST_BEGUN)
+        try:
+            return None if noted is None else msgspec.json.decode(noted, type=Begun)
+        except msgspec.DecodeError as error:
+            raise StoreError(f"{place.begun_key} is not as it was written: {error}") from error
+
+    async def is_begun(self, place: Place) -> bool:
+        """Whether there is such an upload."""
+        return await self._storage.head(place.begun_key) is not None
+
+    def writer(self, place: Place, part: Part) -> AbstractAsyncContextManager[ObjectWriter]:
+        """To write a part."""
+        return self._storage.writer(place.part_key(part.number, part.sha256), size=part.size)
+
+    def read(self, place: Place, number: int, sha256: str) -> AsyncIterator[bytes]:
+        """A part. Raises NotFound."""
+        return self._storage.read(place.part_key(number, sha256))
+
+    async def parts(self, place: Place) -> list[Part]:
+        """Those that are there, by number."""
+        found = []
+        async for info, match in self._objects(place):
+            if match["number"]:
+                found.append(Part(int(match["number"]), info.size, match["sha256"]))
+        return sorted(found, key=lambda part: (part.number, part.sha256))
+
+    async def remove(self, place: Place) -> None:
+        """Forget an upload; what says that it is one goes first, so that no more parts are taken."""
+        await self._storage.delete([place.begun_key])
+        keys = [info.key async for info, _ in self._objects(place)]
+        for start in range(0, len(keys), _REMOVED_TOGETHER):
+            await self._storage.delete(keys[start : start + _REMOVED_TOGETHER])
+
+    async def amount(self) -> Amount:
+        """All that is there."""
+        places, size = set(), 0
+        async for info in self._storage.list(_ROOT):
+            places.add(_place_of(info.key))
+            size += info.size
+        return Amount(len(places), size)
+
+    async def silent_since(self, before: float) -> Sequence[Place]:
+        """Uploads in which nothing has happened since `before`, in seconds since the epoch."""
+        latest: dict[Place, float] = defaultdict(float)
+        async for info in self._storage.list(_ROOT):
+            if place := _place_of(info.key):
+                latest[place] = max(latest[place], info.modified)
+        return [place for place, at in latest.items() if at < before and await self._is_silent(place, before)]
+
+    async def _is_silent(self, place: Place, before: float) -> bool:
+        """Asked once more, of what is noted when somebody goes on with it."""
+        info = await self._storage.head(place.begun_key)
+        return info is None or info.modified < before
+
+    async def _objects(self, place: Place) -> AsyncIterator[tuple[ObjectInfo, re.Match[str]]]:
+        async for info in self._storage.list(place.folder):
+            if (match := _KEY.fullmatch(info.key)) and match["upload"] == place.upload:
+                yield info, match
+
+
+def _place_of(key: str) -> Place | None:
+    match = _KEY.fullmatch(key)
+    return Place(match["cache"], match["upload"]) if match else None

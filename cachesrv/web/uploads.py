@@ -1,0 +1,91 @@
+"""NARs in parts: see `cachesrv.api` for what goes over the wire."""
+
+from __future__ import annotations
+
+import binascii
+import re
+from base64 import b64decode
+
+from aiohttp import web
+
+from cachesrv import api
+from cachesrv.errors import BadInput
+from cachesrv.nix.hashes import Hash
+from cachesrv.services.part_store import Part
+from cachesrv.services.uploads import Missing, Verifying
+from cachesrv.web import bodies
+from cachesrv.web.auth import token_of
+from cachesrv.web.errors import UnknownCoding
+from cachesrv.web.push import authorised, json_answer
+from cachesrv.web.site import ROUTE, SITE, check_writable, named
+
+_PATIENCE = 20.0
+"""Seconds after which an answer is given although it is not known yet: proxies wait for 60."""
+
+_DIGEST = re.compile(r"sha-256=:([0-9A-Za-z+/=]{44}):")
+_NUMBER = re.compile(r"[0-9]{1,9}")
+
+
+async def begin(request: web.Request) -> web.Response:
+    """Begin an upload, or take it up again; what is there of it."""
+    cache, asked, pusher = await authorised(request, api.UploadRequest)
+    uploads = request.app[SITE].services.uploads
+    nar_hash = Hash.parse(asked.nar_hash)
+    parts = await uploads.begin(cache, request.match_info["upload"], nar_hash, asked.nar_size, pusher)
+    there = [api.UploadedPart(part.number, part.size, part.sha256) for part in parts or ()]
+    return json_answer(api.UploadAnswer(stored=parts is None, parts=there))
+
+
+async def put_part(request: web.Request) -> web.Response:
+    """Take in a part."""
+    request[ROUTE] = "api"
+    rules = request.app[SITE].rules
+    cache = named(rules, request.match_info["cache"])
+    await check_writable(rules, cache, token_of(request))
+    if bodies.coding(request) != "none":
+        raise UnknownCoding("a part is sent as it is, without Content-Encoding")
+    if request.content_length is None:
+        raise BadInput("how large is the part? send Content-Length")
+    number = request.match_info["number"]
+    if not _NUMBER.fullmatch(number):
+        raise BadInput(f"{number[:50]!r} is not the number of a part")
+    digest = _digest(request.headers.get("Content-Digest", ""))
+    part = Part(int(number), request.content_length, digest.hex())
+    chunks = bodies.chunks(request, rules.stall_timeout)
+    await request.app[SITE].services.uploads.receive(cache, request.match_info["upload"], part, chunks)
+    return web.Response(status=204)
+
+
+async def complete(request: web.Request) -> web.Response:
+    """Make a NAR of the parts."""
+    cache, asked, _ = await authorised(request, api.CompleteRequest)
+    uploads = request.app[SITE].services.uploads
+    nar_hash = Hash.parse(asked.nar_hash)
+    outcome = await uploads.complete(cache, request.match_info["upload"], nar_hash, asked.parts, patience=_PATIENCE)
+    if isinstance(outcome, Missing):
+        return json_answer(api.CompleteAnswer("incomplete", missing=outcome.numbers))
+    if isinstance(outcome, Verifying):
+        return json_answer(api.CompleteAnswer("verifying", verified=outcome.read))
+    return json_answer(api.CompleteAnswer("stored"))
+
+
+async def abort(request: web.Request) -> web.Response:
+    """Forget the parts."""
+    request[ROUTE] = "api"
+    rules = request.app[SITE].rules
+    cache = named(rules, request.match_info["cache"])
+    await check_writable(rules, cache, token_of(request))
+    await request.app[SITE].services.uploads.abort(cache, request.match_info["upload"])
+    return web.Response(status=204)
+
+
+def _digest(header: str) -> bytes:
+    """The sha256 in a Content-Digest (RFC 9530). Raises BadInput."""
+    match = _DIGEST.search(header)
+    try:
+        digest = b64decode(match[1], validate=True) if match else b""
+    except binascii.Error:
+        digest = b""
+    if len(digest) != 32:
+        raise BadInput("a part has to come with its sha256, as Content-Digest: sha-256=:<base64>:")
+    return digest
