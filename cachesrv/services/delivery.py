@@ -6,6 +6,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
 
 from cachesrv.errors import StoreError
 from cachesrv.services.alone import read_alone
@@ -88,10 +89,14 @@ class Delivery:
             return await self.size(cache, name, None)
         return remote.size
 
-    async def open(self, cache: ServedCache, name: str, hash_part: str | None) -> NarDelivery | None:
-        """The best way to `nar/<name>`, None when there is no such NAR. Raises StoreError, PeerError."""
+    async def open(
+        self, cache: ServedCache, name: str, hash_part: str | None, *, not_at: str = ""
+    ) -> NarDelivery | None:
+        """The best way to `nar/<name>`, None when there is no such NAR; no redirect to the host `not_at`. Raises
+        StoreError, PeerError.
+        """
         key = cache.key(f"nar/{name}")
-        if found := await self._here(key) or await self._far_away_stored(key):
+        if found := await self._here(key) or await self._far_away_stored(key, not_at):
             return found
         fetch = self._far_away.fetches.under_way(key)
         if fetch is None and (remote := await self._far_away.origin.remote(cache, name, hash_part)):
@@ -102,7 +107,7 @@ class Delivery:
             await fetch.begun()
             return Coming(fetch.size, fetch.read)
         await fetch.done()
-        return await self.open(cache, name, None)
+        return await self.open(cache, name, None, not_at=not_at)
 
     async def _known(self, key: str) -> tuple[NarRecord | None, int | None]:
         """What the catalog knows of a NAR in storage, if anything, and its size; None when it is not there."""
@@ -118,7 +123,7 @@ class Delivery:
             return Coming(how.size, partial(self._storage.read, key)) if isinstance(how, Stream) else how
         return await self._far_away.disk_cache.get(key)
 
-    async def _far_away_stored(self, key: str) -> NarDelivery | None:
+    async def _far_away_stored(self, key: str, not_at: str) -> NarDelivery | None:
         """From a store that is not of this host. Only to what is known to be there a redirect is given."""
         if self._far_away.storage_is_local:
             return None
@@ -127,7 +132,8 @@ class Delivery:
             return None
         if self._far_away.redirect:
             how = await self._storage.delivery(key)
-            return how if isinstance(how, PresignedUrl) else None
+            if isinstance(how, PresignedUrl) and urlsplit(how.url).hostname != not_at:
+                return how
         stored = StoredNar(self._storage, self._ingest, key, size=size, record=record)
         return Coming(size, partial(_shared, self._far_away.fetches, stored))
 

@@ -32,6 +32,7 @@ NAR_TYPE = "application/x-nix-nar"
 _ENCODED_LOG_LIMIT = 32 * 1024 * 1024
 MISS_HEADERS = {"Cache-Control": "no-store"}
 MISS_TEXT = "no such path\n"
+_PORT = re.compile(r":[0-9]*\Z")
 _NO_NAR = "there is no such NAR in this cache"
 _EVICTED = 3
 """Times that a file is looked for which goes before it is opened: from the disk cache it may, and is elsewhere then."""
@@ -92,7 +93,7 @@ async def get_nar(ask: Ask) -> web.StreamResponse:
             raise NotFound(_NO_NAR)
         return await _send_nar(ask, objects.SizeOnly(size))
     for _ in range(_EVICTED):
-        delivery = await ask.services.delivery.open(ask.cache, name, hash_part)
+        delivery = await ask.services.delivery.open(ask.cache, name, hash_part, not_at=_keeper_of_secrets(ask.request))
         if delivery is None:
             break
         if isinstance(delivery, PresignedUrl):
@@ -104,6 +105,15 @@ async def get_nar(ask: Ask) -> web.StreamResponse:
             with file:
                 return await _send_nar(ask, file)
     raise NotFound(_NO_NAR)
+
+
+def _keeper_of_secrets(request: web.Request) -> str:
+    """The host that this client has a password for, if it sent one: it would send it to any port of that host, and no
+    bucket takes a request with two signatures (netrc knows no ports).
+    """
+    if "Authorization" not in request.headers:
+        return ""
+    return _PORT.sub("", request.host).strip("[]").lower()
 
 
 async def _send_nar(ask: Ask, body: objects.Body) -> web.StreamResponse:
