@@ -40,8 +40,8 @@ ACCESS_KEY = "testkey"
 SECRET_KEY = "testsecret"
 STRANGER = "stranger"
 """User, access key and secret key of somebody who may do only what a bucket's policy says."""
-VIRTUAL_DOMAIN = "s3.test"
-"""Host names below this one name a bucket."""
+VIRTUAL_DOMAIN = "localhost"
+"""The gateway's name; host names below it name a bucket."""
 
 _PATIENCE = 60.0
 _PROGRAMS = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")

@@ -268,7 +268,7 @@ async def test_delivery_as_a_stream(open_store: Callable[..., S3Store]) -> None:
 async def test_the_bucket_in_the_name_of_the_host(
     gateway: Gateway, bucket: str, open_store: Callable[..., S3Store]
 ) -> None:
-    """There is no such name in DNS: what is signed for it is sent to where the gateway is."""
+    """Names of buckets are in no DNS: what is signed for them is sent to where the gateway is."""
     plain = open_store()
     await plain.put("main/a", b"a")
     endpoint = f"http://{VIRTUAL_DOMAIN}:{gateway.port}"

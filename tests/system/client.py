@@ -61,8 +61,12 @@ class Client:
             connection.close()
 
     def get(self, path: str, **headers: str) -> Answer:
-        """Header names are written with underscores."""
-        return self.ask("GET", path, headers=_fields(headers))
+        """Header names are written with underscores. A redirect is followed, without the token."""
+        answer = self.ask("GET", path, headers=_fields(headers))
+        if answer.status != 307:
+            return answer
+        target = urlsplit(answer.headers["location"])
+        return Client(f"{target.scheme}://{target.netloc}").get(f"{target.path}?{target.query}", **headers)
 
     def head(self, path: str, **headers: str) -> Answer:
         return self.ask("HEAD", path, headers=_fields(headers))

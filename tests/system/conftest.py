@@ -4,23 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import count
+from secrets import token_hex
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.system.nix import Nix
 from tests.system.server import Server
+from tests.system.stored import Bucket, Stored
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tests.radosgw import Gateway
+
 StartServer = Callable[..., Server]
 MakeNix = Callable[..., Nix]
 MakeClient = Callable[[Server], Nix]
+MakeBucket = Callable[..., Bucket]
+
+FILES, REDIRECT, PROXY = "files", "redirect", "proxy"
 
 
 @pytest.fixture
-def make_server(tmp_path: Path) -> Iterator[StartServer]:
+def make_bucket(request: pytest.FixtureRequest, tmp_path: Path) -> MakeBucket:
+    """Places in buckets, each of its own; see Bucket for what they are given."""
+
+    def make(mode: str = REDIRECT, endpoint: str = "") -> Bucket:
+        gateway: Gateway = request.getfixturevalue("gateway")
+        bucket: str = request.getfixturevalue("bucket")
+        return Bucket(gateway, bucket, token_hex(8), tmp_path, mode=mode, endpoint=endpoint)
+
+    return make
+
+
+@pytest.fixture
+def storage(request: pytest.FixtureRequest) -> str:
+    """What servers keep objects in, and how NARs reach clients from there: in files, unless a test is made for others
+    (`every_storage`, `both_storages`).
+    """
+    return getattr(request, "param", FILES)
+
+
+every_storage = pytest.mark.parametrize("storage", [FILES, REDIRECT, PROXY], indirect=True)
+both_storages = pytest.mark.parametrize("storage", [FILES, REDIRECT], indirect=True)
+
+
+@pytest.fixture
+def make_server(tmp_path: Path, storage: str, make_bucket: MakeBucket) -> Iterator[StartServer]:
     """Servers, each with a folder of its own; not yet started."""
     servers: list[Server] = []
 
@@ -30,9 +61,11 @@ def make_server(tmp_path: Path) -> Iterator[StartServer]:
         config: str | None = None,
         listen: str = "127.0.0.1:0",
         data_dir: Path | None = None,
+        stored: Stored | None = None,
     ) -> Server:
         folder = tmp_path / f"server-{len(servers)}"
-        server = Server(folder, environment=environment, config=config, listen=listen, data_dir=data_dir)
+        stored = stored or (None if storage == FILES else make_bucket(storage))
+        server = Server(folder, environment=environment, config=config, listen=listen, data_dir=data_dir, stored=stored)
         servers.append(server)
         return server
 

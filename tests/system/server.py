@@ -10,14 +10,16 @@ import subprocess
 import sys
 import time
 from contextlib import closing
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.system.client import Client
+from tests.system.stored import Folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from tests.system.stored import Stored
 
 CACHESRV = (sys.executable, "-m", "cachesrv")
 PATIENCE = 60.0
@@ -31,8 +33,9 @@ _EVERYTHING = (
 
 
 class Server:
-    """A server on a data directory below `folder`; `environment` is added to a bare one, `config` is TOML. It can be
-    started again, with the same data and the same address, after it was ended in whatever way.
+    """A server on a data directory below `folder`; `environment` is added to a bare one, `config` is TOML, and `stored`
+    is where it keeps its objects, if not in that directory. It can be started again, with the same data and the same
+    address, after it was ended in whatever way.
     """
 
     def __init__(
@@ -43,10 +46,13 @@ class Server:
         config: str | None = None,
         listen: str = "127.0.0.1:0",
         data_dir: Path | None = None,
+        stored: Stored | None = None,
     ) -> None:
         self.folder = folder
         self.data_dir = data_dir or folder / "data"
-        self.environment = inherited() | {"HOME": str(folder), "CACHESRV_DEBUG": "1"} | (environment or {})
+        self.stored = stored or Folder(self.data_dir / "objects")
+        self.environment = inherited() | {"HOME": str(folder), "CACHESRV_DEBUG": "1"}
+        self.environment |= self.stored.settings | (environment or {})
         self.listen = listen
         self.config_file = folder / "cachesrv.toml"
         self.url = ""
@@ -100,7 +106,7 @@ class Server:
 
     @property
     def objects(self) -> Path:
-        """The folder that is itself the cache `main`."""
+        """The folder that is itself the cache `main`, for a server that keeps its objects in files."""
         return self.data_dir / "objects" / "main"
 
     @property
@@ -150,14 +156,8 @@ class Server:
         return peak_memory(self.process.pid)
 
     def snapshot(self) -> dict[str, Any]:
-        """All that is stored: every file under `objects`, unfinished ones too, and every published path."""
-        root = self.data_dir / "objects"
-        stored: dict[str, Any] = {
-            str(file.relative_to(root)): (sha256(file.read_bytes()).hexdigest(), file.stat().st_ino)
-            for file in sorted(root.rglob("*"))
-            if file.is_file()
-        }
-        return stored | {"published": self.query(_EVERYTHING)}
+        """All that is stored, unfinished objects too, and every published path."""
+        return self.stored.state() | {"published": self.query(_EVERYTHING)}
 
     def query(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
         """Ask the catalog behind the server's back."""

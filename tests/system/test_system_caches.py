@@ -10,6 +10,7 @@ import pytest
 
 from cachesrv.nix.signing import SecretKey
 from tests.samples import Sample
+from tests.system.conftest import every_storage
 from tests.system.nix import CHAIN
 from tests.system.push import push
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from tests.system.conftest import MakeClient, StartServer
     from tests.system.nix import Nix
     from tests.system.server import Server
+
+pytestmark = every_storage
 
 READER, FOREIGN = "token-of-a-reader", "token-for-another-cache"
 CONFIG = f"""

@@ -10,6 +10,7 @@ import brotli  # type: ignore[import-untyped]  # it has no types
 import pytest
 import zstandard
 
+from tests.system.conftest import every_storage
 from tests.system.push import both_ways, by_copy, push
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from tests.system.nix import Nix
     from tests.system.push import Fill
     from tests.system.server import Server
+
+pytestmark = every_storage
 
 CONTENT_ADDRESSED = """
     let
@@ -93,12 +96,14 @@ def test_realisations_let_content_addressed_builds_be_substituted(builder: Nix, 
     client.configure(trusted_public_keys=public)
     assert client.build(CONTENT_ADDRESSED, "program") == [program]
     assert client.hashes(program) == builder.hashes(program)
-    for file in (cache.objects / "realisations").iterdir():
-        bare = cache.client().get(f"/main/realisations/{file.name}")
-        quoted = cache.client().get(f"/main/realisations/{file.name.replace('!', '%21')}")
-        assert bare.body == quoted.body == file.read_bytes()
+    names = cache.stored.names("realisations/")
+    assert len(names) == 2
+    for name in names:
+        bare = cache.client().get(f"/main/{name}")
+        quoted = cache.client().get(f"/main/{name.replace('!', '%21')}")
+        assert bare.body == quoted.body == cache.stored.read(name)
         assert bare.headers["content-type"] == "application/json"
-        head = cache.client().head(f"/main/realisations/{file.name}")
+        head = cache.client().head(f"/main/{name}")
         assert (head.status, head.headers["content-length"]) == (200, str(len(bare.body)))
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.system.conftest import every_storage
 from tests.system.nix import CHAIN
 from tests.system.push import both_ways, by_copy, push
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from tests.system.nix import Nix
     from tests.system.push import Fill
     from tests.system.server import Server
+
+pytestmark = every_storage
 
 
 @both_ways

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import time
+from secrets import token_hex
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from tests.samples import Sample
 from tests.system.client import receive
 from tests.system.server import Server
+from tests.system.stored import Bucket
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,9 +26,15 @@ LARGE = Sample("large", bytes(range(256)) * 4096 * 4)
 NIX = "Host: cache\r\nUser-Agent: curl/7.88.1 Nix/2.8.0\r\nAccept: */*\r\n"
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server")).start()
+@pytest.fixture(scope="module", params=["files", "bucket"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """What lies in a bucket is told in the same words, when it comes through the server."""
+    folder = tmp_path_factory.mktemp("server")
+    stored = None
+    if request.param == "bucket":
+        gateway, bucket = request.getfixturevalue("gateway"), request.getfixturevalue("bucket")
+        stored = Bucket(gateway, bucket, token_hex(8), folder, mode="proxy")
+    server = Server(folder, stored=stored).start()
     for sample in (SMALL, LARGE):
         assert server.pusher.put(sample.nar_url, sample.file).status == 204
         assert server.pusher.put(sample.narinfo_url, sample.narinfo()).status == 204

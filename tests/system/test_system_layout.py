@@ -7,9 +7,11 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.system.conftest import both_storages
 from tests.system.nix import CHAIN
 from tests.system.push import both_ways, by_copy, push
 from tests.system.server import CACHESRV
+from tests.system.stored import Folder
 
 if TYPE_CHECKING:
     from tests.system.conftest import MakeClient
@@ -29,21 +31,24 @@ def reindex(server: Server, *arguments: str) -> subprocess.CompletedProcess[str]
     )
 
 
+@both_storages
 @both_ways
 def test_the_objects_are_a_cache_without_a_server(builder: Nix, cache: Server, client: Nix, fill: Fill) -> None:
     (program,) = builder.build(CHAIN, "program")
     fill(builder, cache, program)
     cache.stop()
-    before = cache.snapshot()
-    client.run("nix", "copy", "--from", f"file://{cache.objects}", program)
+    objects = cache.stored.copy()
+    before = Folder(objects).state()
+    client.run("nix", "copy", "--from", f"file://{objects}", program)
     assert client.hashes(program) == builder.hashes(program)
-    client.run("nix", "store", "verify", "-r", "--store", f"file://{cache.objects}", "--sigs-needed", "1", program)
-    assert cache.snapshot() == before, "reading made the client write what was missing"
+    client.run("nix", "store", "verify", "-r", "--store", f"file://{objects}", "--sigs-needed", "1", program)
+    assert Folder(objects).state() == before, "reading made the client write what was missing"
 
 
+@both_storages
 def test_the_objects_say_what_store_they_are_for(builder: Nix, cache: Server) -> None:
     push(builder, cache, *builder.build(CHAIN, "library"))
-    info = (cache.objects / "nix-cache-info").read_bytes()
+    info = cache.stored.read("nix-cache-info")
     assert f"StoreDir: {builder.store_dir}\n".encode() in info
     assert cache.client().get("/main/nix-cache-info").body == info
 
@@ -90,6 +95,7 @@ def test_catalog_and_index_can_be_rebuilt(builder: Nix, cache: Server, client: N
     assert client.hashes(program) == builder.hashes(program)
 
 
+@both_storages
 def test_an_index_that_is_lost_costs_nothing_but_time(builder: Nix, cache: Server, client: Nix) -> None:
     (program,) = builder.build(CHAIN, "program")
     push(builder, cache, program)
@@ -123,12 +129,13 @@ def test_what_cannot_be_served_is_named_and_left_out(builder: Nix, cache: Server
     assert builder.hashes(program, store=cache.main) == builder.hashes(program)
 
 
+@both_storages
 def test_a_push_completes_what_lies_there_unserved(builder: Nix, cache: Server, client: Nix) -> None:
     """Narinfos and NARs in storage that the catalog does not know, such as a crash or somebody else leaves behind."""
     (program,) = builder.build(CHAIN, "program")
     folder = builder.folder / "plain"
     builder.run("nix", "copy", "--to", f"file://{folder}?compression=zstd", program)
-    shutil.copytree(folder, cache.objects, dirs_exist_ok=True)
+    cache.stored.fill(folder)
     by_copy(builder, cache, program)
     client.run("nix", "copy", "--from", cache.main, program)
     assert client.hashes(program) == builder.hashes(program)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cachesrv.index.lmdb import LmdbIndex
+from tests.system.conftest import both_storages
 from tests.system.nix import CHAIN
 from tests.system.push import both_ways, push
 from tests.system.server import until
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from tests.system.nix import Nix
     from tests.system.push import Fill
     from tests.system.server import Server
+
+pytestmark = both_storages
 
 # As Nix 2.8 sends it: plain enough to be answered from the index, without a parser.
 PLAIN = "{} /main/{}.narinfo HTTP/1.1\r\nHost: {}\r\nUser-Agent: curl/7.88.1 Nix/2.8.0\r\nAccept: */*\r\n\r\n"

@@ -1,0 +1,167 @@
+"""Where a server keeps its objects, looked at behind its back: a folder, or a bucket.
+
+Names are those of the cache `main`, such as `nar/<file>`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import closing
+from hashlib import sha256
+from typing import TYPE_CHECKING, Protocol
+
+from tests.radosgw import VIRTUAL_DOMAIN
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from types_boto3_s3 import S3Client as Sdk
+
+    from tests.radosgw import Gateway
+
+CACHE = "main"
+
+
+class Stored(Protocol):
+    """See the module's docstring."""
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The environment of a server that keeps its objects there."""
+
+    def names(self, folder: str = "") -> set[str]:
+        """All objects whose name begins so."""
+
+    def read(self, name: str) -> bytes:
+        """An object."""
+
+    def fill(self, folder: Path) -> None:
+        """Put there what lies in a folder, as another writer would."""
+
+    def copy(self) -> Path:
+        """A folder with all objects: a binary cache for `file://`."""
+
+    def state(self) -> dict[str, object]:
+        """All that is there, unfinished too, of all caches. It differs when anything was written, also the same."""
+
+
+class Folder:
+    """What lies below `root`, a folder with one in it for each cache."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """None: it is where a server that is told nothing keeps them."""
+        return {}
+
+    def names(self, folder: str = "") -> set[str]:
+        """See Stored."""
+        objects = self.root / CACHE
+        files = (objects / folder).rglob("*")
+        return {str(file.relative_to(objects)) for file in files if file.is_file() and not file.name.startswith(".")}
+
+    def read(self, name: str) -> bytes:
+        """See Stored."""
+        return (self.root / CACHE / name).read_bytes()
+
+    def fill(self, folder: Path) -> None:
+        """See Stored."""
+        shutil.copytree(folder, self.root / CACHE, dirs_exist_ok=True)
+
+    def copy(self) -> Path:
+        """See Stored."""
+        return self.root / CACHE
+
+    def state(self) -> dict[str, object]:
+        """See Stored."""
+        return {
+            str(file.relative_to(self.root)): (sha256(file.read_bytes()).hexdigest(), file.stat().st_ino)
+            for file in sorted(self.root.rglob("*"))
+            if file.is_file()
+        }
+
+
+class Bucket:
+    """What lies below a prefix of a bucket. Copies of it are made below `folder`. Servers talk to `endpoint`: the
+    gateway itself, unless it is said, and by a name that is not theirs, as buckets have.
+    """
+
+    def __init__(
+        self, gateway: Gateway, bucket: str, prefix: str, folder: Path, *, mode: str = "redirect", endpoint: str = ""
+    ) -> None:
+        self.name = bucket
+        self.prefix = prefix
+        self._gateway = gateway
+        self._folder = folder
+        self._mode = mode
+        self._endpoint = endpoint or f"http://{VIRTUAL_DOMAIN}:{gateway.port}"
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Without a disk cache: NARs come from the bucket, all of them."""
+        return self._gateway.environment() | {
+            "CACHESRV_STORAGE__KIND": "s3",
+            "CACHESRV_STORAGE__BUCKET": self.name,
+            "CACHESRV_STORAGE__PREFIX": self.prefix,
+            "CACHESRV_STORAGE__ENDPOINT": self._endpoint,
+            "CACHESRV_DELIVERY__MODE": self._mode,
+            "CACHESRV_DELIVERY__DISK_CACHE_SIZE": "0",
+        }
+
+    def names(self, folder: str = "") -> set[str]:
+        """See Stored."""
+        below = f"{self.prefix}/{CACHE}/"
+        return {key.removeprefix(below) for key, _ in self._keys(below + folder)}
+
+    def read(self, name: str) -> bytes:
+        """See Stored."""
+        with closing(self._gateway.client()) as client:
+            return self._read(client, f"{self.prefix}/{CACHE}/{name}")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put an object there, whatever lies there."""
+        with closing(self._gateway.client()) as client:
+            client.put_object(Bucket=self.name, Key=f"{self.prefix}/{CACHE}/{name}", Body=data)
+
+    def fill(self, folder: Path) -> None:
+        """See Stored."""
+        with closing(self._gateway.client()) as client:
+            for file in folder.rglob("*"):
+                if file.is_file():
+                    key = f"{self.prefix}/{CACHE}/{file.relative_to(folder)}"
+                    client.put_object(Bucket=self.name, Key=key, Body=file.read_bytes())
+
+    def copy(self) -> Path:
+        """See Stored."""
+        folder = self._folder / "copy"
+        shutil.rmtree(folder, ignore_errors=True)
+        with closing(self._gateway.client()) as client:
+            below = f"{self.prefix}/{CACHE}/"
+            for key, _ in self._keys(below):
+                file = folder / key.removeprefix(below)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(self._read(client, key))
+        return folder
+
+    def state(self) -> dict[str, object]:
+        """See Stored."""
+        return {**dict(self._keys(f"{self.prefix}/")), "uploads": self.uploads()}
+
+    def uploads(self) -> set[str]:
+        """The multipart uploads that were not completed."""
+        with closing(self._gateway.client()) as client:
+            listed = client.list_multipart_uploads(Bucket=self.name, Prefix=f"{self.prefix}/")
+            return {upload["UploadId"] for upload in listed.get("Uploads", ())}
+
+    def _keys(self, prefix: str) -> Iterator[tuple[str, object]]:
+        """Keys, and what tells one writing of them from another."""
+        with closing(self._gateway.client()) as client:
+            for page in client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix):
+                for found in page.get("Contents", ()):
+                    yield found["Key"], (found["ETag"], found["LastModified"])
+
+    def _read(self, client: Sdk, key: str) -> bytes:
+        return client.get_object(Bucket=self.name, Key=key)["Body"].read()
