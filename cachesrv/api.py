@@ -6,6 +6,7 @@ be compressed (`Content-Encoding: zstd` or `gzip`). Errors are `ErrorAnswer` wit
     GET  /api/v1/caches/<cache>           -> CacheAnswer      what a client has to know of the cache (pull)
     POST /api/v1/caches/<cache>/missing   MissingRequest -> MissingAnswer    which of these are not there (push)
     POST /api/v1/caches/<cache>/paths     PublishRequest -> PublishAnswer    publish paths whose NARs are there (push)
+    POST /api/v1/caches/<cache>/nars      a pack -> PackAnswer               small NARs, and paths to publish (push)
 
     PUT    …/<cache>/uploads/<upload>                  UploadRequest -> UploadAnswer      begin, or take up again (push)
     PUT    …/<cache>/uploads/<upload>/parts/<number>   bytes, with Content-Digest         send a part (push)
@@ -24,12 +25,17 @@ each with `Content-Digest: sha-256=:<base64>:` (RFC 9530); a part that is there 
 `complete` names the parts that make up the NAR, which is then checked as any other; where that takes long the answer is
 `verifying`, and the client asks again. Parts that nothing is added to for some days are removed.
 
+Small NARs are sent many at a time, where `CacheAnswer.packs` says so, in a pack (`application/x-cachesrv-pack`; see
+`cachesrv.pack` for its form): the NARs, compressed with zstd, and the paths to publish as soon as they are there. Each
+NAR is checked as a single one is; one that is refused is named and does not hurt the others. A pack can be sent again
+at any time: what is there already is left as it is.
+
 Fields may be added: readers pass over those that they do not know. `MAX_BATCH` bounds the paths of one request.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -58,7 +64,7 @@ class CacheAnswer(msgspec.Struct, frozen=True):
     """`public_keys` in Nix's `name:base64` form; `upstreams` are the caches that clients of this one are expected to
     have beside it, none where references have to resolve in the cache itself; `max_nar_size` in bytes of the
     compressed file, 0 for no limit; `part_size`: bytes of the largest body that a client is to send where it can help
-    it, 0 where NARs cannot be sent in parts.
+    it, 0 where NARs cannot be sent in parts; `packs`: None where small NARs are sent one by one.
     """
 
     name: str
@@ -69,6 +75,18 @@ class CacheAnswer(msgspec.Struct, frozen=True):
     upstreams: list[UpstreamAnswer]
     max_nar_size: int
     part_size: int = 0
+    packs: PackLimits | None = None
+
+
+class PackLimits(msgspec.Struct, frozen=True):
+    """What a pack may hold: so many NARs, `size` bytes of files in all, NARs of `nar_size` bytes, compressed or not,
+    and a head of `head_size` bytes.
+    """
+
+    nars: int
+    size: int
+    nar_size: int
+    head_size: int
 
 
 class UpstreamAnswer(msgspec.Struct, frozen=True):
@@ -181,3 +199,35 @@ class CompleteAnswer(msgspec.Struct, frozen=True):
     state: Literal["stored", "verifying", "incomplete"]
     missing: list[int] = []
     verified: int = 0
+
+
+class PackedNar(msgspec.Struct, frozen=True, array_like=True):
+    """A NAR in a pack: its `sha256:<nix32>` and size in bytes, and the size of the file that it is compressed to."""
+
+    nar_hash: str
+    nar_size: Annotated[int, msgspec.Meta(ge=0)]
+    file_size: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class PackHead(msgspec.Struct, frozen=True):
+    """What a pack begins with. `paths` are published when the NARs of the pack are there, each after those that it
+    refers to; their NARs need not be among those of the pack.
+    """
+
+    nars: list[PackedNar]
+    paths: list[PathToPublish] = []
+
+
+class NarOutcome(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`error` is None when the NAR is there, by this request or before it; `kind` as in PathOutcome."""
+
+    nar_hash: str
+    error: str | None = None
+    kind: str | None = None
+
+
+class PackAnswer(msgspec.Struct, frozen=True):
+    """One outcome a NAR and one a path, in the order of the head."""
+
+    nars: list[NarOutcome]
+    paths: list[PathOutcome]

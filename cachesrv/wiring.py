@@ -25,6 +25,7 @@ from cachesrv.services.http_reader import HttpReader
 from cachesrv.services.ingest import Ingest
 from cachesrv.services.lookup import CatalogSource, Lookup, Source
 from cachesrv.services.metadata import Metadata
+from cachesrv.services.packs import Packs
 from cachesrv.services.publish import Publish
 from cachesrv.services.pull_through import PullThrough
 from cachesrv.services.store_reader import StoreReader
@@ -137,6 +138,7 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
         stack.push_async_callback(uploads.close)
         publish = Publish(storage, catalog, index, ingest, metrics, upstreams=upstreams)
         stack.push_async_callback(publish.close)
+        packs = Packs(storage, catalog, ingest, publish, metrics, max_nar_size=config.server.max_nar_size)
         # What comes from upstream has threads of its own, and does not hold up pushes; the disk cache has it as it is.
         taking_in = Ingest(bare, catalog, metrics, max_nar_size=config.server.max_nar_size, parallel=_FETCHES)
         stack.push_async_callback(taking_in.close)
@@ -155,7 +157,9 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
         stack.push_async_callback(usage.flush)
         metadata = Metadata(storage, catalog)
         delivery = Delivery(storage, catalog, ingest, far_away)
-        yield Services(storage, catalog, index, lookup, ingest, delivery, uploads, publish, metadata, usage, metrics)
+        yield Services(
+            storage, catalog, index, lookup, ingest, delivery, uploads, publish, packs, metadata, usage, metrics
+        )
 
 
 def _limits_of_uploads(config: Config) -> Limits:

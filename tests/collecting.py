@@ -119,7 +119,10 @@ class Gate:
     """
 
     WRITES = frozenset(
-        ("put", "put_many", "put_absent", "delete", "publish", "put_nar", "remove", "remove_unneeded", "doom", "settle")
+        {
+            *("put", "put_many", "put_absent", "delete", "doom", "settle"),
+            *("publish", "put_nar", "put_nars", "remove", "remove_unneeded"),
+        }
     )
 
     def __init__(self, at: int, then: Callable[[], Awaitable[None]], *, late: bool = False) -> None:

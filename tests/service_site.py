@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from cachesrv.catalog.sql import SqlCatalog
 from cachesrv.errors import StoreError
+from cachesrv.index.base import Present
 from cachesrv.index.memory import MemoryIndex
+from cachesrv.nix import narinfo
 from cachesrv.nix.signing import SecretKey
 from cachesrv.services.caches import ReferencePolicy, ServedCache
 from cachesrv.services.candidate import Candidate
 from cachesrv.services.ingest import Ingest
+from cachesrv.services.packs import Packs
 from cachesrv.services.publish import Publish
 from cachesrv.storage.filesystem import FilesystemStore
 from cachesrv.telemetry import Metrics
@@ -78,6 +81,7 @@ class Site:
     metrics: Metrics
     ingest: Ingest
     publish: Publish
+    packs: Packs
     cache: ServedCache
 
     async def send(self, *samples: Sample) -> None:
@@ -102,6 +106,27 @@ class Site:
         return {hash_part for hash_part, _ in self.index.scan("main")}
 
 
+async def check_what_is_visible(site: Site) -> None:
+    """Each place shows no more than the one that comes before it, and nothing without its NAR and its references."""
+    names, published = await site.names(), await site.published()
+    in_storage = {name.removesuffix(".narinfo") for name in names if name.endswith(".narinfo")}
+    assert site.visible() <= published <= in_storage
+    for hash_part in in_storage:
+        text = await site.storage.get(f"main/{hash_part}.narinfo", limit=10_000)
+        assert text is not None
+        info = narinfo.parse(text)
+        assert info.url in names
+        assert "nix-cache-info" in names
+        assert {path.hash_part for path in info.references} <= in_storage, info.store_path
+    for hash_part in published:
+        record = await site.catalog.path("main", hash_part)
+        assert record is not None
+        assert record.narinfo == await site.storage.get(f"main/{hash_part}.narinfo", limit=10_000)
+        assert {reference[:32] for reference in record.references} <= published
+        answer = site.index.get("main", hash_part)
+        assert answer is None or (isinstance(answer, Present) and answer.body == record.narinfo)
+
+
 @asynccontextmanager
 async def open_site(
     folder: Path,
@@ -124,8 +149,9 @@ async def open_site(
     metrics = Metrics()
     ingest = Ingest(wrap(storage), wrap(catalog), metrics)
     publish = Publish(wrap(storage), wrap(catalog), wrap(index), ingest, metrics, upstreams=upstreams)
+    packs = Packs(wrap(storage), wrap(catalog), ingest, publish, metrics)
     try:
-        yield Site(storage, catalog, index, metrics, ingest, publish, cache or served_cache())
+        yield Site(storage, catalog, index, metrics, ingest, publish, packs, cache or served_cache())
     finally:
         await publish.close()
         await ingest.close()
@@ -139,7 +165,9 @@ class Steps:
     With `late`, the one at which it fails still takes effect, and only its answer is lost.
     """
 
-    WRITES = frozenset({"put", "put_many", "put_absent", "writer", "delete", "publish", "put_nar", "remove"})
+    WRITES = frozenset(
+        {"put", "put_many", "put_absent", "writer", "delete", "publish", "put_nar", "put_nars", "remove"}
+    )
 
     def __init__(self, fail_at: int | None = None, *, late: bool = False) -> None:
         self.taken: list[str] = []

@@ -148,6 +148,9 @@ class Catalog(Retention, Protocol):
         Raises BeingRemoved.
         """
 
+    async def put_nars(self, records: Collection[NarRecord], *, leased_until: int | None = None) -> int:
+        """Note NARs, all or none, each as `put_nar` does; no two with the same key."""
+
     async def nar(self, key: str) -> NarRecord | None:
         """A verified NAR by its key."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, delete, insert, null, select, update
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Row
 
 
-_COLUMNS = [nars.c[field.name] for field in fields(NarRecord)]
+_NAMES = [field.name for field in fields(NarRecord)]
+_COLUMNS = [nars.c[name] for name in _NAMES]
 
 _FIND = select(*_COLUMNS).where(nars.c.key == bindparam("key"))
-_LEASED_UNTIL = select(nars.c.leased_until).where(nars.c.key == bindparam("key"))
+_THERE = select(*_COLUMNS, nars.c.leased_until).where(nars.c.key.in_(bindparam("keys", expanding=True)))
 _BY_HASH = (
     select(*(null().label(column.name) if column is nars.c.listing else column for column in _COLUMNS))
     .where(nars.c.scope == bindparam("scope"), nars.c.nar_hash.in_(bindparam("nar_hashes", expanding=True)))
@@ -37,14 +38,25 @@ _DROP_LISTINGS = (
 _DELETE = delete(nars).where(nars.c.key.in_(bindparam("keys", expanding=True)))
 
 
-def put(connection: Connection, record: NarRecord, leased_until: int | None) -> int:
-    """See `Catalog.put_nar`."""
-    demand_undoomed(connection, [record.key])
-    before = connection.scalar(_LEASED_UNTIL, {"key": record.key})
-    lease = max(before or 0, leased_until or 0) or None
-    if lease != before or find(connection, record.key) != record:
-        connection.execute(_DELETE, {"keys": [record.key]})
-        connection.execute(_INSERT, {**asdict(record), "leased_until": lease})
+def put(connection: Connection, records: Collection[NarRecord], leased_until: int | None) -> int:
+    """See `Catalog.put_nars`."""
+    by_key = {record.key: record for record in records}
+    demand_undoomed(connection, by_key)
+    leases: dict[str, int | None] = dict.fromkeys(by_key, leased_until)
+    changed: list[str] = []
+    for some in batches(by_key):
+        for row in connection.execute(_THERE, {"keys": some}):
+            *values, before = row
+            lease = max(before or 0, leased_until or 0) or None
+            if lease == before and NarRecord(*values) == by_key[row.key]:
+                del by_key[row.key]
+            else:
+                leases[row.key] = lease
+                changed.append(row.key)
+    remove(connection, changed)
+    if by_key:
+        rows = [{**_values(record), "leased_until": leases[key]} for key, record in by_key.items()]
+        connection.execute(_INSERT, rows)
     return fence(connection)
 
 
@@ -78,6 +90,10 @@ def remove(connection: Connection, keys: Collection[str]) -> None:
     """See `Catalog.remove_nars`."""
     for some in batches(keys):
         connection.execute(_DELETE, {"keys": some})
+
+
+def _values(record: NarRecord) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in _NAMES}
 
 
 def _record(row: Row[Any]) -> NarRecord:

@@ -66,7 +66,10 @@ class SqlCatalog(SqlRetention):
         await self._database.write(publishing.touch, cache, last_used)
 
     async def put_nar(self, record: NarRecord, *, leased_until: int | None = None) -> int:
-        return await self._database.write(nars.put, record, leased_until)
+        return await self.put_nars([record], leased_until=leased_until)
+
+    async def put_nars(self, records: Collection[NarRecord], *, leased_until: int | None = None) -> int:
+        return await self._database.write(nars.put, records, leased_until)
 
     async def nar(self, key: str) -> NarRecord | None:
         return await self._database.read(nars.find, key)

@@ -33,6 +33,7 @@ _HEADER = struct.Struct("<II")
 _FOOTER = struct.Struct("<IBI")
 _FRAME_MAGIC = 0x184D2A5E
 _FOOTER_MAGIC = 0x8F92EAB1
+_SINGLE = 2 * _HEADER.size + FOOTER_SIZE  # bytes of a seek table of one frame
 _HAS_CHECKSUMS = 0x80
 _RESERVED = 0x7C
 
@@ -103,6 +104,20 @@ def compress_zstd(chunks: Iterable[Data], level: int = 3, frame_size: int = FRAM
         sizes.append(FrameSize(len(frame), len(piece)))
         yield frame
     yield seek_table(sizes)
+
+
+def read_single_frame(file: Data, size: int) -> bytes | None:
+    """The contents of a file that is one frame with `size` bytes of contents and its seek table, as `compress_zstd`
+    writes what is smaller than a frame; None when it is another one. Much faster than a reader that takes any form.
+    Raises BadInput when the frame does not hold what it says.
+    """
+    frame, table = file[:-_SINGLE], file[-_SINGLE:]
+    try:
+        if bytes(table) != seek_table([FrameSize(len(frame), size)]) or zstandard.frame_content_size(frame) != size:
+            return None
+        return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise BadInput(f"not zstd data: {error}") from error
 
 
 def seek_table_size(tail: bytes) -> int:

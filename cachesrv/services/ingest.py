@@ -17,7 +17,7 @@ from cachesrv.services.in_thread import coalesced, consumed
 from cachesrv.services.verify_nar import VerifiedNar, verify
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator
+    from collections.abc import AsyncIterable, AsyncIterator, Collection
 
     from cachesrv.catalog.base import Catalog
     from cachesrv.nix.content_address import ContentAddress
@@ -118,6 +118,23 @@ class Ingest:
             verified = await self._verified(compression, coalesced(self._storage.read(key)))
         return await self._note(cache, key, compression, verified, fence)
 
+    async def there(self, cache: ServedCache, name: str, compression: str, nar_hash: str) -> NarRecord:
+        """What is stored under this name, which somebody has just sent again; it stays for a while from now on. Raises
+        Mismatch when it does not have this NAR hash, and as `adopt` does.
+        """
+        record = await self._catalog.nar(cache.key(f"nar/{name}")) or await self.adopt(cache, name, compression)
+        if record.nar_hash != nar_hash:
+            raise Mismatch(f"another NAR is stored under this name: {record.nar_hash}; {nar_hash} was sent")
+        await self._catalog.lease_nars(cache.prefix, [record.nar_hash], int(time.time()) + self._lease)
+        return record
+
+    async def check_still_there(self, keys: Collection[str]) -> None:
+        """They may have been removed before they were noted; they cannot be any more. Raises BeingRemoved."""
+        gone = [key for key in keys if await self._storage.head(key) is None]
+        if gone:
+            await self._catalog.remove_nars(gone)
+            raise BeingRemoved(f"{gone[0]} was just being removed: send it again")
+
     async def examine(self, name: str, chunks: AsyncIterator[bytes]) -> tuple[str, VerifiedNar]:
         """Read a NAR called `name`, storing nothing; how it is compressed, and what it is. Raises BadInput when that is
         not what the name says.
@@ -207,15 +224,7 @@ class Ingest:
     ) -> NarRecord:
         """What the catalog says of the object under `key`: the one just made, or the one that was there before."""
         if not created:
-            record = await self._catalog.nar(key)
-            if record is None:
-                record = await self.adopt(cache, key.rsplit("/", 1)[1], compression)
-            if record.nar_hash != verified.nar_hash.nix32:
-                raise Mismatch(
-                    f"another NAR is stored under this name: {record.nar_hash}; {verified.nar_hash.nix32} was sent"
-                )
-            await self._catalog.lease_nars(cache.prefix, [record.nar_hash], int(time.time()) + self._lease)
-            return record
+            return await self.there(cache, key.rsplit("/", 1)[1], compression, verified.nar_hash.nix32)
         return await self._note(cache, key, compression, verified, fence)
 
     async def _note(
@@ -234,14 +243,8 @@ class Ingest:
             verified_at=int(time.time()),
         )
         if await self._catalog.put_nar(record, leased_until=record.verified_at + self._lease) != fence:
-            await self._check_still_there(key)
+            await self.check_still_there([key])
         return record
-
-    async def _check_still_there(self, key: str) -> None:
-        """It may have been removed before it was noted; it cannot be any more."""
-        if await self._storage.head(key) is None:
-            await self._catalog.remove_nars([key])
-            raise BeingRemoved(f"{key} was just being removed: send it again")
 
 
 async def _preceded(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from cachesrv.catalog.base import ConflictRecord, PathRecord
@@ -28,7 +29,7 @@ from cachesrv.services.locks import NamedLocks
 from cachesrv.services.writing import Admitted, Writing
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from cachesrv.catalog.base import Catalog, NarRecord
     from cachesrv.index.base import Index
@@ -39,9 +40,19 @@ if TYPE_CHECKING:
     from cachesrv.storage.base import ObjectStore
     from cachesrv.telemetry import Metrics
 
+
+@dataclass(frozen=True, slots=True)
+class FreshNar:
+    """A NAR that was judged and stored a moment ago; `listing` is its `.ls` object, None where there can be none."""
+
+    record: NarRecord
+    listing: bytes | None
+
+
 Outcome = CachesrvError | None
 """Why a path was not published, or None when it is."""
 
+_NONE: Mapping[str, FreshNar] = MappingProxyType({})
 _TRIES = 40
 _PAUSE = 0.25
 """Seconds between two tries, while what is to be published is just being removed."""
@@ -78,18 +89,20 @@ class Publish:
         if outcome:
             raise outcome
 
-    async def many(self, cache: ServedCache, paths: Sequence[Candidate], pusher: str) -> list[Outcome]:
+    async def many(
+        self, cache: ServedCache, paths: Sequence[Candidate], pusher: str, fresh: Mapping[str, FreshNar] = _NONE
+    ) -> list[Outcome]:
         """Publish paths, each after those that it refers to; one that cannot be published fails those that need it,
-        and no others. `pusher` is the name of who asks.
+        and no others. `pusher` is the name of who asks; `fresh` are NARs by their hash, which need not be looked for.
         """
         async with self._locks.hold(f"{cache.name}/{path.store_path.hash_part}" for path in paths):
             known, elsewhere = await self._known(cache, paths)
-            nars = await self._nars_by_hash(cache, paths)
+            nars = await self._nars_by_hash(cache, paths, fresh)
             outcomes: list[Outcome] = [None] * len(paths)
             admitted: dict[int, Admitted] = {}
             for number, path in enumerate(paths):
                 try:
-                    record, listing = await self._admit(cache, path, known, nars)
+                    record, listing = await self._admit(cache, path, known, nars, fresh)
                     record = replace(record, pusher=pusher)
                     admitted[number] = Admitted(cache, record, listing, _relied_on(cache, path) - elsewhere)
                     known.setdefault(path.store_path.hash_part, None)
@@ -134,12 +147,19 @@ class Publish:
             elsewhere = await self._upstreams.resolve(cache, wanted - resolved)
         return records | dict.fromkeys(resolved | elsewhere), elsewhere
 
-    async def _nars_by_hash(self, cache: ServedCache, paths: Sequence[Candidate]) -> dict[str, NarRecord]:
-        hashes = {path.nar_hash.nix32 for path in paths if path.file is None}
+    async def _nars_by_hash(
+        self, cache: ServedCache, paths: Sequence[Candidate], fresh: Mapping[str, FreshNar]
+    ) -> dict[str, NarRecord]:
+        hashes = {path.nar_hash.nix32 for path in paths if path.file is None} - fresh.keys()
         return await self._catalog.nars_by_hash(cache.prefix, hashes) if hashes else {}
 
     async def _admit(
-        self, cache: ServedCache, path: Candidate, known: dict[str, PathRecord | None], nars: dict[str, NarRecord]
+        self,
+        cache: ServedCache,
+        path: Candidate,
+        known: dict[str, PathRecord | None],
+        nars: dict[str, NarRecord],
+        fresh: Mapping[str, FreshNar],
     ) -> tuple[PathRecord, bytes | None]:
         """Its record and its listing. Raises what speaks against it."""
         admission.check_claims(cache, path)
@@ -147,13 +167,15 @@ class Publish:
         published = narinfo.parse(record.narinfo) if record else None
         admission.check_immutable(path, published)
         admission.check_references(cache, path, known)
-        nar = await self._nar(cache, path, nars)
+        just_sent = fresh.get(path.nar_hash.nix32) if path.file is None else None
+        nar = just_sent.record if just_sent else await self._nar(cache, path, nars)
         admission.check_nar(path, nar)
         if path.ca and needs_reading(path.ca, path):
             await self._ingest.check_contents(nar, path.ca, path)
         admission.check_trust(cache, path, content_addressed=path.ca is not None)
         info = admission.to_publish(cache, path, nar, published)
-        return _record(cache, info, nar), await self._writing.listing(cache, info.store_path.hash_part, nar)
+        record = _record(cache, info, nar)
+        return record, just_sent.listing if just_sent else await self._writing.listing(cache, record.hash_part, nar)
 
     async def _nar(self, cache: ServedCache, path: Candidate, nars: dict[str, NarRecord]) -> NarRecord:
         """What is known of the path's NAR; read now when the catalog does not know it. Raises MissingNar."""

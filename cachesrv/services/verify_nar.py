@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
-from cachesrv.errors import TooLarge
+from cachesrv.errors import Mismatch, TooLarge
 from cachesrv.nix import listing
-from cachesrv.nix.compression import decompressed
+from cachesrv.nix.compression import decompress, decompressed
 from cachesrv.nix.hashes import Hash
 from cachesrv.nix.nar import NarReader
-from cachesrv.nix.seekable import compress_frame
+from cachesrv.nix.seekable import compress_frame, read_single_frame
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -56,6 +56,35 @@ def verify(compression: str, chunks: Iterable[bytes], *, nar_limit: int = 0) -> 
         nar_hash=nar.hash,
         nar_size=nar.size,
         listing=compress_frame(rendered, 3) if 0 < len(rendered) <= LISTING_LIMIT else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SmallNar:
+    """Both hashes; `listing` is the `.ls` object as it is, None where there can be none."""
+
+    file_hash: Hash
+    nar_hash: Hash
+    listing: bytes | None
+
+
+def verify_small(file: bytes, nar_size: int) -> SmallNar:
+    """Judge the zstd-compressed file of a NAR of `nar_size` bytes, all of it in memory. Blocks for a moment.
+
+    Raises BadInput when it does not decompress to so many bytes, or not to a canonical NAR.
+    """
+    contents = read_single_frame(file, nar_size)
+    if contents is None:
+        contents = decompress("zstd", file, nar_size)
+    if len(contents) != nar_size:
+        raise Mismatch(f"the NAR has {len(contents)} bytes, not {nar_size}")
+    reader = NarReader()
+    reader.feed(contents)
+    reader.finish()
+    return SmallNar(
+        file_hash=Hash("sha256", sha256(file).digest()),
+        nar_hash=Hash("sha256", sha256(contents).digest()),
+        listing=listing.render(reader.root) if reader.root is not None else None,
     )
 
 

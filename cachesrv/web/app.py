@@ -29,6 +29,7 @@ def create_app(site: Site, outermost: Sequence[Middleware] = ()) -> web.Applicat
     _add(app, "GET", "/api/v1/caches/{cache}", push.get_cache)
     _add(app, "POST", "/api/v1/caches/{cache}/missing", push.missing)
     _add(app, "POST", "/api/v1/caches/{cache}/paths", push.publish)
+    _add(app, "POST", "/api/v1/caches/{cache}/nars", push.take_pack)
     upload = "/api/v1/caches/{cache}/uploads/{upload}"
     _add(app, "PUT", upload, uploads.begin)
     _add(app, "PUT", upload + "/parts/{number}", uploads.put_part)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 from aiohttp import web
 
-from cachesrv import api
+from cachesrv import api, pack
 from cachesrv.errors import (
     BadInput,
     CachesrvError,
@@ -22,12 +22,13 @@ from cachesrv.nix.hashes import Hash
 from cachesrv.nix.store_path import StorePath
 from cachesrv.services import visible
 from cachesrv.services.candidate import Candidate
+from cachesrv.services.packs import SentNar
 from cachesrv.web import bodies, errors
 from cachesrv.web.auth import token_of
 from cachesrv.web.site import ROUTE, SITE, check_readable, check_writable, named
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from cachesrv.services.caches import ServedCache
     from cachesrv.services.publish import Outcome
@@ -61,6 +62,7 @@ async def get_cache(request: web.Request) -> web.Response:
             upstreams=[api.UpstreamAnswer(one.url, list(one.public_keys)) for one in cache.completed_by],
             max_nar_size=rules.max_nar_size,
             part_size=request.app[SITE].services.uploads.limits.part_size,
+            packs=request.app[SITE].services.packs.limits,
         )
     )
 
@@ -94,20 +96,30 @@ async def publish(request: web.Request) -> web.Response:
     """Publish many paths whose NARs are here."""
     cache, asked, pusher = await authorised(request, api.PublishRequest)
     _check_batch(asked.paths)
-    outcomes: list[Outcome] = []
-    candidates: list[Candidate] = []
-    for path in asked.paths:
-        try:
-            candidates.append(Candidate.from_api(path, cache.store_dir))
-            outcomes.append(None)
-        except BadInput as error:
-            outcomes.append(error)
-    published = iter(await request.app[SITE].services.publish.many(cache, candidates, pusher))
-    results = [outcome or next(published) for outcome in outcomes]
-    if full := next((outcome for outcome in results if isinstance(outcome, StoreError)), None):
-        raise full
+    candidates, wrong = _candidates(cache, asked.paths)
+    published = await request.app[SITE].services.publish.many(cache, candidates, pusher)
+    return json_answer(api.PublishAnswer(_outcomes(asked.paths, wrong, published)))
+
+
+async def take_pack(request: web.Request) -> web.Response:
+    """Store many small NARs, and publish paths."""
+    cache, pusher = await _pusher(request)
+    packs = request.app[SITE].services.packs
+    async with packs.slot():
+        body = await bodies.whole(request, pack.largest(packs.limits), request.app[SITE].rules.stall_timeout)
+        received = pack.decode(body, packs.limits)
+        _check_batch(received.head.paths)
+        candidates, wrong = _candidates(cache, received.head.paths)
+        nars = [
+            SentNar(nar.nar_hash, nar.nar_size, bytes(file))
+            for nar, file in zip(received.head.nars, received.files, strict=True)
+        ]
+        stored, published = await packs.receive(cache, nars, candidates, pusher)
     return json_answer(
-        api.PublishAnswer([_outcome(path.path, result) for path, result in zip(asked.paths, results, strict=True)])
+        api.PackAnswer(
+            [_nar_outcome(sent.nar_hash, error) for sent, error in zip(nars, stored, strict=True)],
+            _outcomes(received.head.paths, wrong, published),
+        )
     )
 
 
@@ -115,15 +127,21 @@ async def authorised(request: web.Request, kind: type[Body]) -> tuple[ServedCach
     """The cache that the request is about, its body, and the name of who sends it and may write. Raises BadInput,
     NotAuthenticated, NotAllowed, NotFound.
     """
+    cache, pusher = await _pusher(request)
+    data = await bodies.whole(request, api.MAX_REQUEST_SIZE, request.app[SITE].rules.stall_timeout)
+    try:
+        return cache, msgspec.json.decode(data, type=kind), pusher
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise BadInput(f"the body is not a {kind.__name__}: {error}") from error
+
+
+async def _pusher(request: web.Request) -> tuple[ServedCache, str]:
+    """The cache that the request is about, and the name of who sends it."""
     request[ROUTE] = "api"
     rules = request.app[SITE].rules
     cache = named(rules, request.match_info["cache"])
     principal = await check_writable(rules, cache, token_of(request))
-    data = await bodies.whole(request, api.MAX_REQUEST_SIZE, rules.stall_timeout)
-    try:
-        return cache, msgspec.json.decode(data, type=kind), principal.name
-    except msgspec.MsgspecError as error:
-        raise BadInput(f"the body is not a {kind.__name__}: {error}") from error
+    return cache, principal.name
 
 
 def _check_batch(paths: Sequence[object]) -> None:
@@ -131,11 +149,40 @@ def _check_batch(paths: Sequence[object]) -> None:
         raise TooLarge(f"{len(paths)} paths in one request, at most {api.MAX_BATCH} are taken")
 
 
-def _outcome(path: str, error: Outcome) -> api.PathOutcome:
-    if error is None:
-        return api.PathOutcome(path)
+def _candidates(cache: ServedCache, paths: Sequence[api.PathToPublish]) -> tuple[list[Candidate], dict[int, BadInput]]:
+    """Those that make sense, and by their places what is wrong with the others."""
+    candidates: list[Candidate] = []
+    wrong: dict[int, BadInput] = {}
+    for place, path in enumerate(paths):
+        try:
+            candidates.append(Candidate.from_api(path, cache.store_dir))
+        except BadInput as error:
+            wrong[place] = error
+    return candidates, wrong
+
+
+def _outcomes(
+    paths: Sequence[api.PathToPublish], wrong: Mapping[int, BadInput], published: Sequence[Outcome]
+) -> list[api.PathOutcome]:
+    """One a path. Raises StoreError when that is why one of them is not published."""
+    if full := next((outcome for outcome in published if isinstance(outcome, StoreError)), None):
+        raise full
+    others = iter(published)
+    results = [wrong[place] if place in wrong else next(others) for place in range(len(paths))]
+    return [
+        api.PathOutcome(path.path) if error is None else api.PathOutcome(path.path, *_why(error))
+        for path, error in zip(paths, results, strict=True)
+    ]
+
+
+def _nar_outcome(nar_hash: str, error: Outcome) -> api.NarOutcome:
+    return api.NarOutcome(nar_hash) if error is None else api.NarOutcome(nar_hash, *_why(error))
+
+
+def _why(error: CachesrvError) -> tuple[str, str]:
+    """For people and for programs."""
     kind = next(KINDS[ancestor] for ancestor in type(error).__mro__ if ancestor in KINDS)
-    return api.PathOutcome(path, errors.text_for_client(error), kind)
+    return errors.text_for_client(error), kind
 
 
 def json_answer(answer: msgspec.Struct) -> web.Response:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cachesrv.services.ingest import Ingest
     from cachesrv.services.lookup import Lookup
     from cachesrv.services.metadata import Metadata
+    from cachesrv.services.packs import Packs
     from cachesrv.services.publish import Publish
     from cachesrv.services.uploads import Uploads
     from cachesrv.services.usage import Usage
@@ -39,6 +40,7 @@ class Services:
     delivery: Delivery
     uploads: Uploads
     publish: Publish
+    packs: Packs
     metadata: Metadata
     usage: Usage
     metrics: Metrics

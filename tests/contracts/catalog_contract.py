@@ -303,6 +303,20 @@ class NarContract(Fixtures):
         assert await catalog.nar(nar(1).key) == again
         assert await catalog.nars_by_hash("main", [nar_hash(1), nar_hash(2)]) == {nar_hash(2): again}
 
+    async def test_several_are_put_together(self, catalog: Catalog) -> None:
+        await catalog.put_nars([])
+        await catalog.put_nar(nar(1))
+        again = nar(2, compression="xz", verified_at=NOW + 1)
+        await catalog.put_nar(nar(2))
+        await catalog.put_nars([nar(1), again, *(nar(number) for number in range(3, 5_000))])
+        assert [await catalog.nar(nar(number).key) for number in (1, 2, 3, 4_999, 5_000)] == [
+            nar(1),
+            again,
+            nar(3),
+            nar(4_999),
+            None,
+        ]
+
     async def test_of_several_with_one_hash_the_one_verified_first_is_given(self, catalog: Catalog) -> None:
         first = nar(1, key="main/nar/z.nar.zst", listing=None)
         for record in (nar(1, verified_at=NOW + 1), first, nar(1, key="main/nar/a.nar.zst", verified_at=NOW + 2)):

@@ -313,6 +313,9 @@ class RelianceContract(Fixtures):
         with pytest.raises(BeingRemoved):
             await catalog.put_nar(nar(1))
         with pytest.raises(BeingRemoved):
+            await catalog.put_nars([nar(2), nar(1)])
+        assert await catalog.nar(nar(2).key) is None
+        with pytest.raises(BeingRemoved):
             await catalog.publish([path(1)])
         await catalog.settle([nar(1).key])
         assert await catalog.put_nar(nar(1)) == 1

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 import zstandard
 
+from cachesrv.api import PackedNar, PackHead
 from cachesrv.nix.nar import token
+from cachesrv.pack import encode
 from tests.samples import Sample, directory_nar, file_name, file_nar, path_of
 from tests.system.client import Answer, Client, receive
 from tests.system.push import attempt, events
@@ -250,7 +252,7 @@ def test_a_body_that_drips(server: Server, pusher: Client) -> None:
     assert answer.startswith(b"HTTP/1.1 408 ")
 
 
-@pytest.mark.parametrize("target", ["narinfo", "nar", "log", "listing", "api"])
+@pytest.mark.parametrize("target", ["narinfo", "nar", "log", "listing", "api", "pack"])
 def test_tokens(server: Server, pusher: Client, target: str) -> None:
     """Without one, with a wrong one, and with one that may not."""
     method, url, body = {
@@ -259,6 +261,7 @@ def test_tokens(server: Server, pusher: Client, target: str) -> None:
         "log": ("PUT", f"/main/log/{path_of('x.drv')}", b"log"),
         "listing": ("PUT", f"/main/{SENT.path.hash_part}.ls", b"{}"),
         "api": ("POST", "/api/v1/caches/main/missing", b'{"paths":[]}'),
+        "pack": ("POST", "/api/v1/caches/main/nars", encode(PackHead([]), [])),
     }[target]
     for held, status, text in (
         (None, 401, "needs a token"),
@@ -393,7 +396,7 @@ def test_what_is_not_http(server: Server, pusher: Client, request_: bytes) -> No
 def test_requests_to_the_api_that_are_none(server: Server, pusher: Client) -> None:
     for action in ("missing", "paths"):
         url = f"/api/v1/caches/main/{action}"
-        for body in (b"", b"{", b"[]", b'{"paths": 1}', b'{"paths": [1]}', b"\xff"):
+        for body in (b"", b"{", b"[]", b'{"paths": 1}', b'{"paths": [1]}', b"\xff", b'{"paths": [["\xff"]]}'):
             answer = pusher.ask("POST", url, body)
             check(server, answer, 400, '{"error": ')
             assert answer.headers["content-type"].startswith("application/json")
@@ -401,6 +404,20 @@ def test_requests_to_the_api_that_are_none(server: Server, pusher: Client) -> No
     check(server, pusher.ask("POST", "/api/v1/caches/main/missing", paths), 413, "at most 5000")
     nonsense = pusher.ask("POST", "/api/v1/caches/main/missing", b'{"paths": [["x","y",1]]}')
     check(server, nonsense, 400, "store path")
+
+
+def test_packs_that_are_none(server: Server, pusher: Client) -> None:
+    url, pack = "/api/v1/caches/main/nars", encode(PackHead([PackedNar("sha256:x", 1, 3)]), [b"one"])
+    assert pusher.ask("POST", url, pack).status == 200
+    for body, status in (
+        (b"", 400),
+        (pack[:-1], 400),
+        (pack + b"x", 400),
+        (b"\xff" * 100, 413),
+        (encode(PackHead([PackedNar("sha256:x", 1, 0)] * 1001), []), 413),
+        (pack + bytes(16 * MIB), 413),
+    ):
+        check(server, pusher.ask("POST", url, body), status, '{"error": ')
 
 
 def test_the_uploader_shows_both_hashes(server: Server, make_nix: MakeNix) -> None:

@@ -7,6 +7,7 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from cachesrv.nix.seekable import (
     compress_frame,
     compress_zstd,
     cut,
+    read_single_frame,
     seek_table,
     seek_table_size,
 )
@@ -249,3 +251,27 @@ def test_damage_is_noticed() -> None:
     for first, last in pairwise(range(0, frames, 50)):
         with pytest.raises(BadInput):
             decompress("zstd", whole[:first] + whole[last:], 1 << 20)
+
+
+@given(st.binary(max_size=2000), st.integers(1, 3))
+def test_a_single_frame_is_read_at_once(data: bytes, level: int) -> None:
+    file = archive(data, 4096, level)
+
+    assert read_single_frame(file, len(data)) == data
+    for other in (memoryview(file)[1:], file[:-1], file + b"\0", compress_frame(data), b"", archive(data, 10) + file):
+        assert read_single_frame(other, len(data)) is None
+    assert read_single_frame(file, len(data) + 1) is None
+
+
+@given(st.binary(min_size=1, max_size=200), st.data())
+def test_damage_to_a_single_frame_is_noticed(data: bytes, chance: st.DataObject) -> None:
+    file = bytearray(archive(data, 4096))
+    file[chance.draw(st.integers(0, len(file) - 1))] ^= 1 << chance.draw(st.integers(0, 7))
+    with suppress(BadInput):
+        assert read_single_frame(file, len(data)) in (None, data)
+
+
+def test_a_frame_that_claims_too_much_takes_no_memory() -> None:
+    bomb = compress_frame(bytes(2**24))
+
+    assert read_single_frame(bomb + seek_table([FrameSize(len(bomb), 100)]), 100) is None

@@ -28,7 +28,16 @@ from cachesrv.services.candidate import Candidate
 from cachesrv.services.lookup import CatalogSource, Lookup
 from cachesrv.storage import incoming
 from tests.samples import Sample, path_of
-from tests.service_site import KEY, Site, Steps, by_api, by_narinfo, open_site, served_cache
+from tests.service_site import (
+    KEY,
+    Site,
+    Steps,
+    by_api,
+    by_narinfo,
+    check_what_is_visible,
+    open_site,
+    served_cache,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -46,27 +55,6 @@ both = pytest.mark.parametrize("as_", [by_api, by_narinfo])
 async def site(tmp_path: Path) -> AsyncIterator[Site]:
     async with open_site(tmp_path) as site:
         yield site
-
-
-async def check_what_is_visible(site: Site) -> None:
-    """Each place shows no more than the one that comes before it, and nothing without its NAR and its references."""
-    names, published = await site.names(), await site.published()
-    in_storage = {name.removesuffix(".narinfo") for name in names if name.endswith(".narinfo")}
-    assert site.visible() <= published <= in_storage
-    for hash_part in in_storage:
-        text = await site.storage.get(f"main/{hash_part}.narinfo", limit=10_000)
-        assert text is not None
-        info = narinfo.parse(text)
-        assert info.url in names
-        assert "nix-cache-info" in names
-        assert {path.hash_part for path in info.references} <= in_storage, info.store_path
-    for hash_part in published:
-        record = await site.catalog.path("main", hash_part)
-        assert record is not None
-        assert record.narinfo == await site.storage.get(f"main/{hash_part}.narinfo", limit=10_000)
-        assert {reference[:32] for reference in record.references} <= published
-        answer = site.index.get("main", hash_part)
-        assert answer is None or (isinstance(answer, Present) and answer.body == record.narinfo)
 
 
 @both
