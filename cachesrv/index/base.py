@@ -17,11 +17,10 @@ again. What every implementation promises:
 Writes take milliseconds (they are synced): call them from a thread, in batches. Any method may be called from any
 thread.
 
-Stored values, as `raw` gives them: one byte of kind, then
+Stored values, as `raw` and `snapshot` give them, are told apart by their first byte:
 
-- kind 1, present: the length of the head (u16, big-endian), the head, the body. So `value[3:]` is the answer to a GET
-  as it is sent, and `value[3 : 3 + length]` that to a HEAD.
-- kind 2, absent: the end of the absence in seconds since the epoch (u64, big-endian).
+- present: the answer to a GET as it is sent, head and body; `head_of` gives that to a HEAD. It begins with a letter.
+- absent: a byte 0, and the end of the absence in seconds since the epoch (u64, big-endian).
 """
 
 from __future__ import annotations
@@ -29,19 +28,18 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from cachesrv.errors import BadInput, StoreError, TooLarge
+from cachesrv.errors import BadInput, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-PRESENT = 1
-ABSENT = 2
+ABSENT = 0
+"""The first byte of the stored value of an absence, and of no other."""
 
-_PRESENT = struct.Struct(">BH")
 _ABSENT = struct.Struct(">BQ")
-_MAX_HEAD = 0xFFFF
+_END_OF_HEAD = b"\r\n\r\n"
 _MAX_UNTIL = 0xFFFF_FFFF_FFFF_FFFF
 _NAME = re.compile(r"[0-9A-Za-z_+.-]{1,200}\Z")
 
@@ -49,8 +47,7 @@ _NAME = re.compile(r"[0-9A-Za-z_+.-]{1,200}\Z")
 @dataclass(frozen=True, slots=True)
 class Present:
     """A path that is there: `head`, the header fields of its answer, each with its line end and followed by an empty
-    line, at most 65,535 bytes; `body`, its narinfo. What stands before the head (status line, date) is made anew for
-    each answer.
+    line; `body`, its narinfo. What stands before the head (status line, date) is made anew for each answer.
     """
 
     head: bytes
@@ -62,6 +59,17 @@ class Absent:
     """Known not to be there, to be believed until `until` (seconds since the epoch), and then no more."""
 
     until: int
+
+
+class Snapshot(NamedTuple):
+    """The index as it is at one moment. `get` gives the stored value under a key of 1 to 500 bytes, as `Index.raw`
+    does; `done` has to be called in the end. `version` is another number after each change. `get` may raise what the
+    implementation's library raises.
+    """
+
+    get: Callable[[bytes], bytes | None]
+    done: Callable[[], None]
+    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +101,21 @@ def scan_key(cache: str, after: str = "") -> bytes:
 
 
 def encode_present(answer: Present) -> bytes:
-    """The stored value of an answer. Raises TooLarge for a head of more than 65,535 bytes."""
-    if len(answer.head) > _MAX_HEAD:
-        raise TooLarge(f"the head of an answer has {len(answer.head)} bytes, at most {_MAX_HEAD} are allowed")
-    return _PRESENT.pack(PRESENT, len(answer.head)) + answer.head + answer.body
+    """The stored value of an answer. Raises BadInput for a head that is none."""
+    if not answer.head or _head_length(answer.head) != len(answer.head):
+        raise BadInput(f"not the head of an answer: {answer.head[:200]!r}")
+    return answer.head + answer.body
+
+
+def head_of(value: bytes) -> bytes:
+    """The head in the stored value of an answer."""
+    return value[: _head_length(value)]
+
+
+def _head_length(value: bytes) -> int:
+    """Bytes up to the first empty line and with it; 0 when it does not begin with a head."""
+    end = value.find(_END_OF_HEAD)
+    return end + len(_END_OF_HEAD) if end > 0 and value[:1].isalpha() else 0
 
 
 def encode_absent(until: int) -> bytes:
@@ -108,12 +127,9 @@ def encode_absent(until: int) -> bytes:
 
 def decode(value: bytes, now: float) -> Present | Absent | None:
     """What a stored value says at the time `now`; None for an absence that has ended. Raises StoreError."""
-    kind = value[0] if value else None
-    if kind == PRESENT and len(value) >= _PRESENT.size:
-        end = _PRESENT.size + _PRESENT.unpack_from(value)[1]
-        if end <= len(value):
-            return Present(value[_PRESENT.size : end], value[end:])
-    if kind == ABSENT and len(value) == _ABSENT.size:
+    if length := _head_length(value):
+        return Present(value[:length], value[length:])
+    if len(value) == _ABSENT.size and value[0] == ABSENT:
         until: int = _ABSENT.unpack(value)[1]
         return Absent(until) if until > now else None
     raise StoreError("the index holds a value that it did not write; stop cachesrv and delete the index")
@@ -133,10 +149,9 @@ class Index(Protocol):
     def epoch(self) -> int:
         """See the module's docstring."""
 
-    def snapshot(self) -> tuple[Callable[[bytes], bytes | None], Callable[[], None]]:
-        """For many lookups in a row, all at one moment: a function that gives the stored value under a key of 1 to 500
-        bytes, as `raw` does, and one that has to be called in the end. Hold it for as long as it takes to look, no
-        longer. Both may raise what the implementation's library raises.
+    def snapshot(self) -> Snapshot:
+        """For many lookups in a row. Hold it for as long as it takes to look, no longer. May raise what the
+        implementation's library raises.
         """
 
     def put(self, entries: Iterable[IndexEntry], *, replace: bool = True, epoch: int | None = None) -> bool:

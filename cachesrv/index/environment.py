@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # Raised by one with every change of what keys or values mean.
-FORMAT = b"1"
+FORMAT = b"2"
 
 _FILES = ("data.mdb", "lock.mdb", "damaged")
 _MAX_READERS = 1024

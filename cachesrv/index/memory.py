@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from cachesrv.index.base import (
     Absent,
     Present,
+    Snapshot,
     decode,
     encode_absent,
     encode_present,
@@ -34,6 +35,7 @@ class MemoryIndex:
         # Readers take no lock: a single look into a dictionary is atomic.
         self._writing = threading.Lock()
         self._epoch = 0
+        self._version = 0
 
     def get(self, cache: str, hash_part: str) -> Present | Absent | None:
         value = self._values.get(lookup_key(cache, hash_part))
@@ -45,8 +47,8 @@ class MemoryIndex:
     def epoch(self) -> int:
         return self._epoch
 
-    def snapshot(self) -> tuple[Callable[[bytes], bytes | None], Callable[[], None]]:
-        return self._values.get, lambda: None
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self._values.get, lambda: None, self._version)
 
     def put(self, entries: Iterable[IndexEntry], *, replace: bool = True, epoch: int | None = None) -> bool:
         new = {storage_key(entry.cache, entry.hash_part): encode_present(entry.answer) for entry in entries}
@@ -57,6 +59,7 @@ class MemoryIndex:
                 new = {key: value for key, value in new.items() if key not in self._values or key in self._absences}
             self._values.update(new)
             self._absences.difference_update(new)
+            self._version += 1
         return True
 
     def put_absent(self, absences: Iterable[tuple[str, str]], until: int, *, epoch: int | None = None) -> bool:
@@ -70,6 +73,7 @@ class MemoryIndex:
                     self._values[key] = value
                     self._absences.add(key)
             self._evict()
+            self._version += 1
         return True
 
     def _evict(self) -> None:
@@ -84,6 +88,7 @@ class MemoryIndex:
         with self._writing:
             self._epoch += 1
             self._forget(doomed)
+            self._version += 1
 
     def _forget(self, keys: Iterable[bytes]) -> None:
         for key in keys:
@@ -95,6 +100,7 @@ class MemoryIndex:
         with self._writing:
             self._epoch += 1
             self._forget([key for key in self._values if key.startswith(prefix)])
+            self._version += 1
 
     def scan(self, cache: str, after: str = "") -> Iterator[tuple[str, Present | Absent]]:
         prefix, start = scan_key(cache), scan_key(cache, after)

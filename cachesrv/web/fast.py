@@ -5,6 +5,7 @@ What is made here has to be what the handlers of `cachesrv.web.cache` make; a te
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from email.utils import formatdate
 from typing import TYPE_CHECKING
 
 from cachesrv.errors import StoreError
-from cachesrv.index.base import PRESENT
+from cachesrv.index.base import ABSENT, head_of
 from cachesrv.web.app import SERVER
 from cachesrv.web.cache import MISS_HEADERS, MISS_TEXT, NAR_TYPE
+from cachesrv.web.known import Answer
 from cachesrv.web.objects import IMMUTABLE
 from cachesrv.web.open_files import OpenFiles
 from cachesrv.web.plain import Blocks
@@ -22,6 +24,7 @@ from cachesrv.web.plain import Blocks
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cachesrv.index.base import Snapshot
     from cachesrv.services.caches import ServedCache
     from cachesrv.web.open_files import OpenFile
     from cachesrv.web.plain import Block
@@ -55,6 +58,10 @@ class Form:
     prefix: bytes
     start: int
     end: int
+
+    def matches(self, data: bytes) -> bool:
+        """Whether a request has this form."""
+        return data.startswith(self.before) and data.endswith(self.after) and len(data) == self.length
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +121,23 @@ class FastAnswers:
         self._files.close()
         return True
 
-    def snapshot(self) -> tuple[Callable[[bytes], bytes | None], Callable[[], None]]:
+    def snapshot(self) -> Snapshot:
         """See `Index.snapshot`."""
         return self._snapshot()
+
+    def find(self, get: Callable[[bytes], bytes | None], form: Form, data: bytes) -> Answer | None:
+        """What the index says to a request of this form, by the `get` of a snapshot; None when it does not know."""
+        key = form.prefix + data[form.start : form.end]
+        try:
+            value = get(key)
+        except Exception:  # noqa: BLE001  whatever it was, the handlers meet it too, and have words for it
+            return None
+        if not value:
+            return None
+        if value[0] != ABSENT:
+            return Answer(key, value, math.inf)
+        until = int.from_bytes(value[1:], "big")
+        return Answer(key, None, until) if until > self.now else None
 
     def noter(self) -> Callable[[bytes], None]:
         """See `Usage.noter`."""
@@ -210,13 +231,13 @@ class FastAnswers:
             return None
         if not value:
             return None
-        if value[0] == PRESENT:
+        if value[0] != ABSENT:
             self._cells[self._cell[method, "narinfo", 200]] += 1
             self._usage.add(key)
             if method == "GET":
-                return self.ok + value[3:]
-            return self.ok + value[3 : 3 + int.from_bytes(value[1:3], "big")]
-        if int.from_bytes(value[1:9], "big") <= self.now:
+                return self.ok + value
+            return self.ok + head_of(value)
+        if int.from_bytes(value[1:], "big") <= self.now:
             return None
         self._cells[self._cell[method, "narinfo", 404]] += 1
         return self.miss if method == "GET" else self.miss_head

@@ -24,23 +24,33 @@ import os
 import select
 import socket
 import struct
+import time
 from typing import TYPE_CHECKING
 
 import structlog
 
-from cachesrv.index.base import PRESENT
+from cachesrv.web.known import Known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cachesrv.web.fast import FastAnswers, FileAnswer, Form
+    from cachesrv.web.known import Answer
 
 _log = structlog.get_logger()
 
-_READ = 4096
+_READ = 448
+"""Bytes read first: for them CPython needs no malloc, and most requests are shorter."""
+_MAX_READ = 4096
 """Bytes read at a time; a request that fills them is none of ours."""
 _READ_BY_ASYNCIO = 256 * 1024
 _EVENTS = 512
+_REQUESTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+"""What is watched for on a connection. Each arrival is told once, which costs the kernel less: all that has come has to
+be read, or the connection watched anew.
+"""
+_SHARE = 0.002
+"""Seconds for which lookups are answered without a look at what else is to be done."""
 _ACCEPTED_AT_ONCE = 64
 _PAUSE = 1.0
 """Seconds without new connections, when there is no descriptor or memory left for one."""
@@ -89,6 +99,7 @@ class Reactor:
         self._epoll = select.epoll()
         self._listening: dict[int, socket.socket] = {}
         self._connections: dict[int, _Connection] = {}
+        self._known = Known()
         self._leaving: set[asyncio.Task[object]] = set()
         self._stopping = False
 
@@ -145,62 +156,100 @@ class Reactor:
                 if min(_TCP_INFO.unpack(info)) > self._idle_timeout * 1000:
                     self._end(connection)
 
-    def _work(self) -> None:  # noqa: C901,PLR0912  each call less is some percent more requests
-        """Do all that can be done now."""
+    def _work(self) -> None:
+        """Answer until nothing more is ready, or others have waited long enough."""
+        end = time.monotonic() + _SHARE
+        while events := self._epoll.poll(0, _EVENTS):
+            self._attend_all(events)
+            if time.monotonic() > end:
+                return
+
+    def _attend_all(self, events: list[tuple[int, int]]) -> None:
+        """All is read first, and all is sent then: clients wake up once for several answers."""
+        answers: list[tuple[_Connection, bytes]] = []
+        try:
+            self._read(events, answers)
+        except BaseException:
+            for descriptor, _ in events:
+                if connection := self._connections.get(descriptor):
+                    self._watch(connection)
+            raise
+        finally:
+            for connection, answer in answers:
+                # As `_send`: a call less is some percent more requests.
+                try:
+                    sent = connection.send(answer)
+                except OSError as error:
+                    sent = self._failed(connection, error)
+                if sent < len(answer) and connection.sock.fileno() >= 0:
+                    self._send_later(connection, memoryview(answer)[sent:])
+
+    def _read(self, events: list[tuple[int, int]], into: list[tuple[_Connection, bytes]]) -> None:
+        """Put the answers to lookups `into` a list, and do whatever else is to be done."""
         answers = self._answers
         if answers.refresh():
+            self._known.forget()
             for connection in self._connections.values():
                 connection.form = None
         # What follows runs for each request: names are local, and calls into Python are few.
-        connections, readable, present = self._connections, select.EPOLLIN, PRESENT
+        connections, readable, append = self._connections, select.EPOLLIN, into.append
         ok, miss, now, note = answers.ok, answers.miss, answers.now, answers.noter()
         hits = misses = 0
-        get, done = answers.snapshot()
+        get, done, version = answers.snapshot()
+        known = self._known.at(version, now)
         try:
-            for descriptor, event in self._epoll.poll(0, _EVENTS):
-                known = connections.get(descriptor)
-                if known is None or event != readable:
-                    self._attend(descriptor, known, event)
+            for descriptor, event in events:
+                asking = connections.get(descriptor)
+                if asking is None or event != readable:
+                    self._attend(descriptor, asking, event)
                     continue
-                connection = known
+                connection = asking
                 try:
                     data = connection.recv(_READ)
                 except OSError as error:
                     self._failed(connection, error)
                     continue
-                form = connection.form
-                if form and len(data) == form.length and data.startswith(form.before) and data.endswith(form.after):
-                    key = form.prefix + data[form.start : form.end]
-                    try:
-                        value = get(key)
-                    except Exception:  # noqa: BLE001  whatever it was, the handlers meet it too, and have words for it
-                        value = None
-                    if value and value[0] == present:
-                        hits += 1
-                        note(key)
-                        answer = ok + value[3:]
-                    elif value and int.from_bytes(value[1:9], "big") > now:
-                        misses += 1
-                        answer = miss
-                    else:
-                        self._leave(connection, data)
-                        continue
-                    try:
-                        sent = connection.send(answer)
-                    except OSError as error:
-                        sent = self._failed(connection, error)
-                    if sent < len(answer) and connection.sock.fileno() >= 0:
-                        self._send_later(connection, memoryview(answer)[sent:])
+                answer = known.get(data) or self._find(connection, data, get)
+                if answer is None:
+                    continue
+                key, value, until = answer
+                if value is not None:
+                    hits += 1
+                    note(key)
+                    append((connection, ok + value))
+                elif until > now:
+                    misses += 1
+                    append((connection, miss))
                 else:
-                    self._understand(connection, data)
+                    self._leave(connection, data)
         finally:
             done()
             answers.count(hits, misses)
+
+    def _find(self, connection: _Connection, data: bytes, get: Callable[[bytes], bytes | None]) -> Answer | None:
+        """The answer to a request that is not known yet, by the `get` of a snapshot; None when all that can be done for
+        it is done.
+        """
+        if len(data) == _READ:
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                data += connection.recv(_MAX_READ - _READ)
+        form = connection.form
+        if not (form and form.matches(data)):
+            self._understand(connection, data)
+            return None
+        answer = self._answers.find(get, form, data)
+        if answer is None:
+            self._leave(connection, data)
+        elif len(data) != _READ:
+            self._known.remember(data, answer)
+        return answer
 
     def _understand(self, connection: _Connection, data: bytes) -> None:
         """Answer what has no known form."""
         if not data:
             self._end(connection)
+        elif len(data) >= _MAX_READ:
+            self._leave(connection, data)
         elif answer := self._answers.file(data):
             self._send_answer(connection, answer)
         elif (content := self._answers.answer(data)) is not None:
@@ -273,7 +322,7 @@ class Reactor:
         if self._stopping:
             self._end(connection)
         elif connection.sock.fileno() >= 0:
-            self._epoll.modify(connection.sock.fileno(), select.EPOLLIN)
+            self._watch(connection)
 
     def _has_taken(self, connection: _Connection) -> None:
         """Nothing waits for it in our memory any more."""
@@ -292,9 +341,12 @@ class Reactor:
             self._send_on(connection)
         elif event & select.EPOLLIN:
             try:
-                self._understand(connection, connection.recv(_READ))
+                self._understand(connection, connection.recv(_MAX_READ))
             except OSError as error:
                 self._failed(connection, error)
+            if descriptor in self._connections:
+                # The end of what the client sends has come, and is told no second time.
+                self._watch(connection)
         else:
             self._end(connection)
 
@@ -312,7 +364,12 @@ class Reactor:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._connections[sock.fileno()] = _Connection(sock)
-            self._epoll.register(sock.fileno(), select.EPOLLIN)
+            self._epoll.register(sock.fileno(), _REQUESTS)
+
+    def _watch(self, connection: _Connection) -> None:
+        """Tell again what there is."""
+        if not connection.sending:
+            self._epoll.modify(connection.sock.fileno(), _REQUESTS)
 
     def _listen(self) -> None:
         if not self._stopping:
@@ -325,9 +382,9 @@ class Reactor:
 
     def _leave(self, connection: _Connection, data: bytes) -> None:
         """Let asyncio have it, with what one read of its own would have given it."""
-        if len(data) == _READ:
+        if len(data) == _MAX_READ:
             with contextlib.suppress(BlockingIOError, ConnectionError):
-                data += connection.recv(_READ_BY_ASYNCIO - _READ)
+                data += connection.recv(_READ_BY_ASYNCIO - _MAX_READ)
         self._forget(connection)
         loop = asyncio.get_running_loop()
         task = loop.create_task(loop.connect_accepted_socket(lambda: self._make_front(data), connection.sock))

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from cachesrv.errors import BadInput, TooLarge
+from cachesrv.errors import BadInput
 from cachesrv.index.base import (
     ABSENT,
-    PRESENT,
     Absent,
     Index,
     IndexEntry,
     Present,
+    head_of,
     lookup_key,
 )
 
@@ -119,7 +119,7 @@ class IndexContract:
         assert index.get("one-more", HASH) == OTHER
 
     def test_large_answers_come_back_whole(self, index: Index) -> None:
-        large = Present(b"h" * 65535, bytes(range(256)) * 4096)
+        large = Present(b"h" * 65535 + b"\r\n\r\n", bytes(range(256)) * 4096)
         index.put([entry(HASH, large)])
         assert index.get("main", HASH) == large
 
@@ -231,8 +231,9 @@ class IndexContract:
         assert index.get("c" * 200, "a" * 200) == Absent(LATER)
 
     def test_what_the_format_cannot_hold_is_refused(self, index: Index) -> None:
-        with pytest.raises(TooLarge):
-            index.put([entry("fine"), entry(HASH, Present(b"h" * 65536, b""))])
+        for head in (b"", b"h", b"\r\n\r\n", b"\0h\r\n\r\n", b"h\r\n\r\nh\r\n\r\n"):
+            with pytest.raises(BadInput):
+                index.put([entry("fine"), entry(HASH, Present(head, b"body"))])
         for until in (-1, 2**64):
             with pytest.raises(BadInput):
                 index.put_absent([("main", HASH)], until)
@@ -252,14 +253,33 @@ class IndexContract:
         index.put_absent([("main", "b" * 32)], LATER)
         value = index.raw(b"main/" + HASH.encode())
         assert value is not None
-        assert value[0] == PRESENT
-        assert value[3:] == ANSWER.head + ANSWER.body
-        assert value[3 : 3 + int.from_bytes(value[1:3], "big")] == ANSWER.head
+        assert value[0] != ABSENT
+        assert value == ANSWER.head + ANSWER.body
+        assert head_of(value) == ANSWER.head
         clock.now = LATER + 1
         absent = index.raw(b"main/" + b"b" * 32)
         assert absent is not None
         assert absent[0] == ABSENT
         assert int.from_bytes(absent[1:], "big") == LATER
+
+    def test_a_snapshot_of_another_version_is_what_follows_a_change(self, index: Index) -> None:
+        def version() -> int:
+            _, done, number = index.snapshot()
+            done()
+            return number
+
+        versions = [version()]
+        for change in (
+            lambda: index.put([entry(HASH)]),
+            lambda: index.put([entry(HASH, OTHER)]),
+            lambda: index.put_absent([("main", "b" * 32)], LATER),
+            lambda: index.delete([("main", HASH)]),
+            lambda: index.clear("main"),
+        ):
+            change()
+            versions.append(version())
+            assert version() == versions[-1]
+        assert len(set(versions)) == len(versions)
 
     def test_writers_in_several_threads_lose_nothing(self, open_index: OpenIndex) -> None:
         index = open_index(negative_limit=50, clock=lambda: NOW)
@@ -297,7 +317,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(keys=KEYS, body=st.binary(max_size=5))
     def put(self, keys: list[tuple[str, str]], body: bytes) -> None:
-        answer = Present(b"head", body * 1000)
+        answer = Present(b"Head: yes\r\n\r\n", body * 1000)
         self.index.put(IndexEntry(cache, name, answer) for cache, name in keys)
         self.model.update(dict.fromkeys(keys, answer))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import time
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -10,6 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 from aiohttp import web
 
+from cachesrv.index.base import IndexEntry
+from cachesrv.services.answer import present
 from cachesrv.web.app import create_app
 from cachesrv.web.fast import FastAnswers
 from cachesrv.web.front import Fronts, reporting
@@ -44,6 +48,7 @@ NAMES = {size: name for name, size in NARS.items()}
 @dataclass(frozen=True)
 class Served:
     port: int
+    answers: FastAnswers
     reactor: Reactor
     fronts: Fronts
     site: Site
@@ -80,7 +85,7 @@ async def serving(folder: Path, *, idle_timeout: float = 60, send_buffer: int | 
         reactor.start([sock])
         try:
             with ExitStack() as clients:
-                yield Served(port, reactor, fronts, site, clients)
+                yield Served(port, answers, reactor, fronts, site, clients)
         finally:
             await reactor.stop_answering()
             await fronts.stop(1)
@@ -123,6 +128,43 @@ async def test_lookups_stay_and_are_answered_by_their_form(served: Served) -> No
     text = served.site.services.metrics.render().decode()
     assert 'method="GET",route="narinfo",status="200"} 5.0' in text
     assert f'method="GET",route="narinfo",status="404"}} {float(len(ABSENT))}' in text
+
+
+async def test_long_requests_stay_too(served: Served) -> None:
+    connection = await served.connect()
+    for length in (*range(300, 460, 7), 447, 448, 449, 2000, 3500):
+        request = get(f"/main/{PRESENT[0]}.narinfo", "User-Agent: ")
+        request = request.replace(b"User-Agent: ", b"User-Agent: " + b"x" * (length - len(request)))
+        assert len(request) == length
+        assert await answers_to(connection, request, request) == [(OK, narinfo(0))] * 2
+    assert (len(served.reactor), len(served.fronts)) == (1, 0)
+
+
+async def test_what_is_known_is_never_out_of_step_with_the_index(served: Served) -> None:
+    connection = await served.connect()
+    index = served.site.services.index
+    absent, found = get(f"/main/{ABSENT[0]}.narinfo"), get(f"/main/{PRESENT[0]}.narinfo")
+    for number in range(5, 8):
+        assert await answers_to(connection, absent, absent) == [(MISS, b"no such path\n")] * 2
+        index.put([IndexEntry("main", ABSENT[0], present(narinfo(number)))])
+        assert await answers_to(connection, absent, absent) == [(OK, narinfo(number))] * 2
+        index.put([IndexEntry("main", PRESENT[0], present(narinfo(number)))])
+        assert await answers_to(connection, found, found) == [(OK, narinfo(number))] * 2
+        index.delete([("main", ABSENT[0])])
+        index.put_absent([("main", ABSENT[0])], int(time.time()) + 3600)
+    assert (len(served.reactor), len(served.fronts)) == (1, 0)
+
+
+async def test_an_absence_that_ends_while_it_is_known_is_believed_no_more(served: Served) -> None:
+    connection = await served.connect()
+    request = get(f"/main/{UNKNOWN}.narinfo")
+    assert await answers_to(connection, get(f"/main/{PRESENT[0]}.narinfo")) == [(OK, narinfo(0))]
+    served.site.services.index.put_absent([("main", UNKNOWN)], int(served.answers.now) + 1)
+    assert await answers_to(connection, request, request) == [(MISS, b"no such path\n")] * 2
+    assert (len(served.reactor), len(served.fronts)) == (1, 0)
+    served.answers.now += 2
+    assert await answers_to(connection, request) == [(MISS, b"no such path\n")]
+    await served.until(reactor=0, fronts=1)
 
 
 async def test_use_is_noted(served: Served) -> None:
@@ -264,3 +306,43 @@ async def test_many_connections_at_once(served: Served) -> None:
     for connection in connections:
         connection.close()
     await served.until(reactor=0, fronts=0)
+
+
+async def test_who_sends_no_more_after_a_request_is_answered_and_let_go(served: Served) -> None:
+    for form in (False, True):
+        connection = await served.connect()
+        request = get(f"/main/{PRESENT[0]}.narinfo")
+        if form:
+            await answers_to(connection, request)
+        before = len(connection.received)
+        await connection.send(request)
+        connection.sock.shutdown(socket.SHUT_WR)
+        assert await connection.ends()
+        assert bytes(connection.received[before:]).endswith(narinfo(0))
+    await served.until(reactor=0, fronts=0)
+
+
+async def test_a_defect_loses_no_request_but_its_own(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    connections = [await served.connect() for _ in range(3)]
+    request = get(f"/main/{PRESENT[0]}.narinfo")
+    for connection in connections:
+        await answers_to(connection, request)
+    understood, defects = served.answers.find, iter([ZeroDivisionError])
+
+    def find(*arguments: object) -> object:
+        for defect in defects:
+            raise defect
+        return understood(*arguments)  # type: ignore[arg-type]  # as they came
+
+    monkeypatch.setattr(served.answers, "find", find)
+    told: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context.get("exception")))
+    other = get(f"/main/{PRESENT[1]}.narinfo")
+    before = [len(connection.received) for connection in connections]
+    for connection in connections:
+        connection.sock.send(other)
+    for connection in connections:
+        await connection.receive(1)
+    answered = [len(connection.received) > start for connection, start in zip(connections, before, strict=True)]
+    assert sorted(answered) == [False, True, True]
+    assert [type(error) for error in told] == [ZeroDivisionError]
