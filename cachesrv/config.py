@@ -188,6 +188,15 @@ class Uploads(msgspec.Struct, frozen=True):
     limit_count: Positive = 10_000
 
 
+class Collect(msgspec.Struct, frozen=True):
+    """When garbage is collected, and how long things stay that a cache keeps no longer."""
+
+    interval: Duration = 86_400
+    nar_grace: Duration = 30 * 86_400
+    lease: PositiveDuration = 86_400
+    history: Duration = 365 * 86_400
+
+
 class Cache(msgspec.Struct, frozen=True):
     """One binary cache."""
 
@@ -203,6 +212,8 @@ class Cache(msgspec.Struct, frozen=True):
     trusted_keys: tuple[PublicKeyText, ...] = ()
     upstreams: tuple[CacheName, ...] = ()
     pull_through: bool = False
+    retention_age: Duration = 0
+    retention_size: Size = 0
 
 
 class Upstream(msgspec.Struct, frozen=True):
@@ -234,6 +245,7 @@ class Config(msgspec.Struct, frozen=True):
     lookup: Lookup = Lookup()
     delivery: Delivery = Delivery()
     uploads: Uploads = Uploads()
+    collect: Collect = Collect()
     cache: tuple[Cache, ...] = (Cache(name="main", root=True),)
     upstream: tuple[Upstream, ...] = ()
     token: tuple[Token, ...] = ()
@@ -469,6 +481,9 @@ def _contradictions_of_upstreams(sections: Mapping[str, Any], caches: tuple[Cach
             yield f'cache[{number}].references = "upstream": needs at least one name in upstreams'
         if cache.pull_through and not cache.upstreams:
             yield f"cache[{number}].pull_through = true: needs at least one name in upstreams"
+        for key in ("retention_age", "retention_size"):
+            if cache.authority == "bucket" and (value := getattr(cache, key)):
+                yield f"cache[{number}].{key} = {value}: what others write to the bucket is collected where they do"
         if cache.pull_through and delivery and not delivery.disk_cache_size:
             yield f"cache[{number}].pull_through = true: needs a delivery.disk_cache_size above 0"
 

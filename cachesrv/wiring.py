@@ -18,12 +18,15 @@ from cachesrv.services.access import Access, Principal, token_hash
 from cachesrv.services.breaker import Breaker
 from cachesrv.services.bucket import BucketSource
 from cachesrv.services.caches import DeclaredUpstream, ReferencePolicy, ServedCache
+from cachesrv.services.collect import Collect, Terms
 from cachesrv.services.data_directory import DataDirectory, parse_secret_key, read_secret
 from cachesrv.services.delivery import Delivery, FarAway
 from cachesrv.services.fetch import Fetches
 from cachesrv.services.http_reader import HttpReader
 from cachesrv.services.ingest import Ingest
+from cachesrv.services.leases import Leases
 from cachesrv.services.lookup import CatalogSource, Lookup, Source
+from cachesrv.services.marking import Policy
 from cachesrv.services.metadata import Metadata
 from cachesrv.services.packs import Packs
 from cachesrv.services.publish import Publish
@@ -31,7 +34,7 @@ from cachesrv.services.pull_through import PullThrough
 from cachesrv.services.store_reader import StoreReader
 from cachesrv.services.uploads import Limits, Uploads
 from cachesrv.services.upstream import Upstream, Upstreams
-from cachesrv.services.usage import Usage
+from cachesrv.services.usage import RESOLUTION, Usage
 from cachesrv.storage.decorators import Direct, Guarded, Limited, Measured, Retrying
 from cachesrv.storage.disk_cache import DiskCache
 from cachesrv.storage.filesystem import FilesystemStore
@@ -43,7 +46,7 @@ from cachesrv.storage.s3_url import BucketUrl
 from cachesrv.web.site import Rules, Services
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
+    from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 
     from cachesrv.catalog.base import Catalog
     from cachesrv.config import Cache, Config
@@ -132,7 +135,7 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
         sources: list[Source] = [CatalogSource(catalog), BucketSource(storage, Breaker()), upstreams]
         lookup = Lookup(index, sources, negative_ttl=config.lookup.negative_ttl, timeout=config.lookup.timeout)
         stack.push_async_callback(lookup.close)
-        ingest = Ingest(storage, catalog, metrics, max_nar_size=config.server.max_nar_size)
+        ingest = Ingest(storage, catalog, metrics, max_nar_size=config.server.max_nar_size, lease=config.collect.lease)
         stack.push_async_callback(ingest.close)
         uploads = Uploads(storage, ingest, _limits_of_uploads(config))
         stack.push_async_callback(uploads.close)
@@ -153,12 +156,14 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
             storage_is_local=_storage_is_local(config),
             redirect=config.delivery.mode == "redirect",
         )
-        usage = Usage(catalog)
+        # What is in use has to look so all the time to who spares what was used within the time of a lease.
+        usage = Usage(catalog, resolution=min(RESOLUTION, config.collect.lease / 4))
         stack.push_async_callback(usage.flush)
         metadata = Metadata(storage, catalog)
         delivery = Delivery(storage, catalog, ingest, far_away)
+        leases = Leases(catalog, config.collect.lease)
         yield Services(
-            storage, catalog, index, lookup, ingest, delivery, uploads, publish, packs, metadata, usage, metrics
+            storage, catalog, index, lookup, ingest, delivery, uploads, publish, packs, metadata, usage, leases, metrics
         )
 
 
@@ -166,6 +171,34 @@ def _limits_of_uploads(config: Config) -> Limits:
     uploads = config.uploads
     return Limits(
         part_size=uploads.part_size, size=uploads.limit_size, uploads=uploads.limit_count, seconds=uploads.keep
+    )
+
+
+def policies(config: Config) -> dict[str, Policy]:
+    """What the caches keep, of those that do not keep everything."""
+    return {
+        cache.name: Policy(cache.retention_age or None, cache.retention_size or None, spared=config.collect.lease)
+        for cache in config.cache
+        if cache.retention_age or cache.retention_size
+    }
+
+
+def build_collect(
+    config: Config, services: Services, only: Collection[str] = (), *, nar_grace: int | None = None
+) -> Collect:
+    """Garbage collection as it is configured; `only` in these caches, if any are named. Raises ConfigError."""
+    caches = served_caches(config)
+    if unknown := set(only) - caches.keys():
+        raise ConfigError(f"no cache is called {', '.join(sorted(unknown))}; there are {', '.join(caches)}")
+    grace = config.collect.nar_grace if nar_grace is None else nar_grace
+    return Collect(
+        services.storage,
+        services.catalog,
+        services.index,
+        caches=caches,
+        policies=policies(config),
+        terms=Terms(nar_grace=grace, history=config.collect.history),
+        only=only,
     )
 
 

@@ -20,7 +20,7 @@ from cachesrv.nix.hashes import Hash
 from cachesrv.nix.signing import SecretKey
 from cachesrv.services.caches import ReferencePolicy, ServedCache
 from cachesrv.services.candidate import Candidate
-from cachesrv.services.collect import Collect, Listener, Report, Terms
+from cachesrv.services.collect import Collect, Report, Terms
 from cachesrv.services.ingest import Ingest
 from cachesrv.services.leases import Leases
 from cachesrv.services.lookup import CatalogSource, Lookup
@@ -84,8 +84,8 @@ class Clock:
 
 
 @dataclass
-class Heard(Listener):
-    """All that a collection told."""
+class Heard:
+    """All that a collection told; a `Listener`."""
 
     paths: list[tuple[str, str, str]] = field(default_factory=list)
     nars: list[str] = field(default_factory=list)

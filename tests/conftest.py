@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+import structlog
 
 from tests.radosgw import Gateway, shared_gateway
 
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(autouse=True)
-def _umask() -> Iterator[None]:
-    """Commands set the umask of their process; run inside a test, that is the process of all other tests too."""
+def _process() -> Iterator[None]:
+    """Commands set the umask and the log of their process; in a test, that is the process of all others too."""
     before = os.umask(0o022)
     yield
     os.umask(before)
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

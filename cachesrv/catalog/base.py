@@ -143,6 +143,9 @@ class Catalog(Retention, Protocol):
     async def touch(self, cache: str, last_used: Mapping[str, int]) -> None:
         """Note when paths were last used; never moves back, passes over what is not there."""
 
+    async def touch_nars(self, keys: Collection[str], at: int) -> None:
+        """Note that the paths with these NARs were used; as `touch`."""
+
     async def put_nar(self, record: NarRecord, *, leased_until: int | None = None) -> int:
         """Note a verified NAR, which stays until then at least; one with the same key is replaced. Returns the fence.
         Raises BeingRemoved.

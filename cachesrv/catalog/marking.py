@@ -35,6 +35,7 @@ _USES = (
     .limit(PAGE)
 )
 _REFERRED = select(refs.c.name_id).where(refs.c.path_id.in_(bindparam("numbers", expanding=True))).distinct()
+_REFERRING = select(refs.c.path_id).where(refs.c.name_id.in_(bindparam("numbers", expanding=True))).distinct()
 _SHARED = (
     select(paths.c.nar_key, func.min(paths.c.id).label("first"))
     .where(_OF_CACHE)
@@ -76,6 +77,14 @@ def referred(connection: Connection, numbers: Collection[int]) -> list[int]:
     found: list[int] = []
     for some in batches(numbers):
         found += connection.scalars(_REFERRED, {"numbers": some})
+    return list(dict.fromkeys(found))
+
+
+def referring(connection: Connection, numbers: Collection[int]) -> list[int]:
+    """See `Retention.referring`."""
+    found: list[int] = []
+    for some in batches(numbers):
+        found += connection.scalars(_REFERRING, {"numbers": some})
     return list(dict.fromkeys(found))
 
 

@@ -49,6 +49,12 @@ _TOUCH = (
     .where(or_(paths.c.last_used_at.is_(None), paths.c.last_used_at < bindparam("at")))
     .values(last_used_at=bindparam("at"))
 )
+_TOUCH_NARS = (
+    update(paths)
+    .where(paths.c.nar_key.in_(bindparam("keys", expanding=True)))
+    .where(or_(paths.c.last_used_at.is_(None), paths.c.last_used_at < bindparam("at")))
+    .values(last_used_at=bindparam("at"))
+)
 _IDS = select(paths.c.id).where(
     paths.c.cache == bindparam("cache"), paths.c.hash_part.in_(bindparam("hash_parts", expanding=True))
 )
@@ -81,6 +87,12 @@ def remove(connection: Connection, cache: str, hash_parts: Collection[str]) -> N
 def touch(connection: Connection, cache: str, last_used: Mapping[str, int]) -> None:
     """See `Catalog.touch`."""
     _execute(connection, _TOUCH, [{"in": cache, "of": of, "at": at} for of, at in sorted(last_used.items())])
+
+
+def touch_nars(connection: Connection, keys: Collection[str], at: int) -> None:
+    """See `Catalog.touch_nars`."""
+    for some in batches(keys):
+        connection.execute(_TOUCH_NARS, {"keys": some, "at": at})
 
 
 def _distinct(records: Iterable[PathRecord]) -> list[PathRecord]:

@@ -182,6 +182,9 @@ class Retention(Protocol):
     async def referred(self, numbers: Collection[int]) -> list[int]:
         """Numbers of all that these paths refer to, each once; some may be of paths that are not published."""
 
+    async def referring(self, numbers: Collection[int]) -> list[int]:
+        """Numbers of the published paths that refer to any of these, each once."""
+
     async def twins(self, cache: str) -> dict[int, int]:
         """Paths whose NAR another path of the cache with a smaller number has too; to the smallest such number."""
 

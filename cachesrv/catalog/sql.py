@@ -65,6 +65,9 @@ class SqlCatalog(SqlRetention):
     async def touch(self, cache: str, last_used: Mapping[str, int]) -> None:
         await self._database.write(publishing.touch, cache, last_used)
 
+    async def touch_nars(self, keys: Collection[str], at: int) -> None:
+        await self._database.write(publishing.touch_nars, keys, at)
+
     async def put_nar(self, record: NarRecord, *, leased_until: int | None = None) -> int:
         return await self.put_nars([record], leased_until=leased_until)
 

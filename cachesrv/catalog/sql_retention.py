@@ -52,6 +52,9 @@ class SqlRetention:
     async def referred(self, numbers: Collection[int]) -> list[int]:
         return await self._database.read(marking.referred, numbers)
 
+    async def referring(self, numbers: Collection[int]) -> list[int]:
+        return await self._database.read(marking.referring, numbers)
+
     async def twins(self, cache: str) -> dict[int, int]:
         return await self._database.read(marking.twins, cache)
 

@@ -33,6 +33,8 @@ COMMANDS: Mapping[str, str] = {
     "use": "Let Nix on this machine use a cache.",
     "key": "Make signing keys, and sign with them.",
     "token": "Say who may read, push and delete.",
+    "pin": "Keep paths by name, whatever else is collected.",
+    "gc": "Remove what the caches keep no longer.",
     "reindex": "Rebuild catalog and index from storage.",
     "check-config": "Say what is wrong with a configuration, or what it comes to.",
 }

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+from cachesrv.cli import offline
 
-    from cachesrv.catalog.base import Catalog
+if TYPE_CHECKING:
     from cachesrv.config import Config
     from cachesrv.services.tokens import KnownToken
 
-Result = TypeVar("Result")
-
 _HEADER = ("NAME", "STATE", "CACHES", "PERMISSIONS", "EXPIRES", "KEPT IN")
-
-
-def _server_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    data_dir = click.option("--data-dir", metavar="DIR", help="Of the server.  [default: ~/.local/state/cachesrv]")
-    config = click.option("--config", "config_file", type=click.Path(path_type=Path), help="Of the server.")
-    return config(data_dir(function))
 
 
 @click.group(
@@ -65,7 +55,7 @@ or into a netrc as the password (`cachesrv use` writes one).
 )
 @click.option("--expires", metavar="TIME", help='When it ends by itself, such as "30d" from now.  [default: never]')
 @click.option("--output", type=click.Path(path_type=Path), help="Write it to a new file that only you read.")
-@_server_options
+@offline.server_options
 def create(
     name: str,
     *,
@@ -80,10 +70,10 @@ def create(
     from cachesrv.services import tokens
 
     _check_name(name)
-    lifetime = None if expires is None else _seconds(expires)
-    config = _load(config_file, data_dir)
+    lifetime = None if expires is None else offline.seconds(expires, "--expires")
+    config = offline.load(config_file, data_dir)
     _check_caches(caches, config)
-    token = _with_catalog(
+    token = offline.with_catalog(
         config,
         lambda catalog: tokens.create(
             catalog, config, name, caches=caches or ("*",), permissions=permissions, lifetime=lifetime
@@ -96,7 +86,7 @@ def create(
         _write(output, token)
     except BaseException:
         # nobody will ever have it
-        _with_catalog(config, lambda catalog: tokens.revoke(catalog, config, name))
+        offline.with_catalog(config, lambda catalog: tokens.revoke(catalog, config, name))
         raise
 
 
@@ -111,15 +101,15 @@ With --json one object a line; times are seconds since the epoch.
 """,
 )
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-@_server_options
+@offline.server_options
 def list_(*, as_json: bool, config_file: Path | None, data_dir: str | None) -> None:
     """List all tokens by name, those that are no longer good too."""
     import msgspec
 
     from cachesrv.services import tokens
 
-    config = _load(config_file, data_dir)
-    found = _with_catalog(config, lambda catalog: tokens.known(catalog, config))
+    config = offline.load(config_file, data_dir)
+    found = offline.with_catalog(config, lambda catalog: tokens.known(catalog, config))
     if as_json:
         for token in found:
             click.echo(msgspec.json.encode(token))
@@ -136,43 +126,13 @@ A server that knows the token refuses it after 30 seconds at the latest.
 """
 )
 @click.argument("name")
-@_server_options
+@offline.server_options
 def revoke(name: str, config_file: Path | None, data_dir: str | None) -> None:
     """Make the token called NAME worthless."""
     from cachesrv.services import tokens
 
-    config = _load(config_file, data_dir)
-    _with_catalog(config, lambda catalog: tokens.revoke(catalog, config, name))
-
-
-def _load(config_file: Path | None, data_dir: str | None) -> Config:
-    from cachesrv import config
-    from cachesrv.errors import ConfigError
-    from cachesrv.services.data_directory import DataDirectory
-
-    loaded = config.load(config_file, config.data_dir(data_dir, os.environ), os.environ)
-    # A mistyped directory would get a catalog of its own, in which no server ever looks.
-    if loaded.catalog.url is None and not DataDirectory(loaded.data_dir).catalog.exists():
-        raise ConfigError(
-            f"no server has been started with the data directory {loaded.data_dir}: say --data-dir, or start it once"
-        )
-    return loaded
-
-
-def _with_catalog(config: Config, use: Callable[[Catalog], Awaitable[Result]]) -> Result:
-    import asyncio
-
-    from cachesrv import wiring
-
-    async def opened() -> Result:
-        catalog = await wiring.open_catalog(config)
-        try:
-            return await use(catalog)
-        finally:
-            await catalog.close()
-
-    wiring.private_umask()
-    return asyncio.run(opened())
+    config = offline.load(config_file, data_dir)
+    offline.with_catalog(config, lambda catalog: tokens.revoke(catalog, config, name))
 
 
 def _write(output: Path, token: str) -> None:
@@ -206,20 +166,6 @@ def _check_caches(patterns: tuple[str, ...], config: Config) -> None:
                 click.get_current_context(),
                 param_hint="--cache",
             )
-
-
-def _seconds(text: str) -> int:
-    from cachesrv.config import with_unit
-
-    try:
-        seconds = with_unit(text, "duration")
-    except ValueError:
-        seconds = 0
-    if not 0 < seconds < 2**40:
-        raise click.BadParameter(
-            'expected a time such as "30d" or "12 h"', click.get_current_context(), param_hint="--expires"
-        )
-    return seconds
 
 
 def _row(token: KnownToken) -> tuple[str, ...]:

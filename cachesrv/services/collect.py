@@ -9,7 +9,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from cachesrv.catalog.retention import Keeper, Removal
 from cachesrv.services import amounts
@@ -18,7 +18,7 @@ from cachesrv.services.removing import Removing, objects_of, siblings_of
 from cachesrv.services.sweeping import TOGETHER, Sweep
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Callable, Collection, Mapping
 
     from cachesrv.catalog.base import Catalog
     from cachesrv.catalog.retention import PathSummary, Removed, UnusedNar
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from cachesrv.services.caches import ServedCache
     from cachesrv.services.marking import Plan
     from cachesrv.storage.base import ObjectStore
+
+
+COLLECTED = "collected"
+"""The note in the catalog of when a collection in all caches came to its end last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +55,8 @@ class Report:
     kept: int = 0
 
 
-class Listener:
-    """Hears of each path and each NAR that goes, with the reason."""
+class Listener(Protocol):
+    """Who is told of each path and each NAR that goes."""
 
     def path(self, cache: str, path: PathSummary, reason: str) -> None:
         """A path goes."""
@@ -61,8 +65,20 @@ class Listener:
         """A NAR goes."""
 
 
+class Silent:
+    """A Listener that keeps it to itself."""
+
+    def path(self, cache: str, path: PathSummary, reason: str) -> None:
+        """See Listener."""
+
+    def nar(self, nar: UnusedNar) -> None:
+        """See Listener."""
+
+
 class Collect:
-    """Collects in all caches. `policies` by cache; those without one keep all their paths."""
+    """Collects in those of the `caches` that are called one of `only`, in all if that is empty. `policies` by cache;
+    those without one keep all their paths.
+    """
 
     def __init__(
         self,
@@ -73,10 +89,12 @@ class Collect:
         caches: Mapping[str, ServedCache],
         policies: Mapping[str, Policy],
         terms: Terms,
+        only: Collection[str] = (),
     ) -> None:
         self._catalog = catalog
         self._removing = Removing(storage, catalog, index)
         self._caches = caches
+        self._chosen = [cache for name, cache in caches.items() if not only or name in only]
         self._policies = policies
         self._terms = terms
 
@@ -103,6 +121,8 @@ class Collect:
             report.path_bytes += plan.size
         await self._collect_nars(holder, listener, report, pace)
         await self._catalog.forget_removals(int(time.time()) - self._terms.history)
+        if len(self._chosen) == len(self._caches):
+            await self._catalog.note(COLLECTED, str(int(time.time())))
         return report
 
     async def rehearse(self, listener: Listener) -> Report:
@@ -119,7 +139,7 @@ class Collect:
         return report
 
     async def _plans(self) -> AsyncIterator[tuple[ServedCache, Plan]]:
-        for cache in self._caches.values():
+        for cache in self._chosen:
             policy = self._policies.get(cache.name)
             # What others write to a bucket, and what that needs, is not known here.
             if policy and not cache.bucket_is_authority:
@@ -135,7 +155,7 @@ class Collect:
 
     async def _unused(self) -> AsyncIterator[list[UnusedNar]]:
         foreign = {cache.prefix for cache in self._caches.values() if cache.bucket_is_authority}
-        for prefix in sorted({cache.prefix for cache in self._caches.values()} - foreign):
+        for prefix in sorted({cache.prefix for cache in self._chosen} - foreign):
             after, now = "", int(time.time())
             while nars := await self._catalog.unused_nars(prefix, self._unused_before, now, after):
                 yield nars
@@ -143,14 +163,15 @@ class Collect:
 
     @property
     def _unused_before(self) -> int:
-        return int(time.time()) - self._terms.nar_grace
+        # Times are whole seconds: one is added to keep for long enough, but for what is kept for no time at all.
+        return int(time.time()) - (self._terms.nar_grace or -1)
 
 
 def _reason(policy: Policy, plan: Plan, path: PathSummary) -> str:
     used = f"last used {amounts.date(path.used_at)}"
     if policy.max_size is not None and path.used_at >= plan.oldest:
-        return f"no room within max_size = {amounts.size(policy.max_size)}, {used}"
-    return f"older than max_age = {amounts.time(policy.max_age or 0)}, {used}"
+        return f"no room within retention_size = {amounts.size(policy.max_size)}, {used}"
+    return f"not used for more than retention_age = {amounts.time(policy.max_age or 0)}, {used}"
 
 
 def _tell(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from cachesrv.errors import BadInput, NotFound
+from cachesrv.index.base import lookup_key
 from cachesrv.nix import narinfo
 from cachesrv.nix.store_path import is_hash_part
 from cachesrv.services import metadata
@@ -64,6 +65,7 @@ async def get_narinfo(ask: Ask) -> web.StreamResponse:
     found = await ask.services.lookup.find(ask.cache, hash_part)
     if found is None:
         return web.Response(status=404, headers=MISS_HEADERS, text=MISS_TEXT)
+    ask.services.usage.add(lookup_key(ask.cache.name, hash_part))
     headers = dict(line.split(": ", 1) for line in found.head.decode("ascii").splitlines() if line)
     if ranges.matches(ask.request.headers.get("If-None-Match"), headers["ETag"]):
         return web.Response(status=304, headers={"ETag": headers["ETag"], "Cache-Control": headers["Cache-Control"]})
@@ -84,18 +86,20 @@ async def put_narinfo(ask: Ask) -> web.StreamResponse:
 async def get_nar(ask: Ask) -> web.StreamResponse:
     """A NAR, whole or in part."""
     name = ask.name.removeprefix("nar/")
-    validate_key(ask.cache.key(ask.name))
+    key = validate_key(ask.cache.key(ask.name))
     hash_part = ask.request.query.get("path")
     if ask.request.method == "HEAD":
         # Never by a redirect: a presigned URL is good for GET alone.
         size = await ask.services.delivery.size(ask.cache, name, hash_part)
         if size is None:
             raise NotFound(_NO_NAR)
+        ask.services.usage.add_nar(key)
         return await _send_nar(ask, objects.SizeOnly(size))
     for _ in range(_EVICTED):
         delivery = await ask.services.delivery.open(ask.cache, name, hash_part, not_at=_keeper_of_secrets(ask.request))
         if delivery is None:
             break
+        ask.services.usage.add_nar(key)
         if isinstance(delivery, PresignedUrl):
             return web.Response(status=307, headers={"Location": delivery.url, "Cache-Control": "no-store"})
         if isinstance(delivery, Coming):

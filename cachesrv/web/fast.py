@@ -180,8 +180,12 @@ class FastAnswers:
         if match is None or cache is None or not cache.public:
             return None
         name = match[2].decode("ascii")
-        found = self._delivery.warm_file(cache.key(f"nar/{name}"), limit=WARM_NAR)
-        return self._files.add(line, *found, _nar_fields(name, found[1])) if found else None
+        key = cache.key(f"nar/{name}")
+        found = self._delivery.warm_file(key, limit=WARM_NAR)
+        if found is None:
+            return None
+        self._usage.add_nar(key)
+        return self._files.add(line, *found, _nar_fields(name, found[1]))
 
     def close(self) -> None:
         """Close the files that are kept open."""
@@ -259,9 +263,11 @@ class FastAnswers:
         if cache is None or not (cache.public or self._may_read(rules, cache, block)):
             return None
         text = name.decode("ascii")
-        content = self._delivery.at_once(cache.key(f"nar/{text}"), limit=SMALL_NAR)
+        key = cache.key(f"nar/{text}")
+        content = self._delivery.at_once(key, limit=SMALL_NAR)
         if content is None:
             return None
+        self._usage.add_nar(key)
         self._cells[self._cell[method, "nar", 200]] += 1
         head = _nar_fields(text, len(content))
         if method == "HEAD":

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cachesrv.services.caches import ServedCache
     from cachesrv.services.delivery import Delivery
     from cachesrv.services.ingest import Ingest
+    from cachesrv.services.leases import Leases
     from cachesrv.services.lookup import Lookup
     from cachesrv.services.metadata import Metadata
     from cachesrv.services.packs import Packs
@@ -43,6 +44,7 @@ class Services:
     packs: Packs
     metadata: Metadata
     usage: Usage
+    leases: Leases
     metrics: Metrics
 
 

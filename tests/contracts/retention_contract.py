@@ -153,6 +153,16 @@ class MarkingContract(Fixtures):
         assert await catalog.uses("main", NOW, expected[-1].number) == []
         assert all(use.leased is False for use in await catalog.uses("main", NOW + 100))
 
+    async def test_who_comes_for_a_nar_uses_all_paths_that_have_it(self, catalog: Catalog) -> None:
+        same = {"nar_key": "main/nar/same.nar.zst"}
+        await catalog.publish([path(1, **same), path(2, **same), path(3), path(1, cache="other", **same)])
+        for at in (NOW + 5, NOW + 3):
+            await catalog.touch_nars([same["nar_key"], "main/nar/none"], at)
+        numbers = await numbers_of(catalog, [1, 2, 3])
+        used = {use.number: use.used_at for use in await catalog.uses("main", NOW)}
+        assert used == {numbers[1]: NOW + 5, numbers[2]: NOW + 5, numbers[3]: NOW}
+        assert [use.used_at for use in await catalog.uses("other", NOW)] == [NOW + 5]
+
     async def test_what_paths_refer_to_comes_once(self, catalog: Catalog) -> None:
         await catalog.publish([path(1, 1, 3, 9), path(2, 3, 4), path(3), path(4)])
         numbers = await numbers_of(catalog, range(10))
@@ -160,6 +170,8 @@ class MarkingContract(Fixtures):
         assert len(found) == len(set(found)) == 4
         assert {numbers[1], numbers[3], numbers[4]} < set(found)
         assert await catalog.referred([]) == []
+        assert set(await catalog.referring([numbers[3], numbers[4], 10**6])) == {numbers[1], numbers[2]}
+        assert await catalog.referring([numbers[2]]) == []
         many = [path(number, 3) for number in range(100, 5_000)]
         await catalog.publish(many)
         assert await catalog.referred([use.number for use in await catalog.uses("main", NOW)][-4_900:]) == [numbers[3]]

@@ -137,6 +137,7 @@ async def use_retention(catalog: SqlCatalog) -> None:
     await catalog.pinned("main", NOW)
     await catalog.unpin("main", "release")
     await catalog.lease("main", [hash_part(1)], NOW)
+    await catalog.touch_nars([path(1).nar_key], NOW)
     await catalog.put_nar(nar(1))
     await catalog.lease_nars("main", [nar_hash(1)], NOW)
     await catalog.uses("main", NOW)

@@ -1,0 +1,115 @@
+"""What commands share that work on a server's stores, beside it, on its machine and as its user."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from cachesrv.catalog.base import Catalog
+    from cachesrv.config import Config
+    from cachesrv.services.caches import ServedCache
+    from cachesrv.web.site import Services
+
+Result = TypeVar("Result")
+
+
+def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--config` and `--data-dir`, which say whose stores these are."""
+    data_dir = click.option("--data-dir", metavar="DIR", help="Of the server.  [default: ~/.local/state/cachesrv]")
+    config = click.option("--config", "config_file", type=click.Path(path_type=Path), help="Of the server.")
+    return config(data_dir(function))
+
+
+cache_option = click.option("--cache", metavar="NAME", help="Which one.  [default: the only one, or the one at /]")
+
+
+def load(config_file: Path | None, data_dir: str | None) -> Config:
+    """The configuration of a server that has been started before. Raises ConfigError."""
+    from cachesrv import config, telemetry
+    from cachesrv.errors import ConfigError
+    from cachesrv.services.data_directory import DataDirectory
+
+    telemetry.configure_logging()
+    loaded = config.load(config_file, config.data_dir(data_dir, os.environ), os.environ)
+    # A mistyped directory would get a catalog of its own, in which no server ever looks.
+    if loaded.catalog.url is None and not DataDirectory(loaded.data_dir).catalog.exists():
+        raise ConfigError(
+            f"no server has been started with the data directory {loaded.data_dir}: say --data-dir, or start it once"
+        )
+    return loaded
+
+
+def with_catalog(config: Config, use: Callable[[Catalog], Awaitable[Result]]) -> Result:
+    """What `use` makes of the catalog."""
+    from cachesrv import wiring
+
+    async def opened() -> Result:
+        catalog = await wiring.open_catalog(config)
+        try:
+            return await use(catalog)
+        finally:
+            await catalog.close()
+
+    wiring.private_umask()
+    return asyncio.run(opened())
+
+
+def with_services(config: Config, use: Callable[[Services], Awaitable[Result]]) -> Result:
+    """What `use` makes of the services on all stores."""
+    from cachesrv import wiring
+    from cachesrv.telemetry import Metrics
+
+    async def opened() -> Result:
+        async with wiring.open_services(config, Metrics()) as services:
+            return await use(services)
+
+    wiring.private_umask()
+    return asyncio.run(opened())
+
+
+def chosen_cache(config: Config, name: str | None) -> ServedCache:
+    """The cache of this name; without one, the only cache or the one at the root. Raises ConfigError."""
+    from cachesrv import wiring
+    from cachesrv.errors import ConfigError
+
+    caches = wiring.served_caches(config)
+    if name is not None:
+        if name not in caches:
+            raise ConfigError(f"no cache is called {name}; there are {', '.join(caches)}")
+        return caches[name]
+    candidates = list(caches.values()) if len(caches) == 1 else [cache for cache in caches.values() if cache.root]
+    if not candidates:
+        raise ConfigError(f"which cache? say --cache; there are {', '.join(caches)}")
+    return candidates[0]
+
+
+def seconds(text: str, option: str) -> int:
+    """A time such as "30d". Raises click.BadParameter."""
+    from cachesrv.config import with_unit
+
+    try:
+        found = with_unit(text, "duration")
+    except ValueError:
+        found = 0
+    if not 0 < found < 2**40:
+        raise click.BadParameter(
+            'expected a time such as "30d" or "12 h"', click.get_current_context(), param_hint=option
+        )
+    return found
+
+
+def user() -> str:
+    """Who runs this command."""
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # in containers, users without a name
+        return f"user {os.getuid()}"

@@ -1,0 +1,161 @@
+"""Garbage collection beside a running server, with real clients; time passes in the catalog."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.offline import DAY, pass_time
+from tests.system.nix import CHAIN
+from tests.system.push import both_ways, push
+from tests.system.server import CACHESRV
+
+if TYPE_CHECKING:
+    from tests.system.conftest import StartServer
+    from tests.system.nix import Nix
+    from tests.system.push import Fill
+    from tests.system.server import Server
+
+_CONFIG = """
+[collect]
+nar_grace = "10 d"
+[[cache]]
+name = "main"
+root = true
+retention_age = "90 d"
+"""
+
+
+@pytest.fixture
+def cache(builder: Nix, make_server: StartServer) -> Server:
+    """A server that keeps paths for 90 days."""
+    environment = {"CACHESRV_SERVER__STORE_DIR": builder.store_dir, "CACHESRV_SERVER__WORKERS": "2"}
+    server = make_server(environment=environment, config=_CONFIG).start()
+    builder.log_in(server.token)
+    return server
+
+
+def maintain(server: Server, *arguments: str, status: int = 0) -> str:
+    """Run a command beside the server; what it prints."""
+    done = subprocess.run(
+        [*CACHESRV, *arguments, "--data-dir", str(server.data_dir), "--config", str(server.config_file)],
+        check=False,
+        env=server.environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == status, f"{arguments} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def told(server: Server, *arguments: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in maintain(server, *arguments, "--json").splitlines()]
+
+
+def status(server: Server, path: str) -> int:
+    """Of the narinfo."""
+    return server.client().get(f"/main/{Path(path).name[:32]}.narinfo").status
+
+
+def nar_status(server: Server, url: str) -> int:
+    return server.client().get(f"/main/{url}").status
+
+
+def nar_url(server: Server, path: str) -> str:
+    return next(
+        line.removeprefix("URL: ")
+        for line in server.client().get(f"/main/{Path(path).name[:32]}.narinfo").text.splitlines()
+        if line.startswith("URL: ")
+    )
+
+
+def age(server: Server, seconds: int) -> None:
+    pass_time(server.data_dir / "catalog.sqlite", seconds)
+
+
+@both_ways
+def test_what_nobody_needs_goes_and_closures_stay_whole(builder: Nix, cache: Server, client: Nix, fill: Fill) -> None:
+    program, tool, library = builder.build(CHAIN, "program", "tool", "library")
+    fill(builder, cache, program)
+    maintain(cache, "pin", "add", "release", tool, "--keep", "5")
+    url = nar_url(cache, program)
+    age(cache, 91 * DAY)
+
+    path, summary = told(cache, "gc", "--dry-run")
+    size = (cache.objects / url).stat().st_size
+    assert (path["path"], path["size"]) == (Path(program).name, size)
+    assert "not used for more than retention_age = 90 d, last used 20" in path["reason"]
+    assert (summary["paths"], summary["path_bytes"], summary["nars"]) == (1, size, 0)
+    assert status(cache, program) == 200
+
+    maintain(cache, "gc")
+    for _ in range(4):  # whichever worker is asked
+        assert [status(cache, each) for each in (program, tool, library)] == [404, 200, 200]
+    # who has seen the narinfo before can still have the NAR
+    assert nar_status(cache, url) == 200
+    client.run("nix", "store", "verify", "-r", "--store", cache.main, "--sigs-needed", "1", tool)
+    client.run("nix", "copy", "--from", cache.main, tool)
+    assert client.hashes(tool) == builder.hashes(tool)
+    cache.stop()
+    client.run("nix", "store", "verify", "-r", "--store", f"file://{cache.objects}", "--sigs-needed", "1", tool)
+    assert client.attempt("nix", "path-info", "--store", f"file://{cache.objects}", program).returncode != 0
+    cache.start()
+
+    age(cache, 11 * DAY)
+    (nar, summary) = told(cache, "gc")
+    assert (nar["key"], summary["nar_bytes"]) == (f"main/{url}", size)
+    assert not (cache.objects / url).exists()
+    assert nar_status(cache, url) == 404
+    assert status(cache, tool) == 200
+    # it can come back, once its pusher does not remember that it is there
+    builder.forget()
+    fill(builder, cache, program)
+    client.forget()
+    client.run("nix", "copy", "--from", cache.main, program)
+    assert client.hashes(program) == builder.hashes(program)
+
+
+def test_what_clients_ask_for_stays(builder: Nix, cache: Server, client: Nix) -> None:
+    """By its narinfo, or by its NAR alone: that is what clients do who remember the narinfo."""
+    paths = [builder.add(f"path-{number}", f"content {number}") for number in range(4)]
+    push(builder, cache, *paths)
+    url = nar_url(cache, paths[1])
+    cache.stop()  # then the use that this was is noted, which a running server does in a minute
+    cache.start()
+    age(cache, 91 * DAY)
+    client.run("nix", "path-info", "--store", cache.main, paths[0])
+    assert nar_status(cache, url) == 200
+    client.run("nix", "copy", "--from", cache.main, paths[2])
+    cache.stop()
+    cache.start()
+    assert [event["path"] for event in told(cache, "gc")[:-1]] == [Path(paths[3]).name]
+    assert [status(cache, path) for path in paths] == [200, 200, 200, 404]
+
+
+def test_a_push_can_rely_on_what_it_was_told(builder: Nix, cache: Server) -> None:
+    program, tool, library = builder.build(CHAIN, "program", "tool", "library")
+    push(builder, cache, tool)
+    age(cache, 91 * DAY)
+    wanted = [[Path(path).name, info["narHash"], info["narSize"]] for path, info in builder.infos(tool).items()]
+    asked = json.dumps({"paths": wanted}).encode()
+    assert cache.pusher.ask("POST", "/api/v1/caches/main/missing", asked).status == 200
+    assert told(cache, "gc")[-1]["paths"] == 0
+    push(builder, cache, program)
+    assert [status(cache, path) for path in (program, tool, library)] == [200, 200, 200]
+
+
+def test_what_went_can_come_back_without_being_sent(builder: Nix, cache: Server, client: Nix) -> None:
+    """As long as its NAR is kept for others."""
+    (program,) = builder.build(CHAIN, "program")
+    push(builder, cache, program)
+    age(cache, 91 * DAY)
+    assert told(cache, "gc")[-1]["paths"] == 3
+    again = push(builder, cache, program)
+    assert (again["uploaded"], again["sent_bytes"]) == (3, 0)
+    client.run("nix", "copy", "--from", cache.main, program)
+    assert client.hashes(program) == builder.hashes(program)
