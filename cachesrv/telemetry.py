@@ -69,6 +69,11 @@ COUNTERS = {
     "pushes_refused": "paths that were refused",
     "bucket_requests": "requests to the bucket that objects lie in",
     "bucket_failures": "requests to the bucket that failed, and may have been tried again",
+    "collections": "garbage collections that this server had done",
+    "collections_failed": "garbage collections that came to no end",
+    "paths_collected": "paths that these took away",
+    "nars_collected": "NARs that these deleted",
+    "collected_bytes": "bytes of NARs that these deleted",
 }
 
 Gauge = tuple[str, str, float]

@@ -11,9 +11,10 @@ import click
 if TYPE_CHECKING:
     import socket
     import ssl
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from cachesrv.config import Config
+    from cachesrv.services.schedule import Chore
     from cachesrv.telemetry import Metrics
     from cachesrv.web.site import Rules
 
@@ -48,7 +49,7 @@ def command(
     def load() -> config.Config:
         return config.load(config_file, directory, os.environ).changed(listen=listen or None, workers=workers)
 
-    _serve(load)
+    _serve(load, ("--data-dir", str(directory), *(("--config", str(config_file)) if config_file else ())))
 
 
 def _raise_limit_of_files() -> None:
@@ -59,10 +60,12 @@ def _raise_limit_of_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _serve(load: Callable[[], Config]) -> None:
+def _serve(load: Callable[[], Config], options: Sequence[str]) -> None:
+    """`options` lead other commands to the same stores."""
     import asyncio
 
     from cachesrv import systemd
+    from cachesrv.cli.chores import chores
     from cachesrv.services.data_directory import DataDirectory
     from cachesrv.telemetry import Metrics
     from cachesrv.web.listen import open_sockets, url_of
@@ -84,7 +87,8 @@ def _serve(load: Callable[[], Config]) -> None:
 
     def work(number: int) -> None:
         metrics.become(number)
-        asyncio.run(_work(load, metrics, sockets[number], tls, urls[0]))
+        own = list(chores(config, metrics, options)) if number == 0 else []
+        asyncio.run(_work(load, metrics, sockets[number], tls=tls, url=urls[0], chores=own))
 
     if count == 1:
         work(0)
@@ -102,9 +106,16 @@ async def _check(config: Config, metrics: Metrics, url: str) -> Rules:
 
 
 async def _work(
-    load: Callable[[], Config], metrics: Metrics, sockets: list[socket.socket], tls: ssl.SSLContext | None, url: str
+    load: Callable[[], Config],
+    metrics: Metrics,
+    sockets: list[socket.socket],
+    *,
+    tls: ssl.SSLContext | None,
+    url: str,
+    chores: list[Chore],
 ) -> None:
     from cachesrv import wiring
+    from cachesrv.services.schedule import scheduled
     from cachesrv.web.server import serve
     from cachesrv.web.site import Site
 
@@ -115,7 +126,8 @@ async def _work(
             return wiring.build_rules(load(), services.catalog, url)
 
         site = Site(services, rules())
-        await serve(site, sockets, tls=tls, shutdown_timeout=config.server.shutdown_timeout, reload=rules)
+        async with scheduled(services.catalog, chores):
+            await serve(site, sockets, tls=tls, shutdown_timeout=config.server.shutdown_timeout, reload=rules)
 
 
 def _greeting(rules: Rules, urls: list[str], token_file: Path, *, first_start: bool) -> str:

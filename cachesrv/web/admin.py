@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from cachesrv.errors import StoreError
+from cachesrv.services.collect import COLLECTED
 from cachesrv.web.site import ROUTE, SITE
 
 if TYPE_CHECKING:
@@ -41,6 +44,9 @@ async def metrics(request: web.Request) -> web.Response:
         ("index_paths", "Paths in the index.", answers),
         ("index_absences", "Absences in the index.", absences),
     ]
+    with suppress(StoreError):
+        collected = float(await site.services.catalog.noted(COLLECTED) or 0)
+        gauges.append(("collected_at_seconds", "When garbage was collected last, whoever did it; 0: never.", collected))
     text = await asyncio.to_thread(site.services.metrics.render, gauges)
     return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
