@@ -71,11 +71,15 @@ def validate_prefix(prefix: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """size in bytes; modified in seconds since the epoch."""
+    """`size` in bytes; `modified` in seconds since the epoch. `coded`: others have stored it with a Content-Encoding,
+    as Nix does with metadata in S3, and the size is that of what they stored; `get` undoes it, `read` refuses it. A
+    listing does not tell.
+    """
 
     key: str
     size: int
     modified: float
+    coded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from cachesrv.storage.base import (
 )
 from cachesrv.storage.decorators import TryAgain
 from cachesrv.storage.s3_client import S3Client
-from cachesrv.storage.s3_download import Download
+from cachesrv.storage.s3_download import Download, codings
 from cachesrv.storage.s3_errors import Answer
 from cachesrv.storage.s3_sweep import sweep
 from cachesrv.storage.s3_upload import Uploads
@@ -152,7 +152,10 @@ class S3Store:
 
     async def head(self, key: str) -> ObjectInfo | None:
         found = await self._head(self._name(key))
-        return None if found is None else ObjectInfo(key, found["ContentLength"], found["LastModified"].timestamp())
+        if found is None:
+            return None
+        coded = bool(codings(found.get("ContentEncoding", "")))
+        return ObjectInfo(key, found["ContentLength"], found["LastModified"].timestamp(), coded=coded)
 
     async def delete(self, keys: Sequence[str]) -> None:
         names = [self._name(key) for key in keys]

@@ -21,6 +21,12 @@ _PROGRESS = 2**20
 """… without so many bytes having come between."""
 
 
+def codings(content_encoding: str) -> str:
+    """What has to be undone to have the object, as a Content-Encoding names it; empty if nothing."""
+    named = map(str.strip, content_encoding.lower().split(","))
+    return ",".join(coding for coding in named if coding not in {"", "identity", "aws-chunked"})
+
+
 class Download:
     """The body of an object, or a part of it: an asynchronous context manager to iterate over, once. Where a transfer
     breaks, the rest is asked for by range, of the same object or not at all. It ends after the last byte, or raises
@@ -68,8 +74,7 @@ class Download:
     @property
     def encoding(self) -> str:
         """The Content-Encoding that the object is stored with; empty if none."""
-        codings = self._response.headers.get("Content-Encoding", "").lower().split(",")
-        return ",".join(coding for coding in map(str.strip, codings) if coding not in {"", "identity", "aws-chunked"})
+        return codings(self._response.headers.get("Content-Encoding", ""))
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while True:

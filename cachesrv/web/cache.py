@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from cachesrv.errors import BadInput, NotFound
+from cachesrv.errors import BadInput, NotFound, StoreError, TooLarge
 from cachesrv.index.base import lookup_key
 from cachesrv.nix import narinfo
 from cachesrv.nix.store_path import is_hash_part
@@ -35,6 +35,7 @@ MISS_HEADERS = {"Cache-Control": "no-store"}
 MISS_TEXT = "no such path\n"
 _PORT = re.compile(r":[0-9]*\Z")
 _NO_NAR = "there is no such NAR in this cache"
+_NO_OBJECT = "there is no such object in this cache"
 _EVICTED = 3
 """Times that a file is looked for which goes before it is opened: from the disk cache it may, and is elsewhere then."""
 
@@ -149,9 +150,23 @@ async def get_metadata(ask: Ask) -> web.StreamResponse:
     key = validate_key(ask.cache.key(ask.name))
     info = await ask.services.storage.head(key)
     if info is None:
-        raise NotFound("there is no such object in this cache")
+        raise NotFound(_NO_OBJECT)
+    send = partial(objects.send, ask.request, content_type=kind.content_type, cache_control=objects.REVALIDATE)
+    if info.coded:
+        return await send(objects.BytesBody(await _decoded(ask, key)))
     async with objects.ChunksBody(info.size, partial(ask.services.storage.read, key)) as body:
-        return await objects.send(ask.request, body, content_type=kind.content_type, cache_control=objects.REVALIDATE)
+        return await send(body)
+
+
+async def _decoded(ask: Ask, key: str) -> bytes:
+    """What others have stored encoded: not all clients understand it so."""
+    try:
+        data = await ask.services.storage.get(key, limit=_ENCODED_LOG_LIMIT)
+    except TooLarge as error:
+        raise StoreError(f"{key} is stored encoded, and is too large to be decoded: {error}") from error
+    if data is None:
+        raise NotFound(_NO_OBJECT)
+    return data
 
 
 async def put_metadata(ask: Ask) -> web.StreamResponse:

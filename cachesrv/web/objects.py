@@ -66,6 +66,22 @@ def opened(file: LocalFile) -> FileBody | None:
         raise StoreError(f"{file.path} cannot be read: {error.strerror}") from error
 
 
+class BytesBody:
+    """What lies in memory."""
+
+    def __init__(self, data: bytes) -> None:
+        self.size = len(data)
+        self._data = data
+
+    async def begin(self, part: ByteRange, small: int) -> bytes | None:
+        """See Body."""
+        return self._data[part.start : part.end] if part.length <= small else None
+
+    async def send(self, _request: web.Request, response: web.StreamResponse, part: ByteRange) -> None:
+        """See Body."""
+        await response.write(self._data[part.start : part.end])
+
+
 class SizeOnly:
     """The body of an answer to HEAD."""
 

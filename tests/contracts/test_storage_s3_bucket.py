@@ -218,6 +218,9 @@ async def test_metadata_that_nix_compressed(store: S3Store, sdk: Sdk, bucket: st
     assert await store.get("main/a", limit=len(text)) == text
     with pytest.raises(TooLarge):
         await store.get("main/a", limit=len(text) - 1)
+    info = await store.head("main/a")
+    assert info is not None
+    assert (info.size, info.coded) == (len(packed), packed != text)
     if packed == text:
         assert await whole(store.read("main/a")) == text
     else:

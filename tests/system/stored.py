@@ -121,10 +121,11 @@ class Bucket:
         with closing(self._gateway.client()) as client:
             return self._read(client, f"{self.prefix}/{CACHE}/{name}")
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, encoding: str = "identity") -> None:
         """Put an object there, whatever lies there."""
         with closing(self._gateway.client()) as client:
-            client.put_object(Bucket=self.name, Key=f"{self.prefix}/{CACHE}/{name}", Body=data)
+            key = f"{self.prefix}/{CACHE}/{name}"
+            client.put_object(Bucket=self.name, Key=key, Body=data, ContentEncoding=encoding)
 
     def fill(self, folder: Path) -> None:
         """See Stored."""
