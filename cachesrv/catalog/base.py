@@ -85,6 +85,18 @@ class ConflictRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class RefusalRecord:
+    """A push of a path that was refused by the rules of the cache, or for what is wrong with it: `reason`, a line."""
+
+    cache: str
+    hash_part: str
+    name: str
+    reason: str
+    pusher: str
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
 class TokenRecord:
     """A token by its sha256 (base-16); `caches` are globs, `permissions` of pull, push, delete, admin; `expires_at`
     and `revoked_at` are None where they do not apply.
@@ -170,6 +182,12 @@ class Catalog(Retention, Protocol):
 
     async def conflicts(self, cache: str, hash_part: str | None = None) -> list[ConflictRecord]:
         """Refused pushes, latest first."""
+
+    async def record_refusals(self, records: Sequence[RefusalRecord]) -> None:
+        """Remember refused pushes: of each path the latest, of all paths a limited number."""
+
+    async def refusal(self, cache: str, hash_part: str) -> RefusalRecord | None:
+        """The push of this path that was refused last, when one was."""
 
     async def put_token(self, record: TokenRecord) -> None:
         """Add a token. Raises Conflict when its name is in use by one that is not revoked, or its hash by another."""

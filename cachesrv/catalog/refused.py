@@ -1,18 +1,24 @@
-"""Pushes that would have changed a published path. Each function runs in one transaction."""
+"""Pushes that were refused, and those among them that would have changed a published path. Each function runs in one
+transaction.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from sqlalchemy import bindparam, insert, select, update
+from sqlalchemy import bindparam, delete, func, insert, select, update
 
-from cachesrv.catalog.base import ConflictRecord
-from cachesrv.catalog.schema import conflicts
+from cachesrv.catalog.base import ConflictRecord, RefusalRecord
+from cachesrv.catalog.schema import conflicts, refusals
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sqlalchemy import Connection
 
+MAX_REFUSALS = 10_000
+"""Paths of which it is remembered that a push was refused; those that were refused the longest time ago go first."""
 
 _SAME = select(conflicts.c.id, conflicts.c.at).where(
     conflicts.c.cache == bindparam("cache"),
@@ -27,6 +33,15 @@ _LATEST_FIRST = (
     select(*(column for column in conflicts.c if column is not conflicts.c.id))
     .where(conflicts.c.cache == bindparam("cache"))
     .order_by(conflicts.c.at.desc(), conflicts.c.id.desc())
+)
+_FORGET = delete(refusals).where(
+    refusals.c.cache == bindparam("of_cache"), refusals.c.hash_part == bindparam("of_hash_part")
+)
+_REFUSE = insert(refusals)
+_LATEST = select(func.max(refusals.c.id))
+_FORGET_OLD = delete(refusals).where(refusals.c.id <= bindparam("of"))
+_REFUSAL = select(*(column for column in refusals.c if column is not refusals.c.id)).where(
+    refusals.c.cache == bindparam("cache"), refusals.c.hash_part == bindparam("hash_part")
 )
 _OF_PATH = _LATEST_FIRST.where(conflicts.c.hash_part == bindparam("hash_part"))
 
@@ -45,3 +60,17 @@ def find_conflicts(connection: Connection, cache: str, hash_part: str | None) ->
     query = _LATEST_FIRST if hash_part is None else _OF_PATH
     rows = connection.execute(query, {"cache": cache, "hash_part": hash_part})
     return [ConflictRecord(**row._asdict()) for row in rows]
+
+
+def record_refusals(connection: Connection, records: Sequence[RefusalRecord]) -> None:
+    """See `Catalog.record_refusals`."""
+    for record in records:
+        connection.execute(_FORGET, {"of_cache": record.cache, "of_hash_part": record.hash_part})
+        connection.execute(_REFUSE, asdict(record))
+    connection.execute(_FORGET_OLD, {"of": (connection.scalar(_LATEST) or 0) - MAX_REFUSALS})
+
+
+def find_refusal(connection: Connection, cache: str, hash_part: str) -> RefusalRecord | None:
+    """See `Catalog.refusal`."""
+    row = connection.execute(_REFUSAL, {"cache": cache, "hash_part": hash_part}).one_or_none()
+    return None if row is None else RefusalRecord(**row._asdict())

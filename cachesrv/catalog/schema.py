@@ -125,6 +125,20 @@ conflicts = Table(
     UniqueConstraint("cache", "hash_part", "published_nar_hash", "refused_nar_hash", "pusher", name="conflicts_key"),
 )
 
+# The greater the id, the later it was.
+refusals = Table(
+    "refusals",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("cache", _Text, nullable=False),
+    Column("hash_part", _Text, nullable=False),
+    Column("name", _Text, nullable=False),
+    Column("reason", _Text, nullable=False),
+    Column("pusher", _Text, nullable=False),
+    Column("at", BigInteger, nullable=False),
+    UniqueConstraint("cache", "hash_part"),
+)
+
 tokens = Table(
     "tokens",
     metadata,

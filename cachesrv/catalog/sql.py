@@ -12,7 +12,7 @@ from cachesrv.catalog.sqlite import open_database
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 
-    from cachesrv.catalog.base import ConflictRecord, NarRecord, PathRecord, TokenRecord
+    from cachesrv.catalog.base import ConflictRecord, NarRecord, PathRecord, RefusalRecord, TokenRecord
     from cachesrv.catalog.database import Database
     from cachesrv.catalog.retention import Reliance
 
@@ -88,6 +88,12 @@ class SqlCatalog(SqlRetention):
 
     async def conflicts(self, cache: str, hash_part: str | None = None) -> list[ConflictRecord]:
         return await self._database.read(refused.find_conflicts, cache, hash_part)
+
+    async def record_refusals(self, records: Sequence[RefusalRecord]) -> None:
+        await self._database.write(refused.record_refusals, records)
+
+    async def refusal(self, cache: str, hash_part: str) -> RefusalRecord | None:
+        return await self._database.read(refused.find_refusal, cache, hash_part)
 
     async def put_token(self, record: TokenRecord) -> None:
         await self._database.write(tokens.put, record)

@@ -12,13 +12,15 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from cachesrv.catalog.base import ConflictRecord, PathRecord
+from cachesrv.catalog.base import ConflictRecord, PathRecord, RefusalRecord
 from cachesrv.errors import (
+    BadInput,
     BeingRemoved,
     CachesrvError,
     Conflict,
     MissingNar,
     MissingReferences,
+    Refused,
 )
 from cachesrv.nix import narinfo
 from cachesrv.services import admission
@@ -53,6 +55,7 @@ Outcome = CachesrvError | None
 """Why a path was not published, or None when it is."""
 
 _NONE: Mapping[str, FreshNar] = MappingProxyType({})
+_LONGEST_REASON = 500
 _TRIES = 40
 _PAUSE = 0.25
 """Seconds between two tries, while what is to be published is just being removed."""
@@ -110,9 +113,9 @@ class Publish:
                     outcomes[number] = error
             for number, failure in (await self._write(paths, admitted)).items():
                 outcomes[number] = failure
-        for path, outcome in zip(paths, outcomes, strict=True):
-            if outcome:
-                await self._refused(cache, path, outcome, pusher)
+        refused = [(path, outcome) for path, outcome in zip(paths, outcomes, strict=True) if outcome]
+        if refused:
+            await self._remember_refusals(cache, refused, pusher)
         return outcomes
 
     async def remember_conflict(self, published: PathRecord, nar_hash: str, pusher: str) -> None:
@@ -223,13 +226,29 @@ class Publish:
         await self._writing.write(batch)
         self._metrics.add("paths_published", len(batch))
 
-    async def _refused(self, cache: ServedCache, path: Candidate, error: CachesrvError, pusher: str) -> None:
-        self._metrics.add("pushes_refused")
-        if not isinstance(error, Conflict):
-            return
-        published = await self._catalog.path(cache.name, path.store_path.hash_part)
-        if published is not None and published.nar_hash != path.nar_hash.nix32:
-            await self.remember_conflict(published, path.nar_hash.nix32, pusher)
+    async def _remember_refusals(
+        self, cache: ServedCache, refused: list[tuple[Candidate, CachesrvError]], pusher: str
+    ) -> None:
+        self._metrics.add("pushes_refused", len(refused))
+        # A store that fails says nothing of the path.
+        told = [(path, error) for path, error in refused if isinstance(error, BadInput | Refused)]
+        await self._catalog.record_refusals([_refusal(cache, path, error, pusher) for path, error in told])
+        for path, error in refused:
+            if isinstance(error, Conflict):
+                published = await self._catalog.path(cache.name, path.store_path.hash_part)
+                if published is not None and published.nar_hash != path.nar_hash.nix32:
+                    await self.remember_conflict(published, path.nar_hash.nix32, pusher)
+
+
+def _refusal(cache: ServedCache, path: Candidate, error: CachesrvError, pusher: str) -> RefusalRecord:
+    return RefusalRecord(
+        cache=cache.name,
+        hash_part=path.store_path.hash_part,
+        name=path.store_path.name,
+        reason=" ".join(str(error).split())[:_LONGEST_REASON],
+        pusher=pusher,
+        at=int(time.time()),
+    )
 
 
 def _relied_on(cache: ServedCache, path: Candidate) -> set[str]:

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from cachesrv.catalog.base import ConflictRecord, NarRecord, PathRecord, TokenRecord
+from cachesrv.catalog import refused
+from cachesrv.catalog.base import ConflictRecord, NarRecord, PathRecord, RefusalRecord, TokenRecord
 from cachesrv.errors import BadInput, Conflict, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -358,6 +359,28 @@ class RefusalContract(Fixtures):
         await catalog.record_conflict(refusal(1))
         await catalog.record_conflict(refusal(1, pusher="laptop", at=NOW + 1))
         assert [record.pusher for record in await catalog.conflicts("main")] == ["laptop", "builder"]
+
+    async def test_of_a_path_that_was_refused_the_last_time_is_remembered(self, catalog: Catalog) -> None:
+        first = RefusalRecord("main", hash_part(1), "package-1", "no signature", "ci", NOW)
+        later = replace(first, reason="no NAR", pusher="ann", at=NOW + 1)
+        others = [replace(first, hash_part=hash_part(2)), replace(first, cache="other")]
+        await catalog.record_refusals([first, *others])
+        assert await catalog.refusal("main", hash_part(1)) == first
+        await catalog.record_refusals([later])
+        assert await catalog.refusal("main", hash_part(1)) == later
+        assert [await catalog.refusal(other.cache, other.hash_part) for other in others] == others
+        assert await catalog.refusal("main", hash_part(3)) is None
+        await catalog.record_refusals([])
+
+    async def test_refusals_are_remembered_of_a_limited_number_of_paths(
+        self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(refused, "MAX_REFUSALS", 3)
+        record = RefusalRecord("main", hash_part(0), "package", "no signature", "ci", NOW)
+        for number in (0, 1, 2, 0, 3, 4):
+            await catalog.record_refusals([replace(record, hash_part=hash_part(number))])
+        left = [number for number in range(5) if await catalog.refusal("main", hash_part(number))]
+        assert left == [0, 3, 4]
 
 
 class TokenContract(Fixtures):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import event
 
+from cachesrv.catalog.base import RefusalRecord
 from cachesrv.catalog.batches import batches
 from cachesrv.catalog.retention import MAINTENANCE, Reliance
 from cachesrv.catalog.sql import SqlCatalog
@@ -115,6 +116,8 @@ async def test_no_statement_reads_a_whole_table(catalog: SqlCatalog, file: Path)
     await catalog.record_conflict(refusal(1))
     await catalog.record_conflict(refusal(1, at=NOW + 1))
     await catalog.conflicts("main", hash_part(1))
+    await catalog.record_refusals([RefusalRecord("main", hash_part(1), "package-1", "no signature", "ci", NOW)])
+    await catalog.refusal("main", hash_part(1))
     await catalog.count("main")
     await catalog.put_token(token("ci", 1))
     await catalog.token(token("ci", 1).sha256)

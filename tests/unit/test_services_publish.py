@@ -117,6 +117,23 @@ async def test_references_come_first(site: Site) -> None:
     assert outcomes[1] is None
 
 
+async def test_what_was_refused_is_remembered(site: Site) -> None:
+    await site.send(TOOL)
+    assert await site.add(TOOL, LIBRARY) != [None, None]
+    refusal = await site.catalog.refusal("main", TOOL.path.hash_part)
+    assert refusal is not None
+    assert (refusal.name, refusal.pusher) == ("tool", "somebody")
+    assert LIBRARY.path.base_name in refusal.reason
+    missing = await site.catalog.refusal("main", LIBRARY.path.hash_part)
+    assert missing is not None
+    assert missing.reason.startswith("there is no NAR")
+    await site.send(LIBRARY)
+    await site.add(LIBRARY)
+    again = replace(by_api(LIBRARY), nar_hash=TOOL.nar_hash, nar_size=len(TOOL.nar))
+    assert isinstance((await site.publish.many(site.cache, [again], "ann"))[0], Conflict)
+    assert await site.catalog.refusal("main", LIBRARY.path.hash_part) == missing, "that is another list"
+
+
 @both
 async def test_a_second_nar_for_a_path(site: Site, as_: Callable[[Sample], Candidate]) -> None:
     """Refused with both hashes, and remembered once for each who tried."""

@@ -17,7 +17,7 @@ from cachesrv.errors import ConfigError
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-HEAD = "0002"
+HEAD = "0003"
 
 
 def migrate(connection: Connection) -> None:
