@@ -16,7 +16,6 @@ from cachesrv.errors import StoreError
 from cachesrv.index.base import ABSENT, head_of
 from cachesrv.web.app import SERVER
 from cachesrv.web.cache import MISS_HEADERS, MISS_TEXT, NAR_TYPE
-from cachesrv.web.known import Answer
 from cachesrv.web.objects import IMMUTABLE
 from cachesrv.web.open_files import OpenFiles
 from cachesrv.web.plain import Blocks
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
     from cachesrv.index.base import Snapshot
     from cachesrv.services.caches import ServedCache
+    from cachesrv.web.known import Answer
     from cachesrv.web.open_files import OpenFile
     from cachesrv.web.plain import Block
     from cachesrv.web.site import Rules, Site
@@ -58,10 +58,6 @@ class Form:
     prefix: bytes
     start: int
     end: int
-
-    def matches(self, data: bytes) -> bool:
-        """Whether a request has this form."""
-        return data.startswith(self.before) and data.endswith(self.after) and len(data) == self.length
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +131,9 @@ class FastAnswers:
         if not value:
             return None
         if value[0] != ABSENT:
-            return Answer(key, value, math.inf)
+            return key, value, math.inf
         until = int.from_bytes(value[1:], "big")
-        return Answer(key, None, until) if until > self.now else None
+        return (key, None, until) if until > self.now else None
 
     def noter(self) -> Callable[[bytes], None]:
         """See `Usage.noter`."""

@@ -7,9 +7,7 @@ asked often was most likely among the first, and nothing is spent on what is ask
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-MAX_BYTES = 16 * 1024 * 1024
+MAX_BYTES = 24 * 1024 * 1024
 """Of requests and answers together, and of what Python needs to hold them."""
 
 _SECONDS = 60
@@ -18,24 +16,21 @@ _OVERHEAD = 400
 """Bytes of objects around one answer."""
 
 
-class Answer(NamedTuple):
-    """What the index says to a request: `value` is what a GET is answered with after the status line and the common
-    fields, None when the path is absent; `key` is the path's in the index; it holds until `until`, in seconds since the
-    epoch.
-    """
-
-    key: bytes
-    value: bytes | None
-    until: float
+Answer = tuple[bytes, bytes | None, float]
+"""What the index says to a request: the key of the path in the index; what a GET is answered with after the status line
+and the common fields, None when the path is absent; until when that holds, in seconds since the epoch. A plain tuple,
+which is made in a tenth of the time that one with names takes.
+"""
 
 
 class Known:
-    """Answers by request. Use what `at` gives for one go, and add to it by `remember`."""
+    """Answers by request, `max_bytes` of them. Use what `at` gives for one go, and add to it by `remember`."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
         self._answers: dict[bytes, Answer] = {}
         self._bytes = 0
+        self.is_full = False
         self._version = -1
         self._end = 0.0
 
@@ -47,12 +42,13 @@ class Known:
         return self._answers
 
     def remember(self, request: bytes, answer: Answer) -> None:
-        """Note an answer that was found at the version that `at` was called with last, if there is room."""
-        if self._bytes < self._max_bytes:
-            self._bytes += len(request) + len(answer.value or b"") + _OVERHEAD
-            self._answers[request] = answer
+        """Note an answer that was found at the version that `at` was called with last; not when it `is_full`."""
+        self._bytes += len(request) + len(answer[1] or b"") + _OVERHEAD
+        self._answers[request] = answer
+        self.is_full = self._bytes > self._max_bytes
 
     def forget(self) -> None:
         """Other rules hold than before, or another index."""
         self._answers.clear()
         self._bytes = 0
+        self.is_full = False

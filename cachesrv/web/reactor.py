@@ -234,13 +234,13 @@ class Reactor:
             with contextlib.suppress(BlockingIOError, ConnectionError):
                 data += connection.recv(_MAX_READ - _READ)
         form = connection.form
-        if not (form and form.matches(data)):
+        if not (form and data.startswith(form.before) and data.endswith(form.after) and len(data) == form.length):
             self._understand(connection, data)
             return None
         answer = self._answers.find(get, form, data)
         if answer is None:
             self._leave(connection, data)
-        elif len(data) != _READ:
+        elif not self._known.is_full and len(data) != _READ:
             self._known.remember(data, answer)
         return answer
 
