@@ -178,6 +178,11 @@ class Index(Protocol):
         Can be left at any point, and holds nothing between two steps.
         """
 
+    def warm(self) -> Iterator[int]:
+        """Have it read into memory, where there is room for it, so that lookups need not wait for a disk. Each step
+        takes some of the time and gives the bytes that were asked for.
+        """
+
     def count(self) -> tuple[int, int]:
         """How many answers and how many absences are stored (ended ones included until they are evicted)."""
 

@@ -38,8 +38,19 @@ _DAMAGE = (
     lmdb.VersionMismatchError,
 )
 
+_PIECE = 16 * 2**20
+"""Bytes that the kernel is asked for at a time."""
+
 # A write that was cut short for want of room comes out of LMDB as an input/output error.
 _FULL_DISK = 2**20
+
+
+def _available_memory() -> int:
+    """Bytes, as proc_meminfo(5) estimates them. Raises OSError."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 class _Unusable(Exception):
@@ -141,6 +152,23 @@ class SharedEnvironment:
         # before they were ever written; then the index is begun anew without need.
         pages = self.env.info()["last_pgno"] + 1
         return (self._path / "data.mdb").stat().st_size < pages * self.env.stat()["psize"]
+
+    def read_ahead(self) -> Iterator[int]:
+        """Ask the kernel for the file, piece by piece, if it takes no more than half of the memory that is available;
+        gives the size of each piece in bytes.
+        """
+        try:
+            with (self._path / "data.mdb").open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > _available_memory() // 2:
+                    return
+                for start in range(0, size, _PIECE):
+                    length = min(_PIECE, size - start)
+                    os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)
+                    yield length
+        except OSError:
+            # Then it is read when it is needed.
+            return
 
     @contextmanager
     def damage_marked(self) -> Iterator[None]:

@@ -173,6 +173,9 @@ class LmdbIndex:
                     yield key[len(prefix) :].decode("ascii"), answer
             start = page[-1][0] + b"\0"
 
+    def warm(self) -> Iterator[int]:
+        return self._shared.read_ahead()
+
     def count(self) -> tuple[int, int]:
         with self._shared.damage_marked(), self._env.begin() as txn:
             absences = txn.stat(self._absences)["entries"]

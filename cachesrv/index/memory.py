@@ -111,6 +111,9 @@ class MemoryIndex:
             if answer is not None:
                 yield key[len(prefix) :].decode("ascii"), answer
 
+    def warm(self) -> Iterator[int]:
+        return iter(())
+
     def count(self) -> tuple[int, int]:
         with self._writing:
             return len(self._values) - len(self._absences), len(self._absences)

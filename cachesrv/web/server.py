@@ -26,6 +26,7 @@ from cachesrv.web.reactor import Reactor
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
+    from cachesrv.index.base import Index
     from cachesrv.web.site import Rules, Services, Site
 
 _log = structlog.get_logger()
@@ -128,7 +129,8 @@ async def listening(
     reactor = Reactor(answers, fronts, idle_timeout=idle_timeout)
     reactor.start(direct)
     fronts.start()
-    chores = [asyncio.create_task(site.services.usage.run()), asyncio.create_task(_sweep(site.services))]
+    works = (site.services.usage.run(), _sweep(site.services), _warm(site.services.index))
+    chores = [asyncio.create_task(work) for work in works]
     try:
         yield fronts, reactor
     finally:
@@ -143,6 +145,13 @@ async def listening(
         answers.close()
         await runner.cleanup()
         fronts.abort()
+
+
+async def _warm(index: Index) -> None:
+    """Lookups in the first minutes need not wait for the disk."""
+    steps = index.warm()
+    while await asyncio.to_thread(next, steps, 0):
+        pass
 
 
 async def _sweep(services: Services) -> None:

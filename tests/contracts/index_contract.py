@@ -281,6 +281,11 @@ class IndexContract:
             assert version() == versions[-1]
         assert len(set(versions)) == len(versions)
 
+    def test_to_warm_it_changes_nothing(self, index: Index) -> None:
+        index.put([entry(HASH)])
+        assert all(size > 0 for size in index.warm())
+        assert index.get("main", HASH) == ANSWER
+
     def test_writers_in_several_threads_lose_nothing(self, open_index: OpenIndex) -> None:
         index = open_index(negative_limit=50, clock=lambda: NOW)
         together = threading.Barrier(4)

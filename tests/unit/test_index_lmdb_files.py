@@ -373,3 +373,14 @@ def test_opening_makes_its_folders_and_leaves_no_descriptor_behind(path: Path) -
     path.joinpath("data.mdb").write_bytes(b"x" * 9000)
     filled(path)
     assert len(list(descriptors.iterdir())) == before
+
+
+def test_the_whole_file_is_read_ahead_when_there_is_room(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(path)
+    with contextlib.closing(LmdbIndex(str(path))) as index:
+        index.put(IndexEntry("main", f"{n}", Present(b"Head: yes\r\n\r\n", bytes(2**20))) for n in range(20))
+        size = (path / "data.mdb").stat().st_size
+        assert size > 2**24
+        assert sum(index.warm()) == size
+        monkeypatch.setattr("cachesrv.index.environment._available_memory", lambda: 2 * size - 2)
+        assert sum(index.warm()) == 0
