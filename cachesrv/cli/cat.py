@@ -22,7 +22,8 @@ Examples:
   cachesrv cat --from https://cache.nixos.org --verify /nix/store/HASH-hello-2.12/bin/hello
 
 FILE is a file in a store path, a name that leads to one, or a URL: <cache>/<hash part>-<name>/<file>. It is looked for
-in the store here, then in the cache of $CACHESRV_URL or ~/.config/cachesrv/client.toml; with --from in that cache only.
+in the record of what was pushed from here (see `cachesrv pushed`), in the store here, then in the cache of
+$CACHESRV_URL or ~/.config/cachesrv/client.toml; a URL, and --from, ask that cache only.
 
 Of a large NAR only as much is fetched as is needed, which cannot be checked against the NAR's hash; --verify fetches
 all of it, and prints nothing that is wrong. Small ones are always checked. A signature that does not hold is an error,

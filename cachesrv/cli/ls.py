@@ -25,8 +25,9 @@ Examples:
   cachesrv ls --from https://cache.nixos.org --json /nix/store/HASH-hello-2.12
 
 WHAT is a store path, a symlink to one, a name inside one, or the URL of one in a cache: <cache>/<hash part>-<name> or
-<cache>/<hash part>.narinfo. A path is looked for in the store here, then in the cache of $CACHESRV_URL or
-~/.config/cachesrv/client.toml; with --from in that cache only.
+<cache>/<hash part>.narinfo. A path is looked for in the record of what was pushed from here (see
+`cachesrv pushed`), in the store here, then in the cache of $CACHESRV_URL or ~/.config/cachesrv/client.toml; a URL, and
+--from, ask that cache only.
 
 The listing of a cache is taken at its word; with --verify the NAR is read instead. A signature that does not hold is
 an error, when it bears the name of a key that Nix trusts here.

@@ -52,6 +52,12 @@ Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 3 some paths fail
     "--memory", type=click.IntRange(16), metavar="MIB", help="For NARs on their way, at most.  [default: 128]"
 )
 @click.option(
+    "--keep-nars",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Keep what is sent there, for Nix to read: --store 'URL?local-nar-cache=DIR'.",
+)
+@click.option(
     "--upstream",
     "upstreams",
     metavar="URL",
@@ -80,6 +86,7 @@ def command(
     jobs: int,
     level: int,
     memory: int | None,
+    keep_nars: Path | None,
     upstreams: tuple[str, ...],
     upstream_keys: tuple[str, ...],
     no_upstreams: bool,
@@ -88,6 +95,7 @@ def command(
     """Push store paths to a cache, with all they need."""
     import asyncio
 
+    from cachesrv.push.record import record_file
     from cachesrv.push.run import Options
     from cachesrv.push.settings import Given, find_settings
 
@@ -103,6 +111,8 @@ def command(
         memory=memory * 1024 * 1024 if memory else None,
         upstreams=_upstreams(upstreams, upstream_keys),
         declared_upstreams=not no_upstreams,
+        record=record_file(os.environ),
+        keep_nars=keep_nars,
     )
     with _rendering(as_json=as_json, dry_run=dry_run) as rendering:
         summary = asyncio.run(_push(names, store, settings, options, rendering))

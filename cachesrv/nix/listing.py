@@ -118,6 +118,11 @@ def render(root: ListingNode) -> bytes:
     return _encoder.encode(_Listing(root))
 
 
+def render_node(node: ListingNode) -> bytes:
+    """The JSON of a node alone, as Nix keeps it beside NARs that it has fetched."""
+    return _encoder.encode(node)
+
+
 def parse(data: bytes) -> ListingNode:
     """The root of a listing.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
@@ -12,7 +12,9 @@ from cachesrv.errors import BadInput, ConfigError, NotFound
 from cachesrv.nix.signing import trusted_keys, verify_any
 from cachesrv.nix.store_path import StorePath
 from cachesrv.push import wanted
+from cachesrv.push.layers import Layers
 from cachesrv.push.local_path import LocalPath
+from cachesrv.push.pushed import open_pushed
 from cachesrv.push.remote import open_remote
 from cachesrv.push.remote_path import RemotePath
 from cachesrv.push.settings import Given, find_settings
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from cachesrv.push.address import Address
     from cachesrv.push.members import Names
     from cachesrv.push.nar_member import Write
-    from cachesrv.push.store_location import StoreLocation
     from cachesrv.push.token import TokenSource
     from cachesrv.push.wanted import Wanted
 
@@ -67,25 +68,26 @@ async def open_contents(text: str, where: Where, environ: Mapping[str, str]) -> 
     """
     location = locate(None, environ)
     asked = wanted.parse(text, location)
-    local = _local(asked, location) if asked.cache is None and where.cache is None else None
-    if local is not None:
-        yield local, asked.names
-        return
-    address, tokens = _cache(asked, where, environ)
-    with ThreadPoolExecutor(1, "nar") as executor:
-        async with open_remote(address, tokens) as cache:
+    async with AsyncExitStack() as stack:
+
+        async def open_cache() -> Contents:
+            address, tokens = _cache(asked, where, environ)
+            executor = stack.enter_context(ThreadPoolExecutor(1, "nar"))
+            cache = await stack.enter_async_context(open_remote(address, tokens))
             info = await cache.narinfo(asked.hash_part)
             _check_name(asked, info, cache.url)
             _check_signatures(info, where.trusted, environ)
-            yield RemotePath(cache, info, executor, check_all=where.check_all), asked.names
+            return RemotePath(cache, info, executor, check_all=where.check_all)
 
-
-def _local(asked: Wanted, location: StoreLocation) -> LocalPath | None:
-    if asked.name is None:
-        return None
-    path = StorePath(asked.hash_part, asked.name)
-    real = location.real_path(path)
-    return None if real is None else LocalPath(path.full(location.store_dir), real)
+        if asked.cache is not None or where.cache is not None or asked.name is None:
+            yield await open_cache(), asked.names
+            return
+        path = StorePath(asked.hash_part, asked.name)
+        full = path.full(location.store_dir)
+        real = location.real_path(path)
+        pushed = stack.enter_context(open_pushed(environ))
+        store = None if real is None else LocalPath(full, real)
+        yield Layers(pushed, pushed.recorded(full), store, open_cache), asked.names
 
 
 def _cache(asked: Wanted, where: Where, environ: Mapping[str, str]) -> tuple[Address, TokenSource]:

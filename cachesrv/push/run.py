@@ -19,6 +19,7 @@ from cachesrv.nix.nar_writer import dump
 from cachesrv.push.connection import Timeouts
 from cachesrv.push.delivery import Delivery
 from cachesrv.push.events import Failed, PlanMade, Planned, ignore
+from cachesrv.push.keeping import keeping
 from cachesrv.push.nar_source import LocalNar, StreamedNar
 from cachesrv.push.one_line import one_line
 from cachesrv.push.pipeline import DEFAULT_LEVEL, Pipeline
@@ -32,6 +33,7 @@ from cachesrv.push.upstreams import Upstream, Upstreams
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     from cachesrv.api import CacheAnswer
     from cachesrv.nix.path_info import PathInfo
@@ -52,7 +54,8 @@ class Options:
     """jobs: NARs on their way at once; level: of zstd; closure: push what the paths need as well; dry_run: only say
     what would be done; memory: bytes for NARs on their way, whatever their number and size, by default as
     `memory.Shares` says; upstreams: caches beside those that the server declares whose paths are not pushed;
-    declared_upstreams: whether those count.
+    declared_upstreams: whether those count; record: the file in which to note what was pushed (see `record`);
+    keep_nars: a directory for NARs as Nix reads them (see `kept_nars`).
     """
 
     jobs: int = 8
@@ -62,6 +65,8 @@ class Options:
     memory: int | None = None
     upstreams: tuple[Upstream, ...] = ()
     declared_upstreams: bool = True
+    record: Path | None = None
+    keep_nars: Path | None = None
     backoff: Backoff = field(default_factory=Backoff)
     timeouts: Timeouts = field(default_factory=Timeouts)
 
@@ -147,24 +152,32 @@ class _Push:
 
     async def _carry_out(self, plan: Plan, answers: Answers, server: Server, max_file_size: int) -> None:
         """The plan, and where that broke a closure, one that leaves nothing to upstreams."""
-        options = self._options
-        with Pipeline(level=options.level, memory=options.memory, readers=min(options.jobs, MAX_READERS)) as pipeline:
+        options, store = self._options, self._store
+        async with keeping(
+            options.record, options.keep_nars, str(self._settings.address), store.store_dir, self._emit
+        ) as kept:
+            kept.expect(list(plan.those(Decision.UPLOAD, Decision.PUBLISH, Decision.UPSTREAM)))
+            with Pipeline(level=options.level, memory=options.memory, readers=self._readers) as pipeline:
 
-            def open_nar(info: PathInfo) -> NarSource:
-                file = self._store.real_path(info.store_path)
-                if file is None:
-                    return StreamedNar(self._store.nar(info), pipeline.readers)
-                return LocalNar(dump(file), pipeline.readers)
+                def open_nar(info: PathInfo) -> NarSource:
+                    file = store.real_path(info.store_path)
+                    if file is None:
+                        return StreamedNar(store.nar(info), pipeline.readers, kept.taps(info))
+                    return LocalNar(dump(file), pipeline.readers, kept.taps(info))
 
-            delivery = Delivery(server, pipeline, open_nar, max_file_size=max_file_size, emit=self._emit)
-            result = await Upload(plan, server, delivery, jobs=options.jobs, emit=self._emit).run()
-            answers = answers.after(stored=result.stored, published=result.published)
-            second = plan_refused(plan, result.refused, answers)
-            if second is not None:
-                self._tell(second)
-                result = await Upload(second, server, delivery, jobs=options.jobs, emit=self._emit).run()
+                delivery = Delivery(server, pipeline, open_nar, max_file_size=max_file_size, emit=self._emit)
+                result = await Upload(plan, server, delivery, jobs=options.jobs, emit=kept.emit).run()
+                answers = answers.after(stored=result.stored, published=result.published)
+                second = plan_refused(plan, result.refused, answers)
+                if second is not None:
+                    self._tell(second)
+                    result = await Upload(second, server, delivery, jobs=options.jobs, emit=kept.emit).run()
         for path, error in result.refused.items():
             self._emit(Failed(path.base_name, error))
+
+    @property
+    def _readers(self) -> int:
+        return min(self._options.jobs, MAX_READERS)
 
 
 async def _ask(server: Server, infos: Sequence[PathInfo]) -> Answers:
