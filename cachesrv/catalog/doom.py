@@ -51,6 +51,8 @@ _USED = select(paths.c.nar_key).where(paths.c.nar_key.in_(_KEYS)).distinct()
 _FRESH = select(nars.c.key).where(
     nars.c.key.in_(_KEYS), or_(nars.c.verified_at >= _BEFORE, nars.c.leased_until > bindparam("now"))
 )
+_VERIFIED = select(nars.c.key).where(nars.c.key.in_(_KEYS))
+_RELEASED = select(released.c.key).where(released.c.key.in_(_KEYS))
 _LATELY_RELEASED = select(released.c.key).where(released.c.key.in_(_KEYS), released.c.at >= _BEFORE)
 _FORGET = delete(nars).where(nars.c.key.in_(_KEYS))
 _FORGET_RELEASED = delete(released).where(released.c.key.in_(_KEYS))
@@ -67,6 +69,22 @@ def unused(connection: Connection, scope: str, before: int, now: int, after: str
     keys = {"after": after or f"{scope}/", "end": f"{scope}0"}
     rows = connection.execute(_UNUSED, {"before": before, "now": now, **keys})
     return [UnusedNar(key, size or 0, since) for key, size, since in rows]
+
+
+def strays(connection: Connection, keys: Collection[str]) -> set[str]:
+    """See `Retention.stray_nars`."""
+    left = set(keys)
+    for some in batches(keys):
+        for query in (_USED, _VERIFIED, _RELEASED, _DOOMED):
+            left.difference_update(connection.scalars(query, {"keys": some}))
+    return left
+
+
+def release_strays(connection: Connection, keys: Collection[str], at: int) -> set[str]:
+    """See `Retention.release_strays`."""
+    left = strays(connection, keys)
+    release(connection, left, at)
+    return left
 
 
 def doom_nars(connection: Connection, keys: Collection[str], *, holder: str, before: int, now: int) -> list[str]:

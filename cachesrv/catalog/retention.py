@@ -204,6 +204,16 @@ class Retention(Protocol):
         that was all.
         """
 
+    async def stray_nars(self, keys: Collection[str]) -> set[str]:
+        """Those of these objects that nothing is known of: no path names them as its NAR, none did, nobody verified
+        them, and they are not about to be deleted.
+        """
+
+    async def release_strays(self, keys: Collection[str], at: int) -> set[str]:
+        """Note that no path has named these since `at`, if they are still stray: so they become garbage like others.
+        Those that were.
+        """
+
     async def doom(self, keys: Collection[str], *, holder: str, before: int, now: int) -> list[str]:
         """Forget NARs, those that are still as `unused_nars` says or of which nothing is known; their keys, which are
         to be deleted now and then to be settled. Raises LockLost.

@@ -70,6 +70,12 @@ class SqlRetention:
     async def unused_nars(self, scope: str, before: int, now: int, after: str = "") -> list[UnusedNar]:
         return await self._database.read(doom.unused, scope, before, now, after)
 
+    async def stray_nars(self, keys: Collection[str]) -> set[str]:
+        return await self._database.read(doom.strays, keys)
+
+    async def release_strays(self, keys: Collection[str], at: int) -> set[str]:
+        return await self._database.write(doom.release_strays, keys, at)
+
     async def doom(self, keys: Collection[str], *, holder: str, before: int, now: int) -> list[str]:
         return await self._database.write(doom.doom_nars, keys, holder=holder, before=before, now=now)
 

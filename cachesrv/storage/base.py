@@ -185,8 +185,11 @@ class ObjectStore(Protocol):
     async def delivery(self, key: str) -> Delivery | None:
         """How the object can best reach a client; None when it is known not to be there."""
 
+    def leftovers(self, *, older_than: float) -> AsyncIterator[ObjectInfo]:
+        """What writers left behind that have been silent for `older_than` seconds, under names that may be no keys."""
+
     async def sweep(self, *, older_than: float) -> int:
-        """Remove what writers left behind that have been silent for `older_than` seconds; how many there were."""
+        """Remove such leftovers; how many there were."""
 
     async def close(self) -> None:
         """Let go of connections and threads; writers still open are aborted, other calls raise StoreError."""

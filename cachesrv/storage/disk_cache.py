@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from cachesrv.errors import StoreError, StoreFull
 from cachesrv.storage.base import LocalFile, validate_key
-from cachesrv.storage.incoming import IncomingFile, sweep
+from cachesrv.storage.incoming import IncomingFile, abandoned
 from cachesrv.storage.threads import Threads, finished, in_words
 from cachesrv.storage.tree import Tree
 from cachesrv.storage.warm import WarmFiles
@@ -190,7 +190,7 @@ class DiskCache:
 
     def _evict(self, size: int) -> None:
         """Count everything; if `size` more bytes do not fit, let go of what was used longest ago. Raises StoreFull."""
-        for _ in sweep(self._tree, older_than=0):
+        for _ in abandoned(self._tree, older_than=0, remove=True):
             pass
         files, on_their_way = self._count()
         used = sum(length for _, length, _ in files) + on_their_way

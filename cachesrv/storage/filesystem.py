@@ -151,15 +151,22 @@ class FilesystemStore:
         finally:
             found.close()
 
+    async def leftovers(self, *, older_than: float) -> AsyncIterator[ObjectInfo]:
+        async for info in self._abandoned(older_than, remove=False):
+            yield info
+
     async def sweep(self, *, older_than: float) -> int:
-        swept = incoming.sweep(self._tree, older_than=older_than)
-        removed = 0
+        return len([info async for info in self._abandoned(older_than, remove=True)])
+
+    async def _abandoned(self, older_than: float, *, remove: bool) -> AsyncIterator[ObjectInfo]:
+        met = incoming.abandoned(self._tree, older_than=older_than, remove=remove)
         try:
-            while together := await self._threads.run("sweep", _take, swept):
-                removed += sum(together)
+            while together := await self._threads.run("look for leftovers", _take, met):
+                for info in together:
+                    if info:
+                        yield info
         finally:
-            swept.close()
-        return removed
+            met.close()
 
     async def close(self) -> None:
         if self._threads.closed:

@@ -19,6 +19,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from cachesrv.errors import StoreError, StoreFull
+from cachesrv.storage.base import ObjectInfo
 from cachesrv.storage.tree import split
 
 if TYPE_CHECKING:
@@ -159,29 +160,32 @@ def discard(files: Iterable[IncomingFile]) -> None:
         file.discard()
 
 
-def sweep(tree: Tree, *, older_than: float) -> Generator[bool, None, None]:
-    """Remove what was abandoned `older_than` seconds ago or earlier; for each file met, whether it was."""
+def abandoned(tree: Tree, *, older_than: float, remove: bool) -> Generator[ObjectInfo | None, None, None]:
+    """For each file met, what is known of it if it was abandoned `older_than` seconds ago or earlier; such a one may be
+    removed on the way.
+    """
     for found in tree.walk(""):
         ours = found.entry.name.startswith(_PREFIX) and found.entry.is_file(follow_symlinks=False)
-        yield ours and _remove_if_abandoned(found, older_than)
+        yield _if_abandoned(found, older_than, remove=remove) if ours else None
 
 
-def _remove_if_abandoned(found: Found, older_than: float) -> bool:
+def _if_abandoned(found: Found, older_than: float, *, remove: bool) -> ObjectInfo | None:
     name = found.entry.name
     try:
         descriptor = os.open(name, os.O_RDWR | os.O_NOFOLLOW, dir_fd=found.folder)
     except FileNotFoundError:
-        return False
+        return None
     try:
-        silent = time.time() - os.fstat(descriptor).st_mtime
-        if silent < older_than or not _lock(descriptor):
-            return False
-        os.unlink(name, dir_fd=found.folder)
+        about = os.fstat(descriptor)
+        if time.time() - about.st_mtime < older_than or not _lock(descriptor):
+            return None
+        if remove:
+            os.unlink(name, dir_fd=found.folder)
     except FileNotFoundError:
-        return False
+        return None
     finally:
         os.close(descriptor)
-    return True
+    return ObjectInfo(found.key, about.st_size, about.st_mtime)
 
 
 def _lock(descriptor: int) -> bool:

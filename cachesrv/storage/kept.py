@@ -101,6 +101,9 @@ class KeepingStore:
     async def delivery(self, key: str) -> Delivery | None:
         return await self._store.delivery(key)
 
+    def leftovers(self, *, older_than: float) -> AsyncIterator[ObjectInfo]:
+        return self._store.leftovers(older_than=older_than)
+
     async def sweep(self, *, older_than: float) -> int:
         return await self._store.sweep(older_than=older_than)
 

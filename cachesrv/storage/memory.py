@@ -108,7 +108,13 @@ class MemoryStore:
             if key.startswith(prefix):
                 yield ObjectInfo(key, len(data), modified)
 
-    async def sweep(self, *, older_than: float) -> int:  # noqa: ARG002  # what writers leave behind is gone at once
+    async def leftovers(self, *, older_than: float) -> AsyncIterator[ObjectInfo]:  # noqa: ARG002  # they are gone at once
+        self._demand_open()
+        none: tuple[ObjectInfo, ...] = ()
+        for info in none:
+            yield info
+
+    async def sweep(self, *, older_than: float) -> int:  # noqa: ARG002  # see leftovers
         self._demand_open()
         return 0
 

@@ -32,7 +32,7 @@ from cachesrv.storage.decorators import TryAgain
 from cachesrv.storage.s3_client import S3Client
 from cachesrv.storage.s3_download import Download, codings
 from cachesrv.storage.s3_errors import Answer
-from cachesrv.storage.s3_sweep import sweep
+from cachesrv.storage.s3_sweep import abandoned
 from cachesrv.storage.s3_upload import Uploads
 
 if TYPE_CHECKING:
@@ -203,8 +203,15 @@ class S3Store:
         info = await self.head(key)
         return None if info is None else Stream(info.size)
 
+    def leftovers(self, *, older_than: float) -> AsyncIterator[ObjectInfo]:
+        return self._abandoned(older_than, remove=False)
+
     async def sweep(self, *, older_than: float) -> int:
-        return await sweep(self._client, self._prefix, before=time.time() - older_than, spare=self._uploads.ids)
+        return len([info async for info in self._abandoned(older_than, remove=True)])
+
+    def _abandoned(self, older_than: float, *, remove: bool) -> AsyncIterator[ObjectInfo]:
+        before, spare = time.time() - older_than, self._uploads.ids
+        return abandoned(self._client, self._prefix, before=before, spare=spare, remove=remove)
 
     async def probe(self) -> Sequence[str]:
         """What is wrong, one line each, found out by trying all kinds of requests."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from cachesrv.storage.base import ObjectInfo
 from cachesrv.storage.s3_errors import UploadGone
 
 if TYPE_CHECKING:
@@ -20,19 +21,21 @@ if TYPE_CHECKING:
     from cachesrv.storage.s3_client import S3Client
 
 
-async def sweep(client: S3Client, prefix: str, *, before: float, spare: Collection[str]) -> int:
-    """Abort the multipart uploads of keys that begin with `prefix` in which nothing has happened since `before`, in
-    seconds since the epoch; how many there were. Those whose ids are in `spare` are left alone. Raises StoreError.
+async def abandoned(
+    client: S3Client, prefix: str, *, before: float, spare: Collection[str], remove: bool
+) -> AsyncIterator[ObjectInfo]:
+    """The multipart uploads of keys that begin with `prefix` in which nothing has happened since `before`, in seconds
+    since the epoch; they may be aborted on the way. Those whose ids are in `spare` are left alone. Raises StoreError.
     """
-    swept = 0
     async for upload in _uploads(client, prefix):
         if upload["UploadId"] in spare or upload["Initiated"].timestamp() >= before:
             continue
         with suppress(UploadGone):
-            if await _last_part(client, upload) < before:
-                await _abort(client, upload)
-                swept += 1
-    return swept
+            size, last = await _parts(client, upload)
+            if last < before:
+                if remove:
+                    await _abort(client, upload)
+                yield ObjectInfo(upload["Key"].removeprefix(prefix), size, last or upload["Initiated"].timestamp())
 
 
 async def _uploads(client: S3Client, prefix: str) -> AsyncIterator[MultipartUploadTypeDef]:
@@ -50,9 +53,9 @@ async def _uploads(client: S3Client, prefix: str) -> AsyncIterator[MultipartUplo
         position = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
 
-async def _last_part(client: S3Client, upload: MultipartUploadTypeDef) -> float:
-    """When the last part of an upload arrived; 0 when none did."""
-    last = 0.0
+async def _parts(client: S3Client, upload: MultipartUploadTypeDef) -> tuple[int, float]:
+    """The bytes of all parts of an upload, and when the last one arrived; 0 when none did."""
+    size, last = 0, 0.0
     position: dict[str, Any] = {}
     while True:
 
@@ -60,9 +63,11 @@ async def _last_part(client: S3Client, upload: MultipartUploadTypeDef) -> float:
             return sdk.list_parts(Bucket=client.bucket, Key=upload["Key"], UploadId=upload["UploadId"], **position)
 
         page = await client.call("ListParts", upload["Key"], ask)
-        last = max([last, *(part["LastModified"].timestamp() for part in page.get("Parts", []))])
+        parts = page.get("Parts", [])
+        size += sum(part["Size"] for part in parts)
+        last = max([last, *(part["LastModified"].timestamp() for part in parts)])
         if not page["IsTruncated"]:
-            return last
+            return size, last
         position = {"PartNumberMarker": page["NextPartNumberMarker"]}
 
 

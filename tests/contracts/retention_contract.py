@@ -393,6 +393,18 @@ class UnusedNarContract(RelianceContract):
         assert await self.doom(catalog, 1, 2, before=NOW + 5) == []
         assert await self.doom(catalog, 1, 2, before=NOW + 6) == [path(2).nar_key]
 
+    async def test_a_stray_nar_becomes_garbage_when_it_is_noted(self, catalog: Catalog) -> None:
+        await catalog.publish([path(1), path(2)])
+        await remove(catalog, 2)
+        await catalog.put_nar(nar(3))
+        await catalog.doom([nar(4).key], holder=HOLDER, before=NOW, now=NOW)
+        keys = {nar(number).key for number in range(1, 7)}
+        assert await catalog.stray_nars(keys) == {nar(5).key, nar(6).key}
+        assert await self.unused(catalog, NOW + 9) == [(2, NOW), (3, NOW)]
+        assert await catalog.release_strays(keys - {nar(6).key}, NOW + 4) == {nar(5).key}
+        assert await catalog.stray_nars(keys) == {nar(6).key}
+        assert await self.unused(catalog, NOW + 9) == [(2, NOW), (3, NOW), (5, NOW + 4)]
+
     async def test_only_what_is_still_unused_is_doomed(self, catalog: Catalog) -> None:
         await lock(catalog)
         await catalog.put_nar(nar(1))

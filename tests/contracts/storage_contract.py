@@ -400,6 +400,7 @@ class StorageContract:
         await store.put("main/a", b"a")
         async with store.writer("main/b") as writer:
             await writer.write(LARGE)
+            assert [info async for info in store.leftovers(older_than=3600)] == []
             assert await store.sweep(older_than=3600) == 0
             await writer.write(LARGE)
             assert await writer.commit()

@@ -156,6 +156,8 @@ async def test_sweep_aborts_what_is_stale(store: S3Store, sdk: Sdk, bucket: str)
     await asyncio.sleep(0.1)
     sdk.upload_part(Bucket=bucket, Key=mine[2], UploadId=ids[2], PartNumber=1, Body=b"new")
     assert await store.sweep(older_than=3600) == 0
+    found = {info.key: info.size async for info in store.leftovers(older_than=time.time() - middle)}
+    assert found == {"main/0": 0, "main/1": 3}
     assert await store.sweep(older_than=time.time() - middle) == 2
     left = sdk.list_multipart_uploads(Bucket=bucket, Prefix=store._prefix)["Uploads"]
     assert [upload["UploadId"] for upload in left] == [ids[2]]

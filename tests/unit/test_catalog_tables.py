@@ -152,6 +152,7 @@ async def use_retention(catalog: SqlCatalog) -> None:
     removed = await catalog.remove_unneeded(removal(siblings=["other"], used_before=NOW + 9), numbers)
     assert len(removed.gone) == 2
     await catalog.unused_nars("main", NOW + 1, NOW)
+    await catalog.release_strays(["main/nar/stray"], NOW)
     await catalog.doom([nar(1).key], holder=HOLDER, before=NOW + 1, now=NOW)
     await catalog.settle([nar(1).key])
     await catalog.removal("main", hash_part(1))

@@ -295,6 +295,8 @@ async def test_sweep_takes_what_was_abandoned(store: FilesystemStore, root: Path
     plant(root / "main/.keep", age=100)
     plant(root / "main/.git/incoming-3", age=100)
     (root / "main/.incoming-link").symlink_to(root / "main/.keep")
+    found = {info.key: (info.size, time.time() - info.modified > 50) async for info in store.leftovers(older_than=50)}
+    assert found == {".incoming-0": (4, True), "main/nar/.incoming-1": (4, True)}
     assert await store.sweep(older_than=50) == 2
     assert files(root) == [
         "main/.git/incoming-3",
