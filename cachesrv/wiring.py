@@ -29,12 +29,14 @@ from cachesrv.services.lookup import CatalogSource, Lookup, Source
 from cachesrv.services.marking import Policy
 from cachesrv.services.metadata import Metadata
 from cachesrv.services.packs import Packs
+from cachesrv.services.path_check import Stores
 from cachesrv.services.publish import Publish
 from cachesrv.services.pull_through import PullThrough
 from cachesrv.services.store_reader import StoreReader
 from cachesrv.services.uploads import Limits, Uploads
 from cachesrv.services.upstream import Upstream, Upstreams
 from cachesrv.services.usage import RESOLUTION, Usage
+from cachesrv.services.verify import Allowances, Verify
 from cachesrv.storage.decorators import Direct, Guarded, Limited, Measured, Retrying
 from cachesrv.storage.disk_cache import DiskCache
 from cachesrv.storage.filesystem import FilesystemStore
@@ -46,13 +48,14 @@ from cachesrv.storage.s3_url import BucketUrl
 from cachesrv.web.site import Rules, Services
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+    from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 
     from cachesrv.catalog.base import Catalog
     from cachesrv.config import Cache, Config
     from cachesrv.config import Upstream as UpstreamConfig
     from cachesrv.index.base import Index
     from cachesrv.nix.signing import SecretKey
+    from cachesrv.services.nar_check import NarCheck
     from cachesrv.services.upstream import Reader
     from cachesrv.storage.base import ObjectCache, ObjectStore
     from cachesrv.storage.decorators import Requests
@@ -163,7 +166,20 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
         delivery = Delivery(storage, catalog, ingest, far_away)
         leases = Leases(catalog, config.collect.lease)
         yield Services(
-            storage, catalog, index, lookup, ingest, delivery, uploads, publish, packs, metadata, usage, leases, metrics
+            storage,
+            catalog,
+            index,
+            lookup,
+            ingest,
+            delivery,
+            uploads,
+            publish,
+            packs,
+            metadata,
+            usage,
+            leases,
+            upstreams,
+            metrics,
         )
 
 
@@ -200,6 +216,31 @@ def build_collect(
         terms=Terms(nar_grace=grace, history=config.collect.history),
         only=only,
     )
+
+
+def build_verify(
+    config: Config, services: Services, contents: NarCheck | None = None, allowances: Allowances | None = None
+) -> Verify:
+    """Verification of the stores of these services; with `contents`, of all NARs too. Raises ConfigError."""
+    stores = Stores(services.storage, services.catalog, services.index, services.upstreams.resolve)
+    caches = served_caches(config)
+    keys = {cache.name: _known_keys(config, cache, caches[cache.name]) for cache in config.cache}
+    return Verify(stores, caches, keys, contents=contents, allowances=allowances or Allowances())
+
+
+def _known_keys(config: Config, cache: Cache, served: ServedCache) -> Mapping[str, PublicKey]:
+    """Public keys of which it is certain whose they are: by them, signatures can be told right from wrong."""
+    texts = [
+        *((f"cache {cache.name}", text) for text in cache.trusted_keys),
+        *(
+            (f"upstream {upstream.name}", text)
+            for upstream in config.upstream
+            if upstream.name in cache.upstreams
+            for text in upstream.public_keys
+        ),
+    ]
+    others = (_public_key(whose, text) for whose, text in texts)
+    return trusted_keys([*(key.public for key in served.signing_keys), *others])
 
 
 def _storage_is_local(config: Config) -> bool:

@@ -75,6 +75,7 @@ def by_narinfo(sample: Sample) -> Candidate:
 class Site:
     """Services, and what they work on."""
 
+    folder: Path
     storage: ObjectStore
     catalog: Catalog
     index: Index
@@ -151,7 +152,7 @@ async def open_site(
     publish = Publish(wrap(storage), wrap(catalog), wrap(index), ingest, metrics, upstreams=upstreams)
     packs = Packs(wrap(storage), wrap(catalog), ingest, publish, metrics)
     try:
-        yield Site(storage, catalog, index, metrics, ingest, publish, packs, cache or served_cache())
+        yield Site(folder, storage, catalog, index, metrics, ingest, publish, packs, cache or served_cache())
     finally:
         await publish.close()
         await ingest.close()

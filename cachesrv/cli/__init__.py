@@ -37,6 +37,7 @@ COMMANDS: Mapping[str, str] = {
     "pin": "Keep paths by name, whatever else is collected.",
     "gc": "Remove what the caches keep no longer.",
     "reindex": "Rebuild catalog and index from storage.",
+    "verify": "Look whether everything is there, whole and signed.",
     "check-config": "Say what is wrong with a configuration, or what it comes to.",
 }
 """Name and help of each; its module has the same name, with underscores."""

@@ -38,8 +38,9 @@ def load(config_file: Path | None, data_dir: str | None) -> Config:
 
     telemetry.configure_logging()
     loaded = config.load(config_file, config.data_dir(data_dir, os.environ), os.environ)
-    # A mistyped directory would get a catalog of its own, in which no server ever looks.
-    if loaded.catalog.url is None and not DataDirectory(loaded.data_dir).catalog.exists():
+    # A mistyped directory would get a catalog of its own, in which no server ever looks. Where one has been started, a
+    # catalog may be gone all the same: then a new one is what is wanted.
+    if loaded.catalog.url is None and not DataDirectory(loaded.data_dir).push_token.exists():
         raise ConfigError(
             f"no server has been started with the data directory {loaded.data_dir}: say --data-dir, or start it once"
         )

@@ -46,6 +46,11 @@ class DataDirectory:
         return self.root / "nar-cache"
 
     @property
+    def verification(self) -> Path:
+        """How far the last verification came that was interrupted."""
+        return self.root / "verification"
+
+    @property
     def push_token(self) -> Path:
         """The token that may push to all caches of this server."""
         return self.root / "push-token"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cachesrv.services.packs import Packs
     from cachesrv.services.publish import Publish
     from cachesrv.services.uploads import Uploads
+    from cachesrv.services.upstream import Upstreams
     from cachesrv.services.usage import Usage
     from cachesrv.storage.base import ObjectStore
     from cachesrv.telemetry import Metrics
@@ -45,6 +46,7 @@ class Services:
     metadata: Metadata
     usage: Usage
     leases: Leases
+    upstreams: Upstreams
     metrics: Metrics
 
 

@@ -1,0 +1,107 @@
+"""What `cachesrv verify` says: to people and to programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Protocol
+
+import click
+import msgspec
+
+from cachesrv.services import amounts
+from cachesrv.services.flaws import Kind
+
+if TYPE_CHECKING:
+    from cachesrv.services.flaws import Flaw
+    from cachesrv.services.verify_journal import Counts, Journal
+
+_LINE_EVERY = 60.0
+"""Seconds between two lines of progress where there is no terminal."""
+_REDRAWN_EVERY = 0.2
+
+
+class Output(Protocol):
+    """A `cachesrv.services.verify.Listener` that also says how it begins and ends."""
+
+    def begin(self, journal: Journal) -> None: ...
+    def stage(self, cache: str, stage: str, total: int | None) -> None: ...
+    def flaw(self, flaw: Flaw) -> None: ...
+    def progress(self, counts: Counts) -> None: ...
+    def sum_up(self, counts: Counts) -> None: ...
+
+
+class _Progress:
+    """On stderr: a line that is drawn again on a terminal, one now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._stage = ""
+        self._told = time.monotonic()
+
+    def begin(self, journal: Journal) -> None:
+        if journal.position:
+            click.echo(f"going on with what was begun {amounts.date(int(journal.begun))}", err=True)
+
+    def stage(self, cache: str, stage: str, total: int | None) -> None:
+        ahead = "" if total is None else f", {total}"
+        self._stage = f"{cache}: {stage}{ahead}" if cache else stage
+        if not self._terminal:
+            click.echo(self._stage, err=True)
+
+    def progress(self, counts: Counts) -> None:
+        if time.monotonic() - self._told < (_REDRAWN_EVERY if self._terminal else _LINE_EVERY):
+            return
+        self._told = time.monotonic()
+        read = f", {amounts.size(counts.bytes)} read" if counts.nars else ""
+        text = f"{self._stage}: {counts.paths} paths{read}, {sum(counts.flaws.values())} flaws"
+        click.echo(f"\r\x1b[K{text}" if self._terminal else text, err=True, nl=not self._terminal)
+
+    def clear(self) -> None:
+        if self._terminal:
+            click.echo("\r\x1b[K", err=True, nl=False)
+
+
+class Lines:
+    """For people."""
+
+    def __init__(self) -> None:
+        self._progress = _Progress()
+        self.begin = self._progress.begin
+        self.stage = self._progress.stage
+        self.progress = self._progress.progress
+
+    def flaw(self, flaw: Flaw) -> None:
+        """See Listener."""
+        self._progress.clear()
+        where = ": ".join(part for part in (flaw.cache, flaw.path or flaw.object) if part)
+        click.echo(f"{where}: {flaw.what} ({flaw.kind})")
+
+    def sum_up(self, counts: Counts) -> None:
+        """The last lines."""
+        self._progress.clear()
+        read = f", {counts.nars} NARs of {amounts.size(counts.bytes)} read" if counts.nars else ""
+        total = sum(counts.flaws.values())
+        click.echo(f"{counts.paths} paths looked at{read}, {f'{total} flaws' if total else 'all is well'}")
+        for label, number in sorted(counts.flaws.items()):
+            click.echo(f"  {number} {label}: {Kind.of(label).advice}")
+
+
+class JsonLines:
+    """For programs."""
+
+    def __init__(self) -> None:
+        self._progress = _Progress()
+        self.begin = self._progress.begin
+        self.stage = self._progress.stage
+        self.progress = self._progress.progress
+
+    def flaw(self, flaw: Flaw) -> None:
+        """See Listener."""
+        click.echo(json.dumps({"event": "flaw", **msgspec.structs.asdict(flaw), "advice": flaw.advice}))
+
+    def sum_up(self, counts: Counts) -> None:
+        """The last line."""
+        self._progress.clear()
+        click.echo(json.dumps({"event": "summary", **msgspec.structs.asdict(counts)}))
