@@ -36,6 +36,7 @@ COMMANDS: Mapping[str, str] = {
     "token": "Say who may read, push and delete.",
     "pin": "Keep paths by name, whatever else is collected.",
     "gc": "Remove what the caches keep no longer.",
+    "why": "Say what keeps a path, or where it has gone.",
     "reindex": "Rebuild catalog and index from storage.",
     "verify": "Look whether everything is there, whole and signed.",
     "check-config": "Say what is wrong with a configuration, or what it comes to.",

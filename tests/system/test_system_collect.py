@@ -93,7 +93,10 @@ def test_what_nobody_needs_goes_and_closures_stay_whole(builder: Nix, cache: Ser
     assert (summary["paths"], summary["path_bytes"], summary["nars"]) == (1, size, 0)
     assert status(cache, program) == 200
 
+    assert "kept by the pin release: tool -> library" in maintain(cache, "why", library)
+    assert "nothing keeps it" in maintain(cache, "why", program)
     maintain(cache, "gc")
+    assert "was removed 20" in maintain(cache, "why", program, status=1)
     for _ in range(4):  # whichever worker is asked
         assert [status(cache, each) for each in (program, tool, library)] == [404, 200, 200]
     # who has seen the narinfo before can still have the NAR
