@@ -14,7 +14,10 @@ from 2.35, `build-trace-v2/<base name of the derivation>/<output>.doi`:
 `signatures` and `dependentRealisations` may be absent, signatures of the second layout may be strings too,
 and unknown keys are passed over. An id has one spelling here (lower-case base-16), as it is part of a name.
 
-Source: Nix, `src/libstore/realisation.cc` of 2.8 and 2.36.
+What is written is what Nix writes, to the byte: keys and signatures sorted, no blanks. Signatures are made over
+such JSON too (`fingerprints`).
+
+Source: Nix, `src/libstore/realisation.cc` of 2.8, 2.34 and 2.36.
 """
 
 from collections.abc import Iterable
@@ -87,6 +90,10 @@ class Realisation:
     dependencies: tuple[tuple[OutputId, StorePath], ...] = ()
 
 
+RealisedOutput = OutputId | TracedOutput
+"""An output by its name in either layout."""
+
+
 class _SignatureParts(msgspec.Struct, rename="camel"):
     key_name: str
     sig: str
@@ -127,6 +134,46 @@ def parse_build_trace(data: bytes, *, limit: int = DEFAULT_LIMIT) -> Realisation
     """
     value = json_document.decode(data, _Value, what="an entry of the build trace", limit=limit)
     return Realisation(StorePath.parse(value.out_path), _read_signatures(value.signatures))
+
+
+def object_name(output: RealisedOutput) -> str:
+    """Where a cache has what it says of an output."""
+    if isinstance(output, OutputId):
+        return f"realisations/{output}.doi"
+    return f"build-trace-v2/{output.derivation}/{output.output}.doi"
+
+
+def render(output: RealisedOutput, realisation: Realisation) -> bytes:
+    """The JSON of the object of that name."""
+    signatures = sorted(signature.render() for signature in realisation.signatures)
+    if isinstance(output, OutputId):
+        return _encode(_first_layout(output, realisation) | {"signatures": signatures})
+    parts = (signature.partition(":") for signature in signatures)
+    signed = [{"keyName": name, "sig": text} for name, _, text in parts]
+    return _encode({"outPath": realisation.out_path.base_name, "signatures": signed})
+
+
+def fingerprints(output: RealisedOutput, realisation: Realisation) -> tuple[bytes, ...]:
+    """The texts that a signature may be made over. Of the first layout, Nix up to 2.32 signs the dependencies too, and
+    2.33 and 2.34 say that there are none, whether there are or not.
+    """
+    if isinstance(output, OutputId):
+        full = _first_layout(output, realisation)
+        return tuple(dict.fromkeys((_encode(full), _encode(full | {"dependentRealisations": {}}))))
+    key = {"drvPath": output.derivation.base_name, "outputName": output.output}
+    return (_encode({"key": key, "value": {"outPath": realisation.out_path.base_name}}),)
+
+
+def _first_layout(output: OutputId, realisation: Realisation) -> dict[str, object]:
+    return {
+        "id": str(output),
+        "outPath": realisation.out_path.base_name,
+        "dependentRealisations": {str(other): path.base_name for other, path in realisation.dependencies},
+    }
+
+
+def _encode(value: dict[str, object]) -> bytes:
+    return msgspec.json.encode(value, order="sorted")
 
 
 def _read_signatures(signatures: Iterable[str | _SignatureParts]) -> tuple[Signature, ...]:

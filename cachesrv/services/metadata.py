@@ -10,10 +10,10 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cachesrv.errors import BadInput, Conflict, MissingReferences, TooLarge
+from cachesrv.errors import BadInput, TooLarge
 from cachesrv.nix import debuginfo, listing, realisation
 from cachesrv.nix.store_path import StorePath, is_hash_part
-from cachesrv.services.caches import ReferencePolicy
+from cachesrv.services.realisations import Realisations
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable
@@ -62,10 +62,10 @@ class Metadata:
 
     def __init__(self, storage: ObjectStore, catalog: Catalog) -> None:
         self._storage = storage
-        self._catalog = catalog
+        self._realisations = Realisations(storage, catalog)
 
     async def put(self, cache: ServedCache, kind: MetadataKind, name: str, data: bytes) -> None:
-        """Keep an object (no log), if it is what its name says. Raises BadInput, Conflict, MissingReferences."""
+        """Keep an object (no log), if it is what its name says. Raises BadInput; what `Realisations.put` raises."""
         parts = _parts(kind, name)
         if kind is LISTING:
             _check_listing(parts[0], data)  # and no more: our own, made from the NAR, comes with its path
@@ -73,7 +73,7 @@ class Metadata:
             debuginfo.parse(data)
             await self._storage.put(cache.key(name), data)
         else:
-            await self._put_realisation(cache, kind, name, data)
+            await self._realisations.put(cache, _output(kind, parts), data)
 
     async def put_log(self, cache: ServedCache, name: str, chunks: AsyncIterable[bytes]) -> None:
         """Keep a build log, in the place of an earlier one. Raises BadInput."""
@@ -87,19 +87,6 @@ class Metadata:
                 await writer.write(chunk)
             await writer.commit(replace=True)
 
-    async def _put_realisation(self, cache: ServedCache, kind: MetadataKind, name: str, data: bytes) -> None:
-        """A realisation may gain signatures, but does not come to mean another path."""
-        out = _realised(kind, name, data)
-        if cache.references is not ReferencePolicy.ANY and not await self._catalog.present(cache.name, [out.hash_part]):
-            raise MissingReferences(f"the realisation leads to {out}, which is not in the cache; push it first")
-        key = cache.key(name)
-        if await self._storage.put(key, data):
-            return
-        there = await self._storage.get(key, limit=kind.limit)
-        if there is not None and (published := _realised(kind, name, there)) != out:
-            raise Conflict(f"{name} is published as {published} and was pushed as {out}; the published one stays")
-        await self._storage.put(key, data, replace=True)
-
 
 def _parts(kind: MetadataKind, name: str) -> tuple[str, ...]:
     match = kind.pattern.fullmatch(name)
@@ -108,16 +95,13 @@ def _parts(kind: MetadataKind, name: str) -> tuple[str, ...]:
     return match.groups()
 
 
+def _output(kind: MetadataKind, parts: tuple[str, ...]) -> realisation.RealisedOutput:
+    if kind is REALISATION:
+        return realisation.OutputId.parse(parts[0])
+    return realisation.TracedOutput.parse(*parts)
+
+
 def _check_listing(hash_part: str, data: bytes) -> None:
     if not is_hash_part(hash_part):
         raise BadInput(f"{hash_part[:100]!r} is not the hash part of a store path")
     listing.parse(data)
-
-
-def _realised(kind: MetadataKind, name: str, data: bytes) -> StorePath:
-    """The store path that a realisation of either layout leads to."""
-    parts = _parts(kind, name)
-    if kind is REALISATION:
-        return realisation.parse_realisation(data, realisation.OutputId.parse(parts[0])).out_path
-    realisation.TracedOutput.parse(*parts)
-    return realisation.parse_build_trace(data).out_path

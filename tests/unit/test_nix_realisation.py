@@ -12,7 +12,16 @@ from cachesrv.errors import BadInput, TooLarge
 from cachesrv.nix import debuginfo
 from cachesrv.nix.debuginfo import DebugInfo, is_build_id
 from cachesrv.nix.hashes import Hash
-from cachesrv.nix.realisation import OutputId, Realisation, TracedOutput, parse_build_trace, parse_realisation
+from cachesrv.nix.realisation import (
+    OutputId,
+    Realisation,
+    TracedOutput,
+    fingerprints,
+    object_name,
+    parse_build_trace,
+    parse_realisation,
+    render,
+)
 from cachesrv.nix.signing import PublicKey, Signature
 from cachesrv.nix.store_path import StorePath
 
@@ -40,6 +49,25 @@ def test_realisations_that_nix_wrote_are_read(file: Path) -> None:
     assert [signature.render() for signature in read.signatures] == written.pop("signatures")
     signed = json.dumps(written, sort_keys=True, separators=(",", ":")).encode()
     assert all(KEY.verify(signed, signature) for signature in read.signatures)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem[-20:])
+def test_realisations_are_written_as_nix_writes_them(file: Path) -> None:
+    output = OutputId.parse(file.stem)
+    read = parse_realisation(file.read_bytes(), output)
+    assert render(output, read) == file.read_bytes()
+    assert object_name(output) == f"realisations/{file.name}"
+    assert all(KEY.verify(fingerprints(output, read)[0], signature) for signature in read.signatures)
+
+
+def test_an_entry_of_the_build_trace_is_written() -> None:
+    traced = TracedOutput(StorePath.parse(f"{FOO}.drv"), "out")
+    written = Realisation(StorePath.parse(FOO), (SIGNATURE,))
+    assert parse_build_trace(render(traced, written)) == written
+    assert json.loads(render(traced, written))["signatures"] == [{"keyName": "asdf", "sig": ZEROS}]
+    assert object_name(traced) == f"build-trace-v2/{FOO}.drv/out.doi"
+    (text,) = fingerprints(traced, written)
+    assert text.decode() == f'{{"key":{{"drvPath":"{FOO}.drv","outputName":"out"}},"value":{{"outPath":"{FOO}"}}}}'
 
 
 def test_the_vectors_hold_dependencies_and_outputs() -> None:

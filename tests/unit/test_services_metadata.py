@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cachesrv.errors import BadInput, Conflict, MissingReferences, TooLarge
+from cachesrv.errors import BadInput, TooLarge
 from cachesrv.services import metadata
-from cachesrv.services.caches import ReferencePolicy
 from cachesrv.services.metadata import BUILD_TRACE, DEBUGINFO, LISTING, REALISATION, Metadata, kind_of
 from tests.samples import Sample
-from tests.service_site import Site, chunks, open_site, served_cache
+from tests.service_site import Site, chunks, open_site
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -73,37 +72,6 @@ async def stored(site: Site, name: str) -> bytes | None:
 )
 def test_kinds(name: str, kind: metadata.MetadataKind | None) -> None:
     assert kind_of(name) is kind
-
-
-@pytest.mark.parametrize(
-    ("kind", "name", "make"), [(REALISATION, REALISED, realisation), (BUILD_TRACE, TRACED, trace)], ids=["old", "new"]
-)
-async def test_realisations(site: Site, keeper: Metadata, kind: metadata.MetadataKind, name: str, make: object) -> None:
-    """They lead to what is there, may be written again, and do not come to mean something else."""
-    assert callable(make)
-    with pytest.raises(MissingReferences, match="absent"):
-        await keeper.put(site.cache, kind, name, make(Sample("absent")))
-    assert await stored(site, name) is None
-    for _ in range(2):
-        await keeper.put(site.cache, kind, name, make(THERE))
-        assert await stored(site, name) == make(THERE)
-    with pytest.raises(Conflict) as caught:
-        await keeper.put(site.cache, kind, name, make(ALSO))
-    assert str(THERE.path) in str(caught.value)
-    assert str(ALSO.path) in str(caught.value)
-    assert await stored(site, name) == make(THERE)
-
-
-async def test_a_realisation_gains_signatures(site: Site, keeper: Metadata) -> None:
-    signed = realisation(THERE, "key-1:" + "A" * 86 + "==")
-    await keeper.put(site.cache, REALISATION, REALISED, realisation(THERE))
-    await keeper.put(site.cache, REALISATION, REALISED, signed)
-    assert await stored(site, REALISED) == signed
-
-
-async def test_a_cache_that_holds_a_part_only(site: Site, keeper: Metadata) -> None:
-    cache = served_cache(references=ReferencePolicy.ANY)
-    await keeper.put(cache, REALISATION, REALISED, realisation(Sample("absent")))
 
 
 @pytest.mark.parametrize(
