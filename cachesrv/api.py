@@ -162,7 +162,9 @@ class PublishAnswer(msgspec.Struct, frozen=True):
 
 
 class UploadRequest(msgspec.Struct, frozen=True):
-    """The NAR that is to be sent in parts, compressed with zstd: its `sha256:<nix32>` and its size in bytes."""
+    """The NAR that is to be sent in parts, compressed with zstd: its `sha256:<nix32>`, and its size in bytes, 0 where
+    that is not known.
+    """
 
     nar_hash: str
     nar_size: int
@@ -187,7 +189,6 @@ class CompleteRequest(msgspec.Struct, frozen=True):
     """The NAR as in the UploadRequest; `parts` are the sha256 (base-16) of all its parts, in order."""
 
     nar_hash: str
-    nar_size: int
     parts: list[str]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from base64 import b64encode
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -138,12 +140,17 @@ class TemporaryStore:
 @dataclass
 class FakeCache:
     """The cache `main`, as `cachesrv.api` describes it. `faults` answer before it does, each once, by route:
-    `cache`, `missing`, `paths`, `nar`.
+    `cache`, `missing`, `paths`, `nar`, and for parts `begin`, `part`, `complete`, `abort`. `part_size` is what it takes
+    in one part, 0 for none; `uploads` has the parts of each upload by number; `slow` is how often `complete` says first
+    that it takes longer.
     """
 
     token: str | None = "secret"
     store_dir: str = STORE_DIR
     max_nar_size: int = 0
+    part_size: int = 0
+    uploads: dict[str, dict[int, bytes]] = field(default_factory=dict)
+    slow: int = 0
     upstreams: list[api.UpstreamAnswer] = field(default_factory=list)
     nars: dict[str, bytes] = field(default_factory=dict)
     published: dict[str, api.PathToPublish] = field(default_factory=dict)
@@ -161,6 +168,11 @@ class FakeCache:
         app.router.add_post("/api/v1/caches/main/missing", self._route("missing", self._missing))
         app.router.add_post("/api/v1/caches/main/paths", self._route("paths", self._publish))
         app.router.add_put("/main/nar/{file}", self._route("nar", self._put))
+        upload = "/api/v1/caches/main/uploads/{upload}"
+        app.router.add_put(upload, self._route("begin", self._begin))
+        app.router.add_put(upload + "/parts/{number}", self._route("part", self._part))
+        app.router.add_post(upload + "/complete", self._route("complete", self._complete))
+        app.router.add_delete(upload, self._route("abort", self._abort))
         self._server = TestServer(app, scheme="http" if self.tls is None else "https")
         await self._server.start_server(auto_decompress=False, shutdown_timeout=0.01, ssl=self.tls)
         return self
@@ -193,7 +205,9 @@ class FakeCache:
         return handle
 
     async def _cache(self, request: web.Request) -> web.Response:
-        return _json(api.CacheAnswer("main", self.store_dir, 30, True, [], self.upstreams, self.max_nar_size))
+        return _json(
+            api.CacheAnswer("main", self.store_dir, 30, True, [], self.upstreams, self.max_nar_size, self.part_size)
+        )
 
     async def _missing(self, request: web.Request) -> web.Response:
         paths = (await _body(request, api.MissingRequest)).paths
@@ -229,12 +243,48 @@ class FakeCache:
         return api.PathOutcome(path.path)
 
     async def _put(self, request: web.Request) -> web.Response:
-        body = await request.read()
+        return self._take(_nar_hash(request), await request.read())
+
+    async def _begin(self, request: web.Request) -> web.Response:
+        nar_hash = (await _body(request, api.UploadRequest)).nar_hash
+        if nar_hash in self.nars:
+            return _json(api.UploadAnswer(stored=True))
+        there = self.uploads.setdefault(request.match_info["upload"], {})
+        parts = [api.UploadedPart(number, len(data), sha256(data).hexdigest()) for number, data in there.items()]
+        return _json(api.UploadAnswer(stored=False, parts=parts))
+
+    async def _part(self, request: web.Request) -> web.Response:
+        data = await request.read()
+        there = self.uploads.get(request.match_info["upload"])
+        if there is None:
+            return web.json_response({"error": "there is no such upload"}, status=404)
+        assert len(data) <= self.part_size
+        assert request.content_length == len(data)
+        assert request.headers["Content-Digest"] == f"sha-256=:{b64encode(sha256(data).digest()).decode()}:"
+        there[int(request.match_info["number"])] = data
+        return web.Response(status=204)
+
+    async def _complete(self, request: web.Request) -> web.Response:
+        asked = await _body(request, api.CompleteRequest)
+        if self.slow:
+            self.slow -= 1
+            return _json(api.CompleteAnswer("verifying"))
+        there = self.uploads.get(request.match_info["upload"], {})
+        digests = {number: sha256(data).hexdigest() for number, data in there.items()}
+        if missing := [number for number, digest in enumerate(asked.parts, 1) if digests.get(number) != digest]:
+            return _json(api.CompleteAnswer("incomplete", missing=missing))
+        return self._take(asked.nar_hash, b"".join(there[number] for number in range(1, len(asked.parts) + 1)))
+
+    async def _abort(self, request: web.Request) -> web.Response:
+        self.uploads.pop(request.match_info["upload"], None)
+        return web.Response(status=204)
+
+    def _take(self, nar_hash: str, body: bytes) -> web.Response:
         nar = zstandard.ZstdDecompressor().decompressobj(read_across_frames=True).decompress(body)
-        if Hash.of("sha256", nar).nix32 != _nar_hash(request):
+        if Hash.of("sha256", nar).nix32 != nar_hash:
             return web.Response(status=422, text="the NAR has another hash\n")
-        self.nars[_nar_hash(request)] = body
-        return web.Response(status=201)
+        self.nars[nar_hash] = body
+        return _json(api.CompleteAnswer("stored"))
 
 
 def answer(status: int, text: str = "", **headers: str) -> Handler:

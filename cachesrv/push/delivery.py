@@ -1,4 +1,4 @@
-"""One NAR to the server: from the start again after each failure that may pass."""
+"""One NAR to the server: in one go and from the start again after each failure that may pass, or in parts."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cachesrv.push.events import Sending, Sent, Stored
+from cachesrv.push.in_parts import InParts
 from cachesrv.push.plan import wanted
 from cachesrv.push.retry import TryAgain, retry
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from cachesrv.api import CacheAnswer
     from cachesrv.nix.path_info import PathInfo
     from cachesrv.push.events import Emit
     from cachesrv.push.nar_source import NarSource
@@ -24,15 +26,16 @@ OpenNar = Callable[["PathInfo"], "NarSource"]
 
 
 class Delivery:
-    """Brings NARs from a store to a server. `max_file_size` in bytes of the compressed file, 0 for no limit."""
+    """Brings NARs from a store to a server, whose cache says what it takes."""
 
     def __init__(
-        self, server: Server, pipeline: Pipeline, open_nar: OpenNar, *, max_file_size: int = 0, emit: Emit
+        self, server: Server, pipeline: Pipeline, open_nar: OpenNar, cache: CacheAnswer, *, emit: Emit
     ) -> None:
         self._server = server
         self._pipeline = pipeline
         self._open_nar = open_nar
-        self._max_file_size = max_file_size
+        self._max_file_size = cache.max_nar_size
+        self._in_parts = InParts(server, pipeline, cache.part_size, emit=emit) if cache.part_size else None
         self._emit = emit
 
     async def bring(self, info: PathInfo) -> None:
@@ -56,6 +59,8 @@ class Delivery:
 
     async def _send(self, info: PathInfo) -> int:
         """Bytes of the file."""
+        if self._in_parts and self._in_parts.is_for(info.nar_size):
+            return await self._send_in_parts(info, self._in_parts)
         self._emit(Sending(info.store_path.base_name, info.nar_size))
         async with self._pipeline.nar(self._open_nar(info), info, limit=self._max_file_size) as nar:
             try:
@@ -65,6 +70,13 @@ class Delivery:
                     raise nar.failure from error
                 raise
             return nar.file_size
+
+    async def _send_in_parts(self, info: PathInfo, in_parts: InParts) -> int:
+        """Bytes of the file, 0 when it turned out to be there."""
+        async with in_parts.memory.share() as share:
+            self._emit(Sending(info.store_path.base_name, info.nar_size))
+            async with self._pipeline.nar(self._open_nar(info), info, limit=self._max_file_size) as nar:
+                return nar.file_size if await in_parts.send(nar, share) else 0
 
     async def _counted(self, nar: CompressedNar) -> AsyncIterator[bytes]:
         name, told = nar.info.store_path.base_name, 0

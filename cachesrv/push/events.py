@@ -4,6 +4,7 @@
     PlanMade      the totals of that, before the first byte is sent
     Sending       the NAR of a path begins to leave (again, after a Retrying)
     Sent          so much of it has left: for progress bars
+    Resumed       so much of it was there already, in parts that were sent before
     Stored        the server has the NAR, checked
     Published     the path is visible in the cache
     Failed        the path will not be published by this push
@@ -60,6 +61,13 @@ class Sent(_Event, frozen=True):
     sent_bytes: int
 
 
+class Resumed(_Event, frozen=True):
+    """`resumed_bytes` of the compressed NAR."""
+
+    path: str
+    resumed_bytes: int
+
+
 class Stored(_Event, frozen=True):
     """`sent_bytes` is the size of the compressed NAR, 0 when the server turned out to have it."""
 
@@ -95,7 +103,8 @@ class Noted(_Event, frozen=True):
 
 class Summary(_Event, frozen=True, kw_only=True, omit_defaults=False):
     """paths = uploaded + present + upstream + failed (after an interruption some are none of these);
-    nar_bytes: dumped and stored by this push; sent_bytes: what left for it, repetitions included.
+    nar_bytes: dumped and stored by this push; sent_bytes: what left for it, repetitions included; resumed_bytes: what
+    had been sent before and was there.
     """
 
     paths: int = 0
@@ -105,10 +114,11 @@ class Summary(_Event, frozen=True, kw_only=True, omit_defaults=False):
     failed: int = 0
     nar_bytes: int = 0
     sent_bytes: int = 0
+    resumed_bytes: int = 0
     seconds: float = 0.0
 
 
-Event = Planned | PlanMade | Sending | Sent | Stored | Published | Failed | Retrying | Noted | Summary
+Event = Planned | PlanMade | Sending | Sent | Resumed | Stored | Published | Failed | Retrying | Noted | Summary
 
 Emit = Callable[[Event], None]
 """Takes events; it must not block and must not raise."""

@@ -8,16 +8,21 @@ import zstandard
 
 DEFAULT_MEMORY = 128 * 1024 * 1024
 
+_PARTS = 24 * 1024 * 1024
+"""Bytes for parts of large NARs, whatever the number of cores."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shares:
     """threads: that compress; buffers: of a frame each; budget: bytes for compressed frames until they are sent;
-    bound: bytes that a frame can become by compression, at most.
+    parts: bytes for parts of large NARs until the server has them; bound: bytes that a frame can become by compression,
+    at most.
     """
 
     threads: int
     buffers: int
     budget: int
+    parts: int
     bound: int
 
     @classmethod
@@ -30,12 +35,14 @@ class Shares:
         # two buffers for each core: what is compressed and what comes next
         core = thread + 2 * frame_size + bound
         usable = _usable(
-            max(DEFAULT_MEMORY, _with_loss(cores * core + readers * frame_size)) if memory is None else memory
+            max(DEFAULT_MEMORY, _with_loss(cores * core + readers * frame_size + _PARTS)) if memory is None else memory
         )
         threads = max(1, min(cores, (usable - readers * frame_size) // core))
         rest = usable - threads * thread
         buffers = max(1, min(readers + 2 * threads, (rest - threads * bound) // frame_size))
-        return cls(threads, buffers, max(bound, rest - buffers * frame_size), bound)
+        waiting = rest - buffers * frame_size
+        parts = min(waiting // 2, max(0, waiting - threads * bound))
+        return cls(threads, buffers, max(bound, waiting - parts), parts, bound)
 
 
 def _usable(memory: int) -> int:

@@ -17,6 +17,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+import zstandard
+
 from cachesrv.errors import Mismatch, TooLarge
 from cachesrv.nix.hashes import Hash
 from cachesrv.nix.seekable import FrameSize, compress_frame, seek_table
@@ -69,6 +71,8 @@ class Pipeline:
         self.readers = ThreadPoolExecutor(readers, "cachesrv-read")
         self._compressors = ThreadPoolExecutor(shares.threads, "cachesrv-zstd")
         self._level = level
+        self.recipe = f"zstd {'.'.join(map(str, zstandard.ZSTD_VERSION))}, level {level}, frames of {FRAME_SIZE}"
+        """All that the bytes of a file depend on beside its NAR."""
 
     def __enter__(self) -> Self:
         return self

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
 import msgspec
 
-from cachesrv.push.events import Event, Failed, Noted, PlanMade, Planned, Retrying, Sent, Stored, Summary
+from cachesrv.push.events import Event, Failed, Noted, PlanMade, Planned, Resumed, Retrying, Sent, Stored, Summary
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -72,6 +72,9 @@ class Lines:
             case Stored():
                 sent = f"as {size_text(event.sent_bytes)}" if event.sent_bytes else "was there already"
                 self._print(self._err, f"sent {event.path}  {size_text(event.nar_size)} {sent}")
+            case Resumed():
+                there = size_text(event.resumed_bytes)
+                self._print(self._err, f"resumed {event.path}  {there} of it had been sent before")
             case Failed() | Retrying() | Noted():
                 self._print(self._err, trouble_text(event))
             case Summary():

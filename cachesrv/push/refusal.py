@@ -23,6 +23,10 @@ _WILL_NOT_PASS = frozenset({501, 505})
 _NO_ROOM = 507
 
 
+class NotThere(ServerError):
+    """The server knows nothing of what it was asked for."""
+
+
 def refusal(
     status: int,
     said: str,
@@ -44,7 +48,7 @@ def refusal(
         token = "no token" if is_nowhere(tokens) else f"the token from {tokens}"
         return NotAllowed(f"{address} does not allow this with {token}: it takes one that permits push{because}")
     if status == 404:
-        return ServerError(
+        return NotThere(
             f"there is no cache {address.cache} at {address.base}, or what is there is no cachesrv{because}"
         )
     if status == 409:

@@ -23,11 +23,14 @@ Result = TypeVar("Result")
 
 
 class TryAgain(ServerError):
-    """A failure that may pass; `retry_after` is the delay in seconds that the server asked for."""
+    """A failure that may pass; `retry_after` is the delay in seconds that the server asked for. `tried` says that it
+    was tried again, and often enough.
+    """
 
     def __init__(self, message: str, retry_after: float = 0.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.tried = False
 
 
 class Unreachable(TryAgain):
@@ -52,13 +55,16 @@ class Backoff:
 
 
 async def retry(operation: Callable[[], Awaitable[Result]], what: str, backoff: Backoff, emit: Emit) -> Result:
-    """The result of `operation`, called again after each TryAgain; the last one is raised."""
+    """The result of `operation`, called again after each TryAgain but those that come out of here themselves; the last
+    one is raised.
+    """
     attempt = 1
     while True:
         try:
             return await operation()
         except TryAgain as error:
-            if attempt >= backoff.attempts or error.retry_after > backoff.patience:
+            if error.tried or attempt >= backoff.attempts or error.retry_after > backoff.patience:
+                error.tried = True
                 raise
             delay = backoff.delay(attempt, error.retry_after, random.random())  # noqa: S311  jitter is no secret
             emit(Retrying(what, attempt, round(delay, 3), str(error)))

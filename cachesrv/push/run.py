@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from cachesrv.push.server import Server
     from cachesrv.push.settings import Settings
 
+MAX_PARTS = 16
+"""Connections beside one for each NAR: for parts of large NARs, and for questions."""
+
 MAX_READERS = 8
 """Threads that read and hash; more of them only wait for the others."""
 
@@ -100,7 +103,7 @@ class _Push:
         async with connect(
             self._settings.address,
             self._settings.token,
-            connections=self._options.jobs + 1,
+            connections=self._options.jobs + MAX_PARTS,
             backoff=self._options.backoff,
             timeouts=self._options.timeouts,
             emit=self._emit,
@@ -114,7 +117,7 @@ class _Push:
                 if step.decision is Decision.CONFLICT:
                     self._emit(Failed(step.path.base_name, step.reason))
             if not self._options.dry_run:
-                await self._carry_out(plan, answers, server, cache.max_nar_size)
+                await self._carry_out(plan, answers, server, cache)
 
     async def _left_out(self, infos: Sequence[PathInfo], answers: Answers, cache: CacheAnswer) -> dict[StorePath, str]:
         """What upstreams have: those of the cache, and those that the options add."""
@@ -150,7 +153,7 @@ class _Push:
             )
         )
 
-    async def _carry_out(self, plan: Plan, answers: Answers, server: Server, max_file_size: int) -> None:
+    async def _carry_out(self, plan: Plan, answers: Answers, server: Server, cache: CacheAnswer) -> None:
         """The plan, and where that broke a closure, one that leaves nothing to upstreams."""
         options, store = self._options, self._store
         async with keeping(
@@ -165,7 +168,7 @@ class _Push:
                         return StreamedNar(store.nar(info), pipeline.readers, kept.taps(info))
                     return LocalNar(dump(file), pipeline.readers, kept.taps(info))
 
-                delivery = Delivery(server, pipeline, open_nar, max_file_size=max_file_size, emit=self._emit)
+                delivery = Delivery(server, pipeline, open_nar, cache, emit=self._emit)
                 result = await Upload(plan, server, delivery, jobs=options.jobs, emit=kept.emit).run()
                 answers = answers.after(stored=result.stored, published=result.published)
                 second = plan_refused(plan, result.refused, answers)

@@ -30,7 +30,7 @@ from cachesrv.push.refusal import refusal, said_in, seconds_until
 from cachesrv.push.retry import Backoff, TryAgain, retry
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Sequence
+    from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 
     import aiohttp
 
@@ -67,23 +67,23 @@ class Server:
         self._session = session
         self._tokens = tokens
         self._token = tokens.read()
-        self._timeouts = timeouts
+        self.timeouts = timeouts
         self._emit = emit
 
     async def describe(self) -> CacheAnswer:
         """What a client has to know of the cache."""
         backoff = replace(self.backoff, attempts=min(FIRST_ATTEMPTS, self.backoff.attempts))
-        return await self._call("GET", "", b"", CacheAnswer, backoff)
+        return await self.ask("GET", "", b"", CacheAnswer, backoff)
 
     async def missing(self, paths: Sequence[WantedPath]) -> MissingAnswer:
         """Which of at most MAX_BATCH paths are not there."""
         question = msgspec.json.encode(MissingRequest(list(paths)))
-        return await self._call("POST", "missing", question, MissingAnswer, self.backoff)
+        return await self.ask("POST", "missing", question, MissingAnswer)
 
     async def publish(self, paths: Sequence[PathToPublish]) -> list[PathOutcome]:
         """Publish at most MAX_BATCH paths whose NARs are there; an outcome for each, in their order."""
         question = msgspec.json.encode(PublishRequest(list(paths)))
-        answer = await self._call("POST", "paths", question, PublishAnswer, self.backoff)
+        answer = await self.ask("POST", "paths", question, PublishAnswer)
         if [outcome.path for outcome in answer.outcomes] != [path.path for path in paths]:
             raise ServerError(f"{self.address} answered for other paths than were to be published")
         return answer.outcomes
@@ -91,46 +91,67 @@ class Server:
     async def has_nar(self, path: WantedPath) -> bool:
         """Whether nothing has to be sent for this path; asked once only. Raises TryAgain."""
         question = msgspec.json.encode(MissingRequest([path]))
-        answer = await self._call("POST", "missing", question, MissingAnswer, replace(self.backoff, attempts=1))
+        answer = await self.ask_once("POST", "missing", question, MissingAnswer)
         return path.path not in answer.missing or path.path in answer.stored
 
-    async def put_nar(self, nar_hash: Hash, chunks: AsyncIterable[bytes]) -> None:
-        """Send a NAR, compressed; it is there, checked, when this returns.
+    async def put_nar(self, nar_hash: Hash, chunks: AsyncIterable[bytes | memoryview], size: int | None = None) -> None:
+        """Send a NAR, compressed, of `size` bytes if that is known; it is there, checked, when this returns.
 
         Raises TryAgain when it may work from the start, Conflict, TooLarge or Refused when the server does not take
         this NAR. An exception of `chunks` ends the request so that nothing is kept, and shows as TryAgain: the caller
         has to look there first.
         """
-        url = self.address.nar(nar_hash.bare_nix32)
-        headers = self._headers() | {"Content-Type": "application/x-nix-nar"}
+        headers = {"Content-Type": "application/x-nix-nar"}
+        if size is not None:
+            headers["Content-Length"] = str(size)
+        await self.put(self.address.nar(nar_hash.bare_nix32), chunks, headers)
+
+    async def put(self, url: str, chunks: AsyncIterable[bytes | memoryview], headers: Mapping[str, str]) -> None:
+        """Send bytes, once; how they are taken is watched. Raises TryAgain and what `refusal` says."""
         with our_errors(self.address):
             async with (
                 asyncio.timeout(None) as deadline,
                 self._session.put(
                     url,
                     data=self._watched(chunks, deadline),
-                    headers=headers,
+                    headers={**self._headers(), **headers},
                     allow_redirects=False,
-                    timeout=self._timeouts.for_nars,
+                    timeout=self.timeouts.for_nars,
                 ) as response,
             ):
-                deadline.reschedule(asyncio.get_running_loop().time() + self._timeouts.answer)
+                deadline.reschedule(asyncio.get_running_loop().time() + self.timeouts.answer)
                 await self._check(response)
 
-    async def _watched(self, chunks: AsyncIterable[bytes], deadline: asyncio.Timeout) -> AsyncIterator[bytes]:
+    async def ask(
+        self, method: str, action: str, question: bytes, kind: type[Answer], backoff: Backoff | None = None
+    ) -> Answer:
+        """The answer to a JSON question to an action of the push API, asked again while that may help. Raises TryAgain,
+        ServerError, and what `refusal` says.
+        """
+
+        async def once() -> Answer:
+            return await self.ask_once(method, action, question, kind)
+
+        return await retry(once, f"asking {self.address}", backoff or self.backoff, self._emit)
+
+    async def ask_once(self, method: str, action: str, question: bytes, kind: type[Answer]) -> Answer:
+        """The same, asked once only."""
+        return _decode(await self._request(method, self.address.api(action), question), kind, self.address)
+
+    async def delete(self, action: str) -> None:
+        """Have something forgotten. Raises as `ask_once` does."""
+        await self._request("DELETE", self.address.api(action), b"")
+
+    async def _watched(
+        self, chunks: AsyncIterable[bytes | memoryview], deadline: asyncio.Timeout
+    ) -> AsyncIterator[bytes | memoryview]:
         """The chunks; the deadline runs while the server is to move, and rests while we are."""
         now = asyncio.get_running_loop().time
         async for chunk in chunks:
-            deadline.reschedule(now() + self._timeouts.stall)
+            deadline.reschedule(now() + self.timeouts.stall)
             yield chunk
             deadline.reschedule(None)
-        deadline.reschedule(now() + self._timeouts.store)
-
-    async def _call(self, method: str, action: str, body: bytes, kind: type[Answer], backoff: Backoff) -> Answer:
-        async def once() -> Answer:
-            return _decode(await self._request(method, self.address.api(action), body), kind, self.address)
-
-        return await retry(once, f"asking {self.address}", backoff, self._emit)
+        deadline.reschedule(now() + self.timeouts.store)
 
     async def _request(self, method: str, url: str, body: bytes) -> bytes:
         headers = self._headers() | {"Accept": "application/json"}
@@ -146,7 +167,7 @@ class Server:
                 data=body or None,
                 headers=headers,
                 allow_redirects=False,
-                timeout=self._timeouts.for_answers,
+                timeout=self.timeouts.for_answers,
             ) as response:
                 await self._check(response)
                 return await _read(response, MAX_REQUEST_SIZE)

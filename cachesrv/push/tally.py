@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from cachesrv.push.events import Emit, Event, Failed, Planned, Published, Sent, Stored, Summary
+from cachesrv.push.events import Emit, Event, Failed, Planned, Published, Resumed, Sent, Stored, Summary
 
 
 class Tally:
@@ -18,6 +18,7 @@ class Tally:
         self._failed: set[str] = set()
         self._nar_bytes = 0
         self._sent_bytes = 0
+        self._resumed_bytes = 0
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -29,6 +30,8 @@ class Tally:
                 self._failed.add(event.path)
             case Sent():
                 self._sent_bytes += event.sent_bytes
+            case Resumed():
+                self._resumed_bytes += event.resumed_bytes
             case Stored():
                 self._nar_bytes += event.nar_size
         self._emit(event)
@@ -44,5 +47,6 @@ class Tally:
             failed=len(self._failed),
             nar_bytes=self._nar_bytes,
             sent_bytes=self._sent_bytes,
+            resumed_bytes=self._resumed_bytes,
             seconds=round(time.monotonic() - self._started, 3),
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from cachesrv.api import MAX_BATCH, PathToPublish
 from cachesrv.errors import CachesrvError, ConfigError, NotAllowed, ServerError
 from cachesrv.push.events import Failed, Published
+from cachesrv.push.foremost import foremost
 from cachesrv.push.one_line import one_line
 from cachesrv.push.plan import Decision
 from cachesrv.push.publish_order import PublishOrder
@@ -178,20 +179,6 @@ def concerns_all(error: CachesrvError) -> bool:
     if isinstance(error, TryAgain):
         return isinstance(error, Unreachable)
     return isinstance(error, ServerError | NotAllowed | ConfigError)
-
-
-def foremost(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The one of several errors at once that people should read: one of ours, if there is one."""
-    leaves = list(_leaves(group))
-    return next((error for error in leaves if isinstance(error, CachesrvError)), leaves[0])
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error
 
 
 def _to_publish(info: PathInfo) -> PathToPublish:

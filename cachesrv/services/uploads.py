@@ -98,7 +98,7 @@ class Uploads:
         begun = await self._store.begun(place)
         if begun is None:
             await self._room.for_upload()
-        elif (begun.nar_hash, begun.nar_size) != (nar_hash.nix32, nar_size):
+        elif begun.nar_hash != nar_hash.nix32:
             raise Conflict(f"the upload {upload} is for another NAR, {begun.nar_hash}: choose another name")
         await self._store.begin(place, Begun(nar_hash.nix32, nar_size, pusher))
         completing = self._completing.get(place)

@@ -14,6 +14,7 @@ from cachesrv.push.events import (
     PlanMade,
     Planned,
     Published,
+    Resumed,
     Retrying,
     Sending,
     Sent,
@@ -41,6 +42,7 @@ STORY: list[Event] = [
     Retrying(f"sending {A}-one", 1, 0.5, "the connection broke"),
     Sending(f"{A}-one", 10 * MIB),
     Sent(f"{A}-one", 10 * MIB, MIB),
+    Resumed(f"{A}-one", 512 * 1024),
     Stored(f"{A}-one", 10 * MIB, MIB, 1.0),
     Published(f"{A}-one"),
     SUMMARY,
@@ -66,6 +68,7 @@ def test_people_read_results_on_stdout_and_the_rest_on_stderr() -> None:
         "1 of 4 paths to push, 1 NAR of 10.0 MiB",
         f"failed {C}-four: otherwise",
         f"the connection broke; trying again in 0.5 s (sending {A}-one, attempt 1)",
+        f"resumed {A}-one  512.0 KiB of it had been sent before",
         f"sent {A}-one  10.0 MiB as 1.0 MiB",
     ]
 
@@ -94,10 +97,11 @@ def test_scripts_read_an_object_a_line_and_the_summary_last() -> None:
         "failed": 1,
         "nar_bytes": 10 * MIB,
         "sent_bytes": 2 * MIB,
+        "resumed_bytes": 0,
         "seconds": 1.25,
     }
     assert [one["event"] for one in objects if one["event"] != "planned"] == [
-        *("plan", "failed", "sending", "retrying", "sending", "stored", "published", "summary")
+        *("plan", "failed", "sending", "retrying", "sending", "resumed", "stored", "published", "summary")
     ]
     assert objects[0] == {
         "event": "planned",
@@ -112,7 +116,7 @@ def test_a_summary_of_nothing_has_all_its_keys() -> None:
     out = io.StringIO()
     JsonLines(out)(Summary())
 
-    assert len(json.loads(out.getvalue())) == 9
+    assert len(json.loads(out.getvalue())) == 10
 
 
 def bars(story: list[Event], monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:

@@ -29,11 +29,12 @@ from cachesrv.nix.hashes import Hash
 from cachesrv.push.address import Address
 from cachesrv.push.connection import Timeouts
 from cachesrv.push.events import Event, Retrying
+from cachesrv.push.foremost import foremost
 from cachesrv.push.refusal import refusal, said_in, seconds_until
 from cachesrv.push.retry import Backoff, TryAgain, Unreachable, retry
 from cachesrv.push.server import Server, connect
 from cachesrv.push.token import FirstToken, TokenFile, TokenVariable
-from cachesrv.push.upload import concerns_all, foremost
+from cachesrv.push.upload import concerns_all
 from tests.push_doubles import FakeCache, answer, drop, hang
 
 if TYPE_CHECKING:
