@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-OURS, NGINX = "cachesrv", "nginx"
+OURS, NGINX, NGINX_DEBIAN = "cachesrv", "nginx, tuned", "nginx of Debian"
 MIB = 2**20
 
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -190,8 +190,8 @@ def cachesrv(data: Data, cores: str, *, workers: int = 1, name: str = OURS) -> I
 
 
 @contextmanager
-def nginx(data: Data, cores: str, *, files: int, sendfile: bool) -> Iterator[Peer]:
-    """nginx, tuned for this: `files` are kept open, as far as this process may open so many."""
+def nginx(data: Data, cores: str, *, files: int, sendfile: bool, name: str = NGINX) -> Iterator[Peer]:
+    """nginx, tuned for this or as Debian has it: `files` are kept open, as far as this process may open so many."""
     port = free_port()
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with tempfile.TemporaryDirectory() as folder:
@@ -204,14 +204,14 @@ def nginx(data: Data, cores: str, *, files: int, sendfile: bool) -> Iterator[Pee
             "files": max(1000, min(files, allowed - 3000)),
             "sendfile": "on" if sendfile else "off",
         }
-        text = (HERE / "nginx.conf").read_text()
+        text = (HERE / ("nginx-debian.conf" if name == NGINX_DEBIAN else "nginx.conf")).read_text()
         for word, value in settings.items():
             text = text.replace(f"@{word}@", str(value))
         config = Path(folder) / "nginx.conf"
         config.write_text(text)
         command = [shutil.which("nginx") or "/usr/sbin/nginx", "-c", str(config), "-e", f"{folder}/errors"]
         with running(command, cores, Path(folder) / "log") as process:
-            peer = Peer(NGINX, f"http://127.0.0.1:{port}/main", [process.pid])
+            peer = Peer(name, f"http://127.0.0.1:{port}/main", [process.pid])
             wait_until_answered(peer.url, process)
             yield peer
 

@@ -47,8 +47,9 @@ def compare(options: argparse.Namespace, number: int, wanted: list[str]) -> None
         peers = [ours]
         if with_files:
             sendfile = faster_with_sendfile(options, cache)
-            running = common.nginx(cache, options.server_core, files=number, sendfile=sendfile)
-            peers.append(stack.enter_context(running))
+            for name in (common.NGINX, common.NGINX_DEBIAN):
+                running = common.nginx(cache, options.server_core, files=number, sendfile=sendfile, name=name)
+                peers.append(stack.enter_context(running))
         peers += common.further_peers(options)
         check(cache, peers)
         for connections in options.connections:
