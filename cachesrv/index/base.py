@@ -28,7 +28,7 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cachesrv.errors import BadInput, StoreError
 
@@ -59,17 +59,6 @@ class Absent:
     """Known not to be there, to be believed until `until` (seconds since the epoch), and then no more."""
 
     until: int
-
-
-class Snapshot(NamedTuple):
-    """The index as it is at one moment. `get` gives the stored value under a key of 1 to 500 bytes, as `Index.raw`
-    does; `done` has to be called in the end. `version` is another number after each change. `get` may raise what the
-    implementation's library raises.
-    """
-
-    get: Callable[[bytes], bytes | None]
-    done: Callable[[], None]
-    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +138,11 @@ class Index(Protocol):
     def epoch(self) -> int:
         """See the module's docstring."""
 
-    def snapshot(self) -> Snapshot:
-        """For many lookups in a row. Hold it for as long as it takes to look, no longer. May raise what the
-        implementation's library raises.
+    def snapshot(self) -> tuple[Callable[[bytes], bytes | None], Callable[[], None], int]:
+        """For many lookups in a row, all at one moment: a function that gives the stored value under a key of 1 to 500
+        bytes, as `raw` does; one that has to be called in the end; and a number that is another after each change of
+        the index. Hold it for as long as it takes to look, no longer. All may raise what the implementation's library
+        raises.
         """
 
     def put(self, entries: Iterable[IndexEntry], *, replace: bool = True, epoch: int | None = None) -> bool:

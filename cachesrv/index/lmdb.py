@@ -24,7 +24,6 @@ from cachesrv.index.base import (
     ABSENT,
     Absent,
     Present,
-    Snapshot,
     decode,
     encode_absent,
     encode_present,
@@ -104,9 +103,9 @@ class LmdbIndex:
         with self._shared.damage_marked(), self._env.begin() as txn:
             return self._epoch(txn)
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> tuple[Callable[[bytes], bytes | None], Callable[[], None], int]:
         txn = self._env.begin(self._entries)
-        return Snapshot(txn.get, txn.abort, txn.id())
+        return txn.get, txn.abort, txn.id()
 
     def put(self, entries: Iterable[IndexEntry], *, replace: bool = True, epoch: int | None = None) -> bool:
         items = {storage_key(entry.cache, entry.hash_part): encode_present(entry.answer) for entry in entries}

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from cachesrv.index.base import (
     Absent,
     Present,
-    Snapshot,
     decode,
     encode_absent,
     encode_present,
@@ -47,8 +46,8 @@ class MemoryIndex:
     def epoch(self) -> int:
         return self._epoch
 
-    def snapshot(self) -> Snapshot:
-        return Snapshot(self._values.get, lambda: None, self._version)
+    def snapshot(self) -> tuple[Callable[[bytes], bytes | None], Callable[[], None], int]:
+        return self._values.get, lambda: None, self._version
 
     def put(self, entries: Iterable[IndexEntry], *, replace: bool = True, epoch: int | None = None) -> bool:
         new = {storage_key(entry.cache, entry.hash_part): encode_present(entry.answer) for entry in entries}

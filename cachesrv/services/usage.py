@@ -12,7 +12,7 @@ import structlog
 from cachesrv.errors import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from cachesrv.catalog.base import Catalog
 
@@ -51,11 +51,6 @@ class Usage:
         """A NAR was asked for, by its storage key: clients remember narinfos, and come for the NAR alone."""
         if len(self._nars) < MAX_GATHERED:
             self._nars.add(key)
-
-    def noter(self) -> Callable[[bytes], None]:
-        """`add`, for many in a row without looking at the limit each time."""
-        gathered = self._gathered if len(self._gathered) < MAX_GATHERED else set()
-        return gathered.add
 
     async def run(self) -> None:
         """Flush from time to time, for ever."""

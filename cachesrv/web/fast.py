@@ -23,7 +23,6 @@ from cachesrv.web.plain import Blocks
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cachesrv.index.base import Snapshot
     from cachesrv.services.caches import ServedCache
     from cachesrv.web.known import Answer
     from cachesrv.web.open_files import OpenFile
@@ -78,7 +77,7 @@ class FastAnswers:
         self._site = site
         self._delivery = site.services.delivery
         self._raw = site.services.index.raw
-        self._snapshot = site.services.index.snapshot
+        self.snapshot = site.services.index.snapshot
         self._usage = site.services.usage
         self._blocks = Blocks()
         metrics = site.services.metrics
@@ -90,6 +89,8 @@ class FastAnswers:
             for route in ("narinfo", "nar")
             for status in (200, 404)
         }
+        self._hit_cell = self._cell["GET", "narinfo", 200]
+        self._miss_cell = self._cell["GET", "narinfo", 404]
         self._nar_cell = self._cell["GET", "nar", 200]
         self._files = OpenFiles()
         self.slow = 0
@@ -117,10 +118,6 @@ class FastAnswers:
         self._files.close()
         return True
 
-    def snapshot(self) -> Snapshot:
-        """See `Index.snapshot`."""
-        return self._snapshot()
-
     def find(self, get: Callable[[bytes], bytes | None], form: Form, data: bytes) -> Answer | None:
         """What the index says to a request of this form, by the `get` of a snapshot; None when it does not know."""
         key = form.prefix + data[form.start : form.end]
@@ -131,18 +128,17 @@ class FastAnswers:
         if not value:
             return None
         if value[0] != ABSENT:
-            return key, value, math.inf
+            self._usage.add(key)
+            return value, math.inf
         until = int.from_bytes(value[1:], "big")
-        return (key, None, until) if until > self.now else None
-
-    def noter(self) -> Callable[[bytes], None]:
-        """See `Usage.noter`."""
-        return self._usage.noter()
+        return (None, until) if until > self.now else None
 
     def count(self, hits: int, misses: int) -> None:
-        """So many GET requests for narinfos were answered by forms."""
-        self._cells[self._cell["GET", "narinfo", 200]] += hits
-        self._cells[self._cell["GET", "narinfo", 404]] += misses
+        """So many GET requests for narinfos were answered by what `find` gave."""
+        if hits:
+            self._cells[self._hit_cell] += hits
+        if misses:
+            self._cells[self._miss_cell] += misses
 
     def form(self, data: bytes) -> Form | None:
         """The form of the one request that `data` is, None when it has none."""

@@ -11,15 +11,15 @@ MAX_BYTES = 24 * 1024 * 1024
 """Of requests and answers together, and of what Python needs to hold them."""
 
 _SECONDS = 60
-"""How long it is kept at most: then others have their chance."""
-_OVERHEAD = 400
+"""How long it is kept at most: then others have their chance, and the use of paths is noted again."""
+_OVERHEAD = 300
 """Bytes of objects around one answer."""
 
 
-Answer = tuple[bytes, bytes | None, float]
-"""What the index says to a request: the key of the path in the index; what a GET is answered with after the status line
-and the common fields, None when the path is absent; until when that holds, in seconds since the epoch. A plain tuple,
-which is made in a tenth of the time that one with names takes.
+Answer = tuple[bytes | None, float]
+"""What the index says to a request: what a GET is answered with after the status line and the common fields, None when
+the path is absent; until when that holds, in seconds since the epoch. A plain tuple, which is made in a tenth of the
+time that one with names takes.
 """
 
 
@@ -43,7 +43,7 @@ class Known:
 
     def remember(self, request: bytes, answer: Answer) -> None:
         """Note an answer that was found at the version that `at` was called with last; not when it `is_full`."""
-        self._bytes += len(request) + len(answer[1] or b"") + _OVERHEAD
+        self._bytes += len(request) + len(answer[0] or b"") + _OVERHEAD
         self._answers[request] = answer
         self.is_full = self._bytes > self._max_bytes
 
