@@ -126,6 +126,12 @@ class Catalog(Retention, Protocol):
         The listings of their NARs have been written to storage by now, and are kept here no longer.
         """
 
+    async def restore(self, records: Sequence[PathRecord], *, used_at: int) -> dict[str, PathRecord]:
+        """Make paths of one cache known that are not known, as if they were used last at that time. What is published
+        stays as it is; where that is something else than the record says (who published it and when does not count),
+        it is returned, by hash part. Raises as `publish` does, but no Conflict with what is published.
+        """
+
     async def path(self, cache: str, hash_part: str) -> PathRecord | None:
         """A published path."""
 
@@ -148,6 +154,9 @@ class Catalog(Retention, Protocol):
 
     async def remove(self, cache: str, hash_parts: Collection[str]) -> None:
         """Forget paths; those that are not there are passed over."""
+
+    async def remove_dangling(self, cache: str, hash_parts: Collection[str]) -> set[str]:
+        """Forget those of the paths that refer to what is not published in this cache; which they were."""
 
     async def count(self, cache: str) -> tuple[int, int]:
         """How many paths are published, and the sum of their NAR sizes."""

@@ -55,6 +55,12 @@ _DANGLING = (
     .order_by(paths.c.hash_part, names.c.hash_part, names.c.name)
     .limit(bindparam("number"))
 )
+_DANGLING_AMONG = (
+    select(paths.c.hash_part)
+    .join(refs, refs.c.path_id == paths.c.id)
+    .where(_IN_CACHE, _LISTED, ~exists().where(_TARGETS.c.id == refs.c.name_id))
+    .distinct()
+)
 
 
 def find(connection: Connection, cache: str, hash_parts: Collection[str]) -> dict[str, PathRecord]:
@@ -88,6 +94,11 @@ def dangling(connection: Connection, cache: str, limit: int) -> list[tuple[str, 
     """See `Catalog.dangling`."""
     rows = connection.execute(_DANGLING, {"cache": cache, "number": limit})
     return [(hash_part, base_name) for hash_part, base_name in rows]
+
+
+def dangling_among(connection: Connection, cache: str, hash_parts: Collection[str]) -> set[str]:
+    """Those of not too many paths that refer to what is not published."""
+    return set(connection.scalars(_DANGLING_AMONG, {"cache": cache, "hash_parts": list(hash_parts)}))
 
 
 def count(connection: Connection, cache: str) -> tuple[int, int]:

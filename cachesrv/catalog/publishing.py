@@ -10,16 +10,17 @@ from sqlalchemy import bindparam, delete, func, insert, or_, select, update
 
 from cachesrv.catalog.batches import batches
 from cachesrv.catalog.doom import demand_undoomed, fence
+from cachesrv.catalog.many import execute
 from cachesrv.catalog.names import name_ids, prune_names
 from cachesrv.catalog.nars import drop_listings, known
-from cachesrv.catalog.paths import find, present
+from cachesrv.catalog.paths import dangling_among, find, present
 from cachesrv.catalog.schema import narinfos, paths, refs
 from cachesrv.errors import Conflict, MissingNar, MissingReferences
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from sqlalchemy import Connection, Executable
+    from sqlalchemy import Connection
 
     from cachesrv.catalog.base import PathRecord
     from cachesrv.catalog.retention import Reliance
@@ -74,6 +75,26 @@ def publish(connection: Connection, records: Sequence[PathRecord], reliance: Rel
     return fence(connection)
 
 
+def restore(connection: Connection, records: Sequence[PathRecord], used_at: int) -> dict[str, PathRecord]:
+    """See `Catalog.restore`."""
+    if not records:
+        return {}
+    distinct = _distinct(records)
+    cache = distinct[0].cache
+    demand_undoomed(connection, {record.nar_key for record in distinct})
+    published = find(connection, cache, [record.hash_part for record in distinct])
+    new = [record for record in distinct if record.hash_part not in published]
+    references = _references(new)
+    ids = name_ids(connection, cache, {*map(_base_name, new), *(name for _, name in references)})
+    _insert(connection, [(ids[_base_name(record)], record) for record in new], last_used_at=used_at)
+    _refer(connection, {(ids[path], ids[name]) for path, name in references})
+    return {
+        record.hash_part: published[record.hash_part]
+        for record in distinct
+        if record.hash_part in published and _content(record) != _content(published[record.hash_part])
+    }
+
+
 def remove(connection: Connection, cache: str, hash_parts: Collection[str]) -> None:
     """See `Catalog.remove`."""
     for some in batches(hash_parts):
@@ -84,9 +105,16 @@ def remove(connection: Connection, cache: str, hash_parts: Collection[str]) -> N
             prune_names(connection, [*ids, *referred])
 
 
+def remove_dangling(connection: Connection, cache: str, hash_parts: Collection[str]) -> set[str]:
+    """See `Catalog.remove_dangling`."""
+    found = {part for some in batches(hash_parts) for part in dangling_among(connection, cache, some)}
+    remove(connection, cache, found)
+    return found
+
+
 def touch(connection: Connection, cache: str, last_used: Mapping[str, int]) -> None:
     """See `Catalog.touch`."""
-    _execute(connection, _TOUCH, [{"in": cache, "of": of, "at": at} for of, at in sorted(last_used.items())])
+    execute(connection, _TOUCH, [{"in": cache, "of": of, "at": at} for of, at in sorted(last_used.items())])
 
 
 def touch_nars(connection: Connection, keys: Collection[str], at: int) -> None:
@@ -122,9 +150,8 @@ def _publish_to(connection: Connection, cache: str, records: list[PathRecord], *
     for record in records:
         if before := published.get(record.hash_part):
             _refuse_change(before, record)
-            after = replace(record, registered_at=before.registered_at, pusher=before.pusher)
-            if after != before:
-                changed.append(after)
+            if _content(record) != _content(before):
+                changed.append(record)
         else:
             new.append(record)
     if used:
@@ -145,7 +172,7 @@ def _use(connection: Connection, cache: str, records: Iterable[PathRecord]) -> N
         {"in": cache, "of": record.hash_part, "at": record.registered_at, "earlier": record.registered_at - _RESOLUTION}
         for record in records
     ]
-    _execute(connection, _USE, rows)
+    execute(connection, _USE, rows)
 
 
 def _refuse_change(published: PathRecord, record: PathRecord) -> None:
@@ -165,30 +192,30 @@ def _base_name(record: PathRecord) -> str:
     return f"{record.hash_part}-{record.name}"
 
 
-def _insert(connection: Connection, new: Sequence[tuple[int, PathRecord]]) -> None:
-    _execute(connection, _INSERT_PATH, [{"id": path_id} | _values(record, _COLUMNS) for path_id, record in new])
-    _execute(connection, _INSERT_NARINFO, [{"path_id": path_id, "content": record.narinfo} for path_id, record in new])
+def _insert(connection: Connection, new: Sequence[tuple[int, PathRecord]], **same: int) -> None:
+    rows = [{"id": path_id, **_values(record, _COLUMNS), **same} for path_id, record in new]
+    execute(connection, _INSERT_PATH, rows)
+    execute(connection, _INSERT_NARINFO, [{"path_id": path_id, "content": record.narinfo} for path_id, record in new])
 
 
 def _update(connection: Connection, changed: Sequence[tuple[int, PathRecord]]) -> None:
-    _execute(connection, _UPDATE_PATH, [{"of": path_id} | _values(record, _MUTABLE) for path_id, record in changed])
-    _execute(connection, _UPDATE_NARINFO, [{"of": path_id, "narinfo": record.narinfo} for path_id, record in changed])
+    execute(connection, _UPDATE_PATH, [{"of": path_id} | _values(record, _MUTABLE) for path_id, record in changed])
+    execute(connection, _UPDATE_NARINFO, [{"of": path_id, "narinfo": record.narinfo} for path_id, record in changed])
 
 
 def _refer(connection: Connection, references: Iterable[tuple[int, int]]) -> None:
-    _execute(connection, _INSERT_REFERENCE, [{"path_id": path, "name_id": name} for path, name in sorted(references)])
+    execute(connection, _INSERT_REFERENCE, [{"path_id": path, "name_id": name} for path, name in sorted(references)])
 
 
 def _unrefer(connection: Connection, references: Iterable[tuple[int, int]]) -> None:
-    _execute(connection, _DELETE_REFERENCE, [{"from": path, "to": name} for path, name in sorted(references)])
+    execute(connection, _DELETE_REFERENCE, [{"from": path, "to": name} for path, name in sorted(references)])
     prune_names(connection, {name for _, name in references})
+
+
+def _content(record: PathRecord) -> PathRecord:
+    """All of it but who published it and when."""
+    return replace(record, registered_at=0, pusher=None)
 
 
 def _values(record: PathRecord, columns: Iterable[str]) -> dict[str, Any]:
     return {column: getattr(record, column) for column in columns}
-
-
-def _execute(connection: Connection, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Once for each row, in one call of the driver. To SQLAlchemy, no rows would mean once without values."""
-    if rows:
-        connection.execute(statement, rows)

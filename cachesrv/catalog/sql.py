@@ -35,6 +35,9 @@ class SqlCatalog(SqlRetention):
     async def publish(self, records: Sequence[PathRecord], reliance: Reliance | None = None) -> int:
         return await self._database.write(publishing.publish, records, reliance)
 
+    async def restore(self, records: Sequence[PathRecord], *, used_at: int) -> dict[str, PathRecord]:
+        return await self._database.write(publishing.restore, records, used_at)
+
     async def path(self, cache: str, hash_part: str) -> PathRecord | None:
         return (await self.paths(cache, [hash_part])).get(hash_part)
 
@@ -58,6 +61,9 @@ class SqlCatalog(SqlRetention):
 
     async def remove(self, cache: str, hash_parts: Collection[str]) -> None:
         await self._database.write(publishing.remove, cache, hash_parts)
+
+    async def remove_dangling(self, cache: str, hash_parts: Collection[str]) -> set[str]:
+        return await self._database.write(publishing.remove_dangling, cache, hash_parts)
 
     async def count(self, cache: str) -> tuple[int, int]:
         return await self._database.read(paths.count, cache)

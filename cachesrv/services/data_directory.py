@@ -45,6 +45,10 @@ class DataDirectory:
         """NARs from afar."""
         return self.root / "nar-cache"
 
+    def scratch(self, job: str, cache: str) -> Path:
+        """What a long job keeps while it is not done, to go on from there."""
+        return self.root / job / cache
+
     @property
     def verification(self) -> Path:
         """How far the last verification came that was interrupted."""

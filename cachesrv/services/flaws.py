@@ -29,6 +29,8 @@ class Kind(Enum):
     MISSING_REFERENCE = "missing-reference", _MENDS
     DANGLING_INDEX_ENTRY = "dangling-index-entry", f"{_REPAIR} removes it from the index"
     WRONG_INDEX_ENTRY = "wrong-index-entry", f"{_REPAIR} has the index learn it anew"
+    EMPTY_STORAGE = "empty-storage", "make sure that the storage is mounted, and that it is the right one"
+    UNTRUSTED_NARINFO = "untrusted-narinfo", "let a key that the cache trusts sign it, or have no trusted_keys"
     ORPHAN_NAR = "orphan-nar", f"{_REPAIR} leaves it to the next collection after [collect] nar_grace"
     LEFTOVER = "stale-temporary-file", f"{_REPAIR} removes it; a server does so too, after a day"
     UNDECIDED = "undecided", "run `cachesrv verify` again when it answers"
@@ -36,6 +38,13 @@ class Kind(Enum):
     def __init__(self, label: str, advice: str) -> None:
         self.label = label
         self.advice = advice
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether something is not there that the path needs. A narinfo that is merely no good leaves what is known of
+        the path from elsewhere as good as it was.
+        """
+        return self in (Kind.MISSING_NAR, Kind.WRONG_SIZE, Kind.MISSING_REFERENCE)
 
     @classmethod
     def of(cls, label: str) -> Self:

@@ -1,7 +1,10 @@
 """Rebuilding catalog and index from what lies in storage: a standard binary cache, whoever wrote it.
 
-Narinfos are taken as they lie there: their signatures are what they were, and NARs are not read, only looked for. What
-cannot be served is reported and passed over. Serving goes on meanwhile.
+Storage is surveyed (`cachesrv.services.survey`), and what was found is kept on disk: so this takes no more memory for
+millions of paths than for one, and goes on where it was interrupted. Then paths are published, each after all that it
+refers to; in the end, what is published and lies in storage no more is withdrawn. Narinfos are taken as they lie there,
+and NARs are not read, only looked for. Serving and pushing go on meanwhile: where a push has changed a narinfo since it
+was read, it is read again after it was published, until it is the same.
 """
 
 from __future__ import annotations
@@ -9,137 +12,230 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from cachesrv.catalog.base import PathRecord
-from cachesrv.errors import BadInput, CachesrvError, Conflict, NotFound
-from cachesrv.index.base import IndexEntry
-from cachesrv.nix import narinfo
+from cachesrv.errors import Conflict, StoreUnavailable
+from cachesrv.index.base import IndexEntry, Present
 from cachesrv.services.answer import present
 from cachesrv.services.caches import ReferencePolicy
+from cachesrv.services.findings import Findings
+from cachesrv.services.flaws import Flaw, Kind
+from cachesrv.services.judging import flaw_of
+from cachesrv.services.reference_order import ReferenceOrder
+from cachesrv.services.survey import Survey, as_found
+from cachesrv.services.withdrawal import Withdrawal
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Sequence
 
     from cachesrv.catalog.base import Catalog
     from cachesrv.index.base import Index
+    from cachesrv.index.scratch import Scratch
     from cachesrv.services.caches import ServedCache
+    from cachesrv.services.findings import Finding, FoundPath
+    from cachesrv.services.survey import Improve
     from cachesrv.storage.base import ObjectStore
 
-_BATCH = 500
-_NARINFO = ".narinfo"
+_BATCH = 4000
+_KEPT_FLAWS = 1000
+_TRIES = 20
 
 
 @dataclass(slots=True)
 class Report:
-    """What a reindex found: how many paths it took, and what is wrong with the others, by object name."""
+    """How far it is: narinfos listed; read, `known` of them by an earlier run; paths that are served; published paths
+    that are served no more; the first thousand of `flaws`.
+    """
 
+    listed: int = 0
+    read: int = 0
+    known: int = 0
     taken: int = 0
-    broken: dict[str, str] = field(default_factory=dict)
+    withdrawn: int = 0
+    flaws: int = 0
+    first: list[Flaw] = field(default_factory=list)
+
+
+class Listener(Protocol):
+    """Who is told how it goes."""
+
+    def progress(self, report: Report) -> None:
+        """Some more was done."""
+
+    def flaw(self, flaw: Flaw) -> None:
+        """Something is wrong."""
 
 
 class Reindex:
-    """Reads the narinfos of a cache into catalog and index."""
+    """Rebuilds what is known of caches. Only for who holds the lock of `cachesrv.services.maintenance`."""
 
     def __init__(self, storage: ObjectStore, catalog: Catalog, index: Index) -> None:
         self._storage = storage
         self._catalog = catalog
         self._index = index
 
-    async def run(self, cache: ServedCache, progress: Callable[[Report], None]) -> Report:
-        """Take in everything that can be served; `progress` is called after each batch."""
-        report = Report()
-        batch: list[str] = []
-        async for key in self._narinfos(cache):
-            batch.append(key)
-            if len(batch) == _BATCH:
-                await self._take(cache, batch, report)
-                progress(report)
-                batch = []
-        await self._take(cache, batch, report)
-        progress(report)
-        await self._drop_incomplete(cache, report)
-        await self._fill_index(cache)
-        return report
+    async def run(
+        self, cache: ServedCache, scratch: Scratch, listener: Listener, improve: Improve = as_found
+    ) -> Report:
+        """Take in everything that can be served. `scratch` has the tables of `cachesrv.services.findings`. Raises
+        StoreError; the next run with the same scratch goes on from there.
+        """
+        run = _Run(
+            self._storage,
+            self._catalog,
+            self._index,
+            cache=cache,
+            scratch=scratch,
+            listener=listener,
+            improve=improve,
+        )
+        return await run.run()
 
-    async def _narinfos(self, cache: ServedCache) -> AsyncIterator[str]:
-        prefix = f"{cache.prefix}/"
-        async for info in self._storage.list(prefix):
-            name = info.key.removeprefix(prefix)
-            if name.endswith(_NARINFO) and "/" not in name:
-                yield info.key
 
-    async def _take(self, cache: ServedCache, keys: list[str], report: Report) -> None:
-        results = await asyncio.gather(*(self._read(cache, key) for key in keys), return_exceptions=True)
-        records = []
-        for key, result in zip(keys, results, strict=True):
-            if isinstance(result, PathRecord):
-                records.append(result)
-            elif isinstance(result, CachesrvError):
-                report.broken[key] = str(result)
-            elif isinstance(result, BaseException):
-                raise result
-        report.taken += await self._publish(records, report, cache)
-
-    async def _read(self, cache: ServedCache, key: str) -> PathRecord:
-        text = await self._storage.get(key, limit=narinfo.DEFAULT_LIMIT)
-        if text is None:
-            raise NotFound("it was there a moment ago and is gone")
-        info = narinfo.parse(text)
-        if key != cache.narinfo_key(info.store_path.hash_part):
-            raise BadInput(f"it is the narinfo of {info.store_path}")
-        if info.store_dir != cache.store_dir:
-            raise BadInput(f"its path lies in {info.store_dir}, this cache is for {cache.store_dir}")
-        nar = await self._storage.head(cache.key(info.url))
-        if nar is None:
-            raise NotFound(f"its NAR {info.url} is not there")
-        if info.file_size is not None and info.file_size != nar.size:
-            raise BadInput(f"its NAR {info.url} has {nar.size} bytes, it says {info.file_size}")
-        return PathRecord(
-            cache=cache.name,
-            hash_part=info.store_path.hash_part,
-            name=info.store_path.name,
-            narinfo=narinfo.render(info),
-            nar_key=nar.key,
-            nar_hash=info.nar_hash.nix32,
-            nar_size=info.nar_size,
-            file_size=nar.size,
-            references=tuple(path.base_name for path in info.references),
-            deriver=info.deriver.base_name if info.deriver else None,
-            ca=info.ca.render() if info.ca else None,
-            registered_at=int(time.time()),
+class _Run:
+    def __init__(
+        self,
+        storage: ObjectStore,
+        catalog: Catalog,
+        index: Index,
+        *,
+        cache: ServedCache,
+        scratch: Scratch,
+        listener: Listener,
+        improve: Improve,
+    ) -> None:
+        self._catalog = catalog
+        self._index = index
+        self._cache = cache
+        self._strict = cache.references is ReferencePolicy.STRICT
+        self._scratch = scratch
+        self._listener = listener
+        self._report = Report()
+        self._findings = Findings(scratch)
+        self._survey = Survey(storage, self._findings, cache, improve)
+        self._withdrawal = Withdrawal(
+            storage, catalog, index, cache=cache, findings=self._findings, take=self._take_again
         )
 
-    async def _publish(self, records: list[PathRecord], report: Report, cache: ServedCache) -> int:
-        """All at once; if one of them is published with another NAR, one by one."""
-        try:
-            await self._catalog.publish(records)
-        except Conflict:
-            if len(records) == 1:
-                key = cache.narinfo_key(records[0].hash_part)
-                report.broken[key] = "its path is published with another NAR hash"
-                return 0
-            return sum([await self._publish([record], report, cache) for record in records])
-        return len(records)
+    async def run(self) -> Report:
+        await self._look()
+        await self._publish()
+        await self._withdraw()
+        return self._report
 
-    async def _drop_incomplete(self, cache: ServedCache, report: Report) -> None:
-        """A path whose references are not all there is not served, nor are those that need it."""
-        while cache.references is ReferencePolicy.STRICT:
-            dangling = await self._catalog.dangling(cache.name, _BATCH)
-            if not dangling:
+    async def _look(self) -> None:
+        def listed(number: int) -> None:
+            self._report.listed = number
+            self._listener.progress(self._report)
+
+        await self._survey.look(listed)
+        async for found in self._survey.read():
+            self._report.read += len(found)
+            self._report.known = self._survey.known
+            for hash_part, finding in found:
+                if finding.flaw:
+                    self._note(flaw_of(self._cache, hash_part, Kind.of(finding.flaw), finding.why))
+            self._listener.progress(self._report)
+
+    def _note(self, flaw: Flaw) -> None:
+        self._report.flaws += 1
+        if len(self._report.first) < _KEPT_FLAWS:
+            self._report.first.append(flaw)
+        self._listener.flaw(flaw)
+
+    async def _publish(self) -> None:
+        order = ReferenceOrder(self._scratch, strict=self._strict)
+        while not order.done:
+            step = await asyncio.to_thread(order.step, _BATCH)
+            for hash_part, why in step.broken:
+                self._note(flaw_of(self._cache, hash_part, Kind.MISSING_REFERENCE, why))
+            if step.unknown:
+                # They may have been published after storage was listed.
+                order.learn(step.unknown, await self._catalog.present(self._cache.name, step.unknown))
+            await self._take([_record(self._cache, hash_part, path) for hash_part, path in step.paths])
+            self._listener.progress(self._report)
+
+    async def _take(self, records: Sequence[PathRecord]) -> None:
+        """Publish paths. Where catalog or index say otherwise, it may be they who are right."""
+        if not records:
+            return
+        otherwise = await self._catalog.restore(records, used_at=int(time.time()))
+        entries = [_entry(record) for record in records if record.hash_part not in otherwise]
+        await asyncio.to_thread(self._index.put, entries, replace=False)
+        self._report.taken += len(records)
+        for record in records:
+            if record.hash_part in otherwise or self._answers_otherwise(record):
+                await self._settle(record)
+
+    def _answers_otherwise(self, record: PathRecord) -> bool:
+        answer = self._index.get(record.cache, record.hash_part)
+        return not isinstance(answer, Present) or answer.body != record.narinfo
+
+    async def _settle(self, record: PathRecord) -> None:
+        """Publish what lies in storage, in the place of what was known. A push writes to storage first: what it has
+        written by the time that it is looked at again is published here, and what it writes later it publishes itself.
+        """
+        for _ in range(_TRIES):
+            try:
+                await self._catalog.publish([record])
+            except Conflict as error:
+                if await self._withdrawal.is_lost(record.hash_part):
+                    continue
+                self._report.taken -= 1
+                self._note(flaw_of(self._cache, record.hash_part, Kind.DISAGREEMENT, str(error)))
                 return
-            for hash_part, reference in dangling:
-                report.broken[cache.narinfo_key(hash_part)] = f"it refers to {reference}, which is not there"
-            gone = {hash_part for hash_part, _ in dangling}
-            report.taken -= len(gone)
-            await self._catalog.remove(cache.name, gone)
-            await asyncio.to_thread(self._index.delete, [(cache.name, hash_part) for hash_part in gone])
+            await asyncio.to_thread(self._index.put, [_entry(record)])
+            finding = await self._survey.again(record.hash_part)
+            if finding is None or finding.path is None or finding.path.narinfo == record.narinfo:
+                return
+            record = _record(self._cache, record.hash_part, finding.path)
+        raise StoreUnavailable(f"{self._cache.narinfo_key(record.hash_part)} changes all the time")
 
-    async def _fill_index(self, cache: ServedCache) -> None:
-        entries: list[IndexEntry] = []
-        async for record in self._catalog.scan(cache.name):
-            entries.append(IndexEntry(cache.name, record.hash_part, present(record.narinfo)))
-            if len(entries) == _BATCH:
-                await asyncio.to_thread(self._index.put, entries)
-                entries = []
-        await asyncio.to_thread(self._index.put, entries)
+    async def _take_again(self, hash_part: str) -> None:
+        finding = await self._survey.again(hash_part)
+        if finding and finding.path:
+            await self._take([_record(self._cache, hash_part, finding.path)])
+
+    async def _withdraw(self) -> None:
+        published, _ = await self._catalog.count(self._cache.name)
+        if published and not self._report.listed:
+            why = f"nothing lies here, but {published} paths are published: they stay"
+            self._note(Flaw(Kind.EMPTY_STORAGE.label, self._cache.name, why, object=self._cache.key("")))
+            return
+        if published > self._report.taken:
+            async for flaws in self._withdrawal.paths():
+                known = await asyncio.to_thread(self._findings.of, [flaw.path for flaw in flaws])
+                for flaw in flaws:
+                    self._withdrawn(flaw, known.get(flaw.path))
+                self._listener.progress(self._report)
+        await self._withdrawal.answers()
+
+    def _withdrawn(self, flaw: Flaw, known: tuple[Finding | None, bool] | None) -> None:
+        taken = known is not None and known[0] is not None and known[0].path is not None and known[1]
+        if known is None or taken:
+            self._note(flaw)
+        if self._withdrawal.withdraws(flaw):
+            self._report.withdrawn += 1
+            self._report.taken -= taken
+
+
+def _entry(record: PathRecord) -> IndexEntry:
+    return IndexEntry(record.cache, record.hash_part, present(record.narinfo))
+
+
+def _record(cache: ServedCache, hash_part: str, path: FoundPath) -> PathRecord:
+    return PathRecord(
+        cache=cache.name,
+        hash_part=hash_part,
+        name=path.name,
+        narinfo=path.narinfo,
+        nar_key=cache.key(f"nar/{path.nar}"),
+        nar_hash=path.nar_hash,
+        nar_size=path.nar_size,
+        file_size=path.file_size,
+        references=path.references,
+        deriver=path.deriver,
+        ca=path.ca,
+        registered_at=path.modified,
+    )

@@ -11,6 +11,7 @@ from hypothesis import settings
 
 from cachesrv.catalog.sql import SqlCatalog
 from tests.contracts.catalog_contract import CatalogContract, CatalogMachine, OpenCatalog
+from tests.contracts.rebuilding_contract import RebuildingContract
 from tests.contracts.retention_contract import RetentionContract
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from cachesrv.catalog.base import Catalog
 
 
-class TestSqliteCatalog(CatalogContract, RetentionContract):
+class TestSqliteCatalog(CatalogContract, RebuildingContract, RetentionContract):
     @pytest.fixture
     async def open_catalog(self, tmp_path: Path) -> AsyncIterator[OpenCatalog]:
         async with AsyncExitStack() as opened:

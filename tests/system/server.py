@@ -97,7 +97,8 @@ class Server:
     @property
     def log(self) -> str:
         """What it has logged since it was started first."""
-        return (self.folder / "log").read_text()
+        file = self.folder / "log"
+        return file.read_text() if file.exists() else ""
 
     @property
     def main(self) -> str:
