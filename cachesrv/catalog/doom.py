@@ -59,7 +59,7 @@ _FORGET_RELEASED = delete(released).where(released.c.key.in_(_KEYS))
 _RELEASE = insert(released)
 _DOOM = insert(doomed)
 _DOOMED = select(doomed.c.key).where(doomed.c.key.in_(_KEYS))
-_SOME_DOOMED = select(doomed.c.key).order_by(doomed.c.key).limit(PAGE)
+_SOME_DOOMED = select(doomed.c.key).order_by(doomed.c.id).limit(PAGE)
 _SETTLE = delete(doomed).where(doomed.c.key.in_(_KEYS))
 
 
@@ -103,12 +103,13 @@ def doom_nars(connection: Connection, keys: Collection[str], *, holder: str, bef
 
 
 def doom(connection: Connection, keys: Collection[str]) -> None:
-    """Note that these objects are about to be deleted."""
+    """Note that these objects are about to be deleted, in this order."""
+    known: set[str] = set()
     for some in batches(keys):
         connection.execute(_FORGET_RELEASED, {"keys": some})
-        known = set(connection.scalars(_DOOMED, {"keys": some}))
-        if new := [{"key": key} for key in some if key not in known]:
-            connection.execute(_DOOM, new)
+        known.update(connection.scalars(_DOOMED, {"keys": some}))
+    if new := [{"key": key} for key in keys if key not in known]:
+        connection.execute(_DOOM, new)
 
 
 def release(connection: Connection, keys: Collection[str], at: int) -> None:

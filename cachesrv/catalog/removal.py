@@ -38,6 +38,9 @@ _REFERRED = (
     .where(refs.c.path_id.in_(_NUMBERS))
     .distinct()
 )
+_AMONG = select(refs.c.path_id, refs.c.name_id).where(
+    refs.c.path_id.in_(_NUMBERS), refs.c.name_id.in_(bindparam("going", expanding=True))
+)
 _DELETE = delete(paths).where(paths.c.id.in_(_NUMBERS))
 _ELSEWHERE = select(paths.c.hash_part).where(
     paths.c.cache.in_(bindparam("siblings", expanding=True)),
@@ -68,9 +71,9 @@ def remove_unneeded(connection: Connection, removal: Removal, numbers: Collectio
     while referred := _referred_by_others(connection, going):
         kept.update(dict.fromkeys(referred, Keeper.REFERRER))
         going = [number for number in going if number not in referred]
-    gone = [asked[number] for number in going]
-    if not gone:
+    if not going:
         return Removed([], kept, set(), [])
+    gone = [asked[number] for number in _before_what_they_refer_to(connection, going)]
     doomed = _objects(connection, removal, gone)
     _remember(connection, removal, gone)
     targets = _delete(connection, going)
@@ -114,6 +117,23 @@ def _referred_by_others(connection: Connection, going: list[int]) -> set[int]:
     if not going:
         return set()
     return set(connection.scalars(_WITH_OTHER_REFERRERS, {"numbers": going, "going": going}))
+
+
+def _before_what_they_refer_to(connection: Connection, going: list[int]) -> list[int]:
+    """The same in an order in which none leaves others without it; what refers to each other comes last."""
+    referred: dict[int, list[int]] = {number: [] for number in going}
+    referrers = dict.fromkeys(going, 0)
+    for path, name in connection.execute(_AMONG, {"numbers": going, "going": going}):
+        if path != name:
+            referred[path].append(name)
+            referrers[name] += 1
+    ordered = [number for number in going if not referrers[number]]
+    for number in ordered:
+        for other in referred[number]:
+            referrers[other] -= 1
+            if not referrers[other]:
+                ordered.append(other)
+    return [*ordered, *(number for number in going if referrers[number])]
 
 
 def _objects(connection: Connection, removal: Removal, gone: list[PathSummary]) -> list[str]:

@@ -105,8 +105,9 @@ class Removal:
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """`doomed` are the keys of the objects to be deleted now, and then to be settled; `referred` the numbers of the
-    published paths that those which have gone referred to; `kept` says why the others stay.
+    """`gone` come before what they refer to. `doomed` are the keys of the objects to be deleted now, in this order, and
+    then to be settled; `referred` the numbers of the published paths that those which have gone referred to; `kept`
+    says why the others stay.
     """
 
     gone: list[PathSummary]
@@ -220,7 +221,7 @@ class Retention(Protocol):
         """
 
     async def doomed(self) -> list[str]:
-        """Keys of objects that were doomed and not settled, some of them; none when there are none."""
+        """Keys of objects that were doomed and not settled: those to be deleted first; none when there are none."""
 
     async def settle(self, keys: Collection[str]) -> None:
         """The objects are gone from storage; moves the fence."""

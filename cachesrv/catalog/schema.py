@@ -206,8 +206,14 @@ released = Table(
     Column("at", BigInteger, nullable=False),
 )
 
-# Objects that are being deleted from storage.
-doomed = Table("doomed", metadata, Column("key", _Text, primary_key=True))
+# Objects that are being deleted from storage, in the order of their ids.
+doomed = Table(
+    "doomed",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("key", _Text, nullable=False),
+    UniqueConstraint("key"),
+)
 
 locks = Table(
     "locks",

@@ -177,7 +177,9 @@ class ObjectStore(Protocol):
         """What is known of an object, or None when it is not there."""
 
     async def delete(self, keys: Sequence[str]) -> None:
-        """Delete them; those that are not there are passed over."""
+        """Delete them; those that are not there are passed over. Where they go one by one, those of a folder go in this
+        order.
+        """
 
     def list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
         """All objects whose key begins with `prefix`, which is empty or ends in a slash (else BadInput)."""

@@ -36,6 +36,10 @@ def split(key: str) -> tuple[str, str]:
     return folder, name
 
 
+def _folder(key: str) -> str:
+    return split(key)[0]
+
+
 @dataclass(slots=True)
 class Found:
     """A name met by `Tree.walk`: its folder's descriptor, open until the walk goes on; its key; its entry."""
@@ -143,8 +147,10 @@ class Tree:
                             os.close(opened[0])
 
     def remove(self, keys: Sequence[str]) -> None:
-        """Remove files, and have that on disk; those that are not there are passed over."""
-        for folder, together in groupby(sorted(keys, key=split), key=lambda key: split(key)[0]):
+        """Remove files, those of one folder in the given order, and have that on disk; those that are not there are
+        passed over.
+        """
+        for folder, together in groupby(sorted(keys, key=_folder), key=_folder):
             with suppress(FileNotFoundError), self.folder(folder) as descriptor:
                 for key in together:
                     with suppress(FileNotFoundError, IsADirectoryError):

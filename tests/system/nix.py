@@ -35,6 +35,16 @@ CHAIN = """
 """
 """Three builds, each of which refers to those before it, and one of them to itself."""
 
+MANY = """
+    let
+      make = number: builtins.toFile "path-${toString number}" "%s ${references number}";
+      references = number: if number == 0 then "" else "${path (number - 1)} ${path (number / 2)}";
+      path = number: builtins.elemAt paths number;
+      paths = builtins.genList make %d;
+    in paths
+"""
+"""Text files: a word for all of them, and how many. Each refers to the one before it and to that at half its number."""
+
 
 class Nix:
     """A machine. Its store is a chroot store, unless it `builds`: then its store directory is a folder of its own,

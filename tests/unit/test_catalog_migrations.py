@@ -97,6 +97,18 @@ async def test_what_an_older_version_wrote_is_kept(path: Path, monkeypatch: pyte
     await catalog.close()
 
 
+async def test_what_was_being_deleted_is_deleted_in_the_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(migrations, "HEAD", "0003")
+        await make(path)
+    with sqlite3.connect(path) as connection:
+        connection.execute("INSERT INTO doomed VALUES ('main/b'), ('main/a')")
+    connection.close()
+    catalog = await SqlCatalog.open(f"sqlite:///{path}")
+    assert set(await catalog.doomed()) == {"main/a", "main/b"}
+    await catalog.close()
+
+
 def test_the_head_is_the_last_of_the_packaged_migrations() -> None:
     packaged = ScriptDirectory(str(Path(migrations.__file__).parent))
     assert packaged.get_heads() == [migrations.HEAD]

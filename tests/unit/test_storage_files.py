@@ -351,3 +351,21 @@ async def test_close_leaves_no_temporary_file_and_no_descriptor(root: Path) -> N
         await store.close()
     assert len(files(root)) == 100
     assert descriptors() == before
+
+
+async def test_files_of_a_folder_are_deleted_in_the_given_order(
+    store: FilesystemStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a folder which others read is whole at every moment."""
+    keys = ["main/b", "main/nar/y", "main/a", "other/x", "main/nar/x", "main/c"]
+    await store.put_many(dict.fromkeys(keys, b""))
+    unlink, removed = os.unlink, []
+
+    def noting(name: str, *, dir_fd: int) -> None:
+        removed.append(name)
+        unlink(name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", noting)
+    await store.delete(keys)
+    assert removed == ["b", "a", "c", "y", "x", "x"]
+    assert [info async for info in store.list("")] == []

@@ -17,7 +17,7 @@ from cachesrv.errors import ConfigError
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-HEAD = "0003"
+HEAD = "0004"
 
 
 def migrate(connection: Connection) -> None:
