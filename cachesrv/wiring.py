@@ -158,11 +158,12 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
             origin,
             storage_is_local=_storage_is_local(config),
             redirect=config.delivery.mode == "redirect",
+            patience=config.lookup.timeout,
         )
         # What is in use has to look so all the time to who spares what was used within the time of a lease.
         usage = Usage(catalog, resolution=min(RESOLUTION, config.collect.lease / 4))
         stack.push_async_callback(usage.flush)
-        metadata = Metadata(storage, catalog)
+        metadata = Metadata(storage, catalog, patience=config.lookup.timeout)
         delivery = Delivery(storage, catalog, ingest, far_away)
         leases = Leases(catalog, config.collect.lease)
         yield Services(

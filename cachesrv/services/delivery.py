@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from cachesrv.errors import StoreError
 from cachesrv.services.alone import read_alone
+from cachesrv.services.patience import waiting
 from cachesrv.services.stored_nar import StoredNar
 from cachesrv.storage.base import LocalFile, PresignedUrl, Stream
 
@@ -47,7 +48,8 @@ class Origin(Protocol):
 class FarAway:
     """What it takes where NARs are not all files of this host: the disk cache, and the fetches that fill it.
 
-    `storage_is_local`: those in storage are files of this host; `redirect`: where they are not, clients are sent there.
+    `storage_is_local`: those in storage are files of this host; `redirect`: where they are not, clients are sent there;
+    `patience`: seconds for which it is waited to be told whether one is there.
     """
 
     disk_cache: ObjectCache
@@ -55,6 +57,7 @@ class FarAway:
     origin: Origin
     storage_is_local: bool
     redirect: bool
+    patience: float
 
 
 class Delivery:
@@ -114,7 +117,8 @@ class Delivery:
         # A file is looked at; a question to a bucket is saved where the catalog knows the answer.
         if not self._far_away.storage_is_local and (record := await self._catalog.nar(key)):
             return record, record.file_size
-        info = await self._storage.head(key)
+        async with waiting(self._far_away.patience, f"whether {key} is there"):
+            info = await self._storage.head(key)
         return None, info.size if info else None
 
     async def _here(self, key: str) -> NarDelivery | None:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
-from cachesrv.errors import PeerError, PeerUnavailable, StoreError, StoreUnavailable
+from cachesrv.errors import PeerError, PeerUnavailable, StoreError
 from cachesrv.index.base import IndexEntry, Present
 from cachesrv.services.answer import present
 from cachesrv.services.batch import Batcher
+from cachesrv.services.patience import waiting
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,13 +114,8 @@ class Lookup:
     async def _ask(self, cache: ServedCache, hash_part: str) -> bytes | None:
         doubts: list[PeerError] = []
         epoch = self._index.epoch()
-        try:
-            async with asyncio.timeout(self._timeout):
-                text = await self._ask_sources(cache, hash_part, doubts)
-        except TimeoutError:
-            raise StoreUnavailable(
-                f"nobody could say within {self._timeout:g} s whether {hash_part} is there"
-            ) from None
+        async with waiting(self._timeout, f"whether {hash_part} is there"):
+            text = await self._ask_sources(cache, hash_part, doubts)
         for doubt in doubts:
             _log.warning("a source could not answer", cache=cache.name, hash_part=hash_part, error=str(doubt))
         if text is not None or not doubts:

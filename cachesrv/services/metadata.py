@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cachesrv.errors import BadInput, TooLarge
 from cachesrv.nix import debuginfo, listing, realisation
 from cachesrv.nix.store_path import StorePath, is_hash_part
+from cachesrv.services.patience import waiting
 from cachesrv.services.realisations import Realisations
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from cachesrv.catalog.base import Catalog
     from cachesrv.services.caches import ServedCache
-    from cachesrv.storage.base import ObjectStore
+    from cachesrv.storage.base import ObjectInfo, ObjectStore
 
 JSON_TYPE = "application/json"
 LOG_TYPE = "text/plain; charset=utf-8"
@@ -58,11 +59,17 @@ def kind_of(name: str) -> MetadataKind | None:
 
 
 class Metadata:
-    """Keeps and gives out such objects."""
+    """Keeps such objects, and finds them. `patience`: seconds until it has to be known whether one is there."""
 
-    def __init__(self, storage: ObjectStore, catalog: Catalog) -> None:
+    def __init__(self, storage: ObjectStore, catalog: Catalog, *, patience: float) -> None:
         self._storage = storage
         self._realisations = Realisations(storage, catalog)
+        self._patience = patience
+
+    async def find(self, key: str) -> ObjectInfo | None:
+        """What is known of an object, or None when it is not there. Raises StoreError."""
+        async with waiting(self._patience, f"whether {key} is there"):
+            return await self._storage.head(key)
 
     async def put(self, cache: ServedCache, kind: MetadataKind, name: str, data: bytes) -> None:
         """Keep an object (no log), if it is what its name says. Raises BadInput; what `Realisations.put` raises."""

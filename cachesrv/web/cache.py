@@ -148,7 +148,7 @@ async def get_metadata(ask: Ask) -> web.StreamResponse:
     kind = metadata.kind_of(ask.name)
     assert kind is not None
     key = validate_key(ask.cache.key(ask.name))
-    info = await ask.services.storage.head(key)
+    info = await ask.services.metadata.find(key)
     if info is None:
         raise NotFound(_NO_OBJECT)
     send = partial(objects.send, ask.request, content_type=kind.content_type, cache_control=objects.REVALIDATE)

@@ -50,15 +50,18 @@ class Client:
     ) -> Answer:
         """A request as given; the token goes with it unless the headers say otherwise."""
         fields = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        if self._tls:
-            connection: HTTPConnection = HTTPSConnection(self.host, self.port, timeout=PATIENCE, context=self._tls)
-        else:
-            connection = HTTPConnection(self.host, self.port, timeout=PATIENCE)
+        connection = self.open()
         try:
             connection.request(method, path, body, {**fields, **(headers or {})})
             return whole(connection.getresponse())
         finally:
             connection.close()
+
+    def open(self) -> HTTPConnection:
+        """A connection for several requests, one after the other."""
+        if self._tls:
+            return HTTPSConnection(self.host, self.port, timeout=PATIENCE, context=self._tls)
+        return HTTPConnection(self.host, self.port, timeout=PATIENCE)
 
     def get(self, path: str, **headers: str) -> Answer:
         """Header names are written with underscores. A redirect is followed, without the token."""

@@ -137,10 +137,7 @@ class FaultProxy:
     def plan(self, fault: Fault, *, method: str = "", query: str = "", path: str = "", times: int = 1) -> None:
         """Let the next `times` requests with this method, this parameter and this text in their path fail so."""
 
-        def meant(seen: Seen) -> bool:
-            return method in {"", seen.method} and (not query or query in seen.query) and path in seen.path
-
-        self._planned.append(_Planned(fault, meant, times))
+        self._planned.append(_Planned(fault, lambda seen: _is_meant(seen, method, query, path), times))
 
     def calm(self) -> None:
         """Forget what is planned and what was seen, and be up."""
@@ -153,9 +150,9 @@ class FaultProxy:
         """How many planned faults have found no request yet."""
         return sum(planned.times for planned in self._planned)
 
-    def count(self, method: str, *, query: str = "") -> int:
-        """How many such requests came in."""
-        return sum(seen.method == method and (not query or query in seen.query) for seen in self.seen)
+    def count(self, method: str = "", *, query: str = "", path: str = "") -> int:
+        """How many such requests came in, as `plan` names them."""
+        return sum(_is_meant(seen, method, query, path) for seen in self.seen)
 
     def down(self) -> None:
         """Refuse connections, and end those that are open."""
@@ -293,6 +290,10 @@ class FaultProxy:
             await reader.read()
         finally:
             writer.transport.abort()
+
+
+def _is_meant(seen: Seen, method: str, query: str, path: str) -> bool:
+    return method in {"", seen.method} and (not query or query in seen.query) and path in seen.path
 
 
 def _passed_on(headers: Any) -> list[tuple[str, str]]:

@@ -156,6 +156,13 @@ class Server:
         """Bytes of memory that it held at most (proc(5), VmHWM)."""
         return peak_memory(self.process.pid)
 
+    @property
+    def absences(self) -> int:
+        """How many the index remembers."""
+        lines = self.client().get("/metrics").text.splitlines()
+        (line,) = [line for line in lines if line.startswith("cachesrv_index_absences ")]
+        return int(float(line.split()[1]))
+
     def snapshot(self) -> dict[str, Any]:
         """All that is stored, unfinished objects too, and every published path."""
         return self.stored.state() | {"published": self.query(_EVERYTHING)}

@@ -45,11 +45,11 @@ def test_what_was_missed_is_found_right_after_the_push(builder: Nix, cache: Serv
     for path in paths:
         # the second time the absence comes from the index
         assert [ask(cache, form, method, path) for form in (PLAIN, PLAIN, ODD)] == [404] * 3
-    until(lambda: _absences(cache) == len(paths), "the index does not learn what is absent")
+    until(lambda: cache.absences == len(paths), "the index does not learn what is absent")
     for path in paths:
         fill(builder, cache, path)
         assert [ask(cache, form, method, path) for form in (PLAIN, ODD)] == [200] * 2
-    assert _absences(cache) == 0
+    assert cache.absences == 0
 
 
 @both_ways
@@ -60,11 +60,11 @@ def test_neither_absence_nor_publish_is_lost_with_the_server(
     """Absences survive a restart, and do not come back once a push has cleared them."""
     path = builder.add("file", "content")
     assert ask(cache, PLAIN, "GET", path) == 404
-    until(lambda: _absences(cache) == 1, "the index does not learn what is absent")
+    until(lambda: cache.absences == 1, "the index does not learn what is absent")
     cache.signal(end)
     cache.process.wait(60)
     cache.start()
-    assert _absences(cache) == 1
+    assert cache.absences == 1
     assert ask(cache, PLAIN, "GET", path) == 404
     fill(builder, cache, path)
     assert ask(cache, PLAIN, "GET", path) == 200
@@ -73,7 +73,7 @@ def test_neither_absence_nor_publish_is_lost_with_the_server(
     cache.start()
     assert ask(cache, PLAIN, "GET", path) == 200
     assert ask(cache, PLAIN, "HEAD", path) == 200
-    assert _absences(cache) == 0
+    assert cache.absences == 0
 
 
 @both_ways
@@ -97,7 +97,7 @@ def test_hits_and_misses_come_from_the_index(builder: Nix, cache: Server) -> Non
     there, absent, new = (builder.add(name, name) for name in ("there", "absent", "new"))
     push(builder, cache, there)
     assert (ask(cache, PLAIN, "GET", there), ask(cache, PLAIN, "GET", absent)) == (200, 404)
-    until(lambda: _absences(cache) == 1, "the index does not learn what is absent")
+    until(lambda: cache.absences == 1, "the index does not learn what is absent")
     _break_catalog(cache)
     assert ask(cache, PLAIN, "GET", new) == 500
     assert (ask(cache, PLAIN, "GET", there), ask(cache, PLAIN, "GET", absent)) == (200, 404)
@@ -114,7 +114,7 @@ def test_an_error_is_not_remembered_as_an_absence(builder: Nix, cache: Server) -
     assert ask(cache, PLAIN, "GET", there) == 500
     mend()
     assert ask(cache, PLAIN, "GET", there) == 200
-    assert _absences(cache) == 0
+    assert cache.absences == 0
 
 
 @both_ways
@@ -144,10 +144,3 @@ def _break_catalog(server: Server) -> Callable[[], None]:
 
     rename("paths", "away")
     return lambda: rename("away", "paths")
-
-
-def _absences(server: Server) -> int:
-    """How many the index holds."""
-    text = server.client().get("/metrics").text
-    (line,) = [line for line in text.splitlines() if line.startswith("cachesrv_index_absences ")]
-    return int(float(line.split()[1]))

@@ -138,7 +138,7 @@ async def far_site(
             lookup = Lookup(site.index, [upstreams], negative_ttl=60, timeout=1)
             fetches = Fetches(kept)
             origin = PullThrough(upstreams, site.ingest, site.publish, keep=not local, forget=lookup.forget)
-            far_away = FarAway(kept, fetches, origin, storage_is_local=local, redirect=redirect)
+            far_away = FarAway(kept, fetches, origin, storage_is_local=local, redirect=redirect, patience=0.5)
             yield Far(site, bucket, kept, Delivery(site.storage, site.catalog, site.ingest, far_away), upstream)
             await fetches.close()
     await cache.close()

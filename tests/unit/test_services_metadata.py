@@ -35,7 +35,7 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
 
 @pytest.fixture
 def keeper(site: Site) -> Metadata:
-    return Metadata(site.storage, site.catalog)
+    return Metadata(site.storage, site.catalog, patience=5)
 
 
 def realisation(sample: Sample, *signatures: str) -> bytes:

@@ -1,0 +1,75 @@
+"""What is not in a bucket is asked of it once: counted at a proxy between the server and the bucket."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.samples import Sample, path_of
+from tests.system.client import whole
+from tests.system.fault_proxy import FaultProxy
+from tests.system.server import until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.radosgw import Gateway
+    from tests.system.conftest import MakeBucket, StartServer
+    from tests.system.server import Server
+
+ABSENT = 10_000
+CONNECTIONS = 16
+NARINFO = ".narinfo"
+
+
+@pytest.fixture
+def proxy(gateway: Gateway) -> Iterator[FaultProxy]:
+    with FaultProxy(gateway.endpoint) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def server(make_server: StartServer, make_bucket: MakeBucket, proxy: FaultProxy) -> Server:
+    environment = {"CACHESRV_CACHE__0__AUTHORITY": "bucket"}
+    return make_server(stored=make_bucket(endpoint=proxy.url), environment=environment).start()
+
+
+def ask(server: Server, hash_parts: list[str]) -> list[int]:
+    """The statuses of their narinfos, asked for one after the other on each of several connections."""
+
+    def one_after_the_other(some: list[str]) -> list[int]:
+        with closing(server.client().open()) as connection:
+            statuses = []
+            for hash_part in some:
+                connection.request("GET", f"/main/{hash_part}.narinfo")
+                statuses.append(whole(connection.getresponse()).status)
+            return statuses
+
+    parts = [hash_parts[start::CONNECTIONS] for start in range(CONNECTIONS)]
+    with ThreadPoolExecutor(CONNECTIONS) as askers:
+        return [status for statuses in askers.map(one_after_the_other, parts) for status in statuses]
+
+
+def test_each_is_asked_for_once(server: Server, proxy: FaultProxy) -> None:
+    samples = [Sample(f"sample-{number}") for number in range(3)]
+    hash_parts = [path_of(f"absent-{number}").hash_part for number in range(ABSENT - len(samples))]
+    hash_parts += [sample.path.hash_part for sample in samples]
+    assert ask(server, hash_parts) == [404] * ABSENT
+    assert proxy.count(path=NARINFO) == proxy.count("GET", path=NARINFO) == ABSENT
+    until(lambda: server.absences == ABSENT, "not all absences are remembered")
+    proxy.calm()
+    assert ask(server, hash_parts) == [404] * ABSENT
+    server.kill()
+    server.start()
+    assert ask(server, hash_parts) == [404] * ABSENT
+    assert not proxy.count(path=NARINFO)
+    for sample in samples:
+        assert server.pusher.put(sample.nar_url, sample.file).status == 204
+        assert server.pusher.put(sample.narinfo_url, sample.narinfo()).status == 204
+        proxy.calm()
+        assert server.client().get(sample.narinfo_url).status == 200
+        assert not proxy.count(path=NARINFO)
+    assert server.absences == ABSENT - len(samples)
