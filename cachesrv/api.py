@@ -105,9 +105,12 @@ class WantedPath(msgspec.Struct, frozen=True, array_like=True):
 
 
 class MissingRequest(msgspec.Struct, frozen=True):
-    """Which of these does the cache not have?"""
+    """Which of these does the cache not have? `realisations` by the names of their objects, `realisations/<id>.doi` or
+    `build-trace-v2/<derivation>/<output>.doi`; they are put there after what they lead to is published.
+    """
 
     paths: list[WantedPath]
+    realisations: list[str] = []
 
 
 class PublishedOtherwise(msgspec.Struct, frozen=True):
@@ -119,12 +122,13 @@ class PublishedOtherwise(msgspec.Struct, frozen=True):
 
 class MissingAnswer(msgspec.Struct, frozen=True):
     """Base names. `missing`: not published; `stored`: those of them whose NAR is here already and needs no sending;
-    `conflicts`: published, with another NAR hash.
+    `conflicts`: published, with another NAR hash; `realisations`: those that are not here.
     """
 
     missing: list[str]
     stored: list[str]
     conflicts: list[PublishedOtherwise]
+    realisations: list[str] = []
 
 
 class PathToPublish(msgspec.Struct, frozen=True):

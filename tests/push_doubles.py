@@ -83,6 +83,7 @@ class TemporaryStore:
         self.directory = directory
         self.infos: dict[StorePath, PathInfo] = {}
         self.unreadable: set[StorePath] = set()
+        self.realised: dict[OutputId | TracedOutput, Realisation] = {}
 
     def add(self, name: str, contents: bytes | Mapping[str, bytes] = b"", references: Iterable[str] = ()) -> PathInfo:
         """A file, or a directory of files."""
@@ -131,7 +132,8 @@ class TemporaryStore:
             await asyncio.sleep(0)
 
     async def realisations(self, paths: Iterable[StorePath]) -> Mapping[OutputId | TracedOutput, Realisation]:
-        return {}
+        wanted = set(paths)
+        return {output: one for output, one in self.realised.items() if one.out_path in wanted}
 
     async def close(self) -> None:
         pass
@@ -154,6 +156,7 @@ class FakeCache:
     upstreams: list[api.UpstreamAnswer] = field(default_factory=list)
     nars: dict[str, bytes] = field(default_factory=dict)
     published: dict[str, api.PathToPublish] = field(default_factory=dict)
+    realisations: dict[str, bytes] = field(default_factory=dict)
     elsewhere: set[str] = field(default_factory=set)
     faults: dict[str, list[Handler]] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
@@ -168,6 +171,7 @@ class FakeCache:
         app.router.add_post("/api/v1/caches/main/missing", self._route("missing", self._missing))
         app.router.add_post("/api/v1/caches/main/paths", self._route("paths", self._publish))
         app.router.add_put("/main/nar/{file}", self._route("nar", self._put))
+        app.router.add_put("/main/realisations/{file}", self._route("realisation", self._realise))
         upload = "/api/v1/caches/main/uploads/{upload}"
         app.router.add_put(upload, self._route("begin", self._begin))
         app.router.add_put(upload + "/parts/{number}", self._route("part", self._part))
@@ -210,8 +214,9 @@ class FakeCache:
         )
 
     async def _missing(self, request: web.Request) -> web.Response:
-        paths = (await _body(request, api.MissingRequest)).paths
-        assert len(paths) <= api.MAX_BATCH
+        asked = await _body(request, api.MissingRequest)
+        paths = asked.paths
+        assert len(paths) + len(asked.realisations) <= api.MAX_BATCH
         absent = [path for path in paths if path.path not in self.published]
         there = {path.path: self.published[path.path].nar_hash for path in paths if path.path in self.published}
         return _json(
@@ -223,6 +228,7 @@ class FakeCache:
                     for p in paths
                     if there.get(p.path, "") not in ("", p.nar_hash)
                 ],
+                [name for name in asked.realisations if name not in self.realisations],
             )
         )
 
@@ -285,6 +291,10 @@ class FakeCache:
             return web.Response(status=422, text="the NAR has another hash\n")
         self.nars[nar_hash] = body
         return _json(api.CompleteAnswer("stored"))
+
+    async def _realise(self, request: web.Request) -> web.Response:
+        self.realisations[f"realisations/{request.match_info['file']}"] = await request.read()
+        return web.Response(status=204)
 
 
 def answer(status: int, text: str = "", **headers: str) -> Handler:

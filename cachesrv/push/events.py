@@ -7,6 +7,7 @@
     Resumed       so much of it was there already, in parts that were sent before
     Stored        the server has the NAR, checked
     Published     the path is visible in the cache
+    Realised      the cache says that an output of a derivation came out as a path
     Failed        the path will not be published by this push
     Retrying      something went wrong and is tried again
     Noted         something does not go as was wished, and the push goes on without it
@@ -36,7 +37,9 @@ class Planned(_Event, frozen=True, kw_only=True):
 
 
 class PlanMade(_Event, frozen=True, kw_only=True, tag="plan", omit_defaults=False):
-    """How many paths go which way; nar_bytes: what there is to dump and compress, each NAR once."""
+    """How many paths go which way; nar_bytes: what there is to dump and compress, each NAR once; realisations: how many
+    are sent after the paths.
+    """
 
     paths: int
     upload: int
@@ -46,6 +49,7 @@ class PlanMade(_Event, frozen=True, kw_only=True, tag="plan", omit_defaults=Fals
     conflict: int
     nars: int
     nar_bytes: int
+    realisations: int = 0
 
 
 class Sending(_Event, frozen=True):
@@ -81,8 +85,15 @@ class Published(_Event, frozen=True):
     path: str
 
 
+class Realised(_Event, frozen=True):
+    """`output` as its object in the cache is called, such as `realisations/<id>.doi`."""
+
+    output: str
+    path: str
+
+
 class Failed(_Event, frozen=True):
-    """`path` is a base name, or the argument that could not be understood."""
+    """`path` is a base name, the argument that could not be understood, or the `output` of a realisation."""
 
     path: str
     error: str
@@ -118,7 +129,9 @@ class Summary(_Event, frozen=True, kw_only=True, omit_defaults=False):
     seconds: float = 0.0
 
 
-Event = Planned | PlanMade | Sending | Sent | Resumed | Stored | Published | Failed | Retrying | Noted | Summary
+Event = (
+    Planned | PlanMade | Sending | Sent | Resumed | Stored | Published | Realised | Failed | Retrying | Noted | Summary
+)
 
 Emit = Callable[[Event], None]
 """Takes events; it must not block and must not raise."""

@@ -24,6 +24,7 @@ from cachesrv.push.nar_source import LocalNar, StreamedNar
 from cachesrv.push.one_line import one_line
 from cachesrv.push.pipeline import DEFAULT_LEVEL, Pipeline
 from cachesrv.push.plan import Answers, Decision, make_plan, plan_refused, wanted
+from cachesrv.push.realisations import RealisationUpload, missing_realisations
 from cachesrv.push.retry import Backoff
 from cachesrv.push.selection import select
 from cachesrv.push.server import connect
@@ -112,12 +113,19 @@ class _Push:
             self._check(cache)
             answers = await _ask(server, infos)
             plan = make_plan(infos, answers, await self._left_out(infos, answers, cache))
-            self._tell(plan)
+            realisations = await missing_realisations(self._store, self._kept_in_cache(plan), server)
+            self._tell(plan, len(realisations))
             for step in plan.steps:
                 if step.decision is Decision.CONFLICT:
                     self._emit(Failed(step.path.base_name, step.reason))
             if not self._options.dry_run:
-                await self._carry_out(plan, answers, server, cache)
+                published = await self._carry_out(plan, answers, server, cache)
+                there = published.union(info.store_path for info in plan.those(Decision.PRESENT))
+                sending = RealisationUpload(realisations, server, jobs=self._options.jobs, emit=self._emit)
+                await sending.run(there)
+
+    def _kept_in_cache(self, plan: Plan) -> list[PathInfo]:
+        return list(plan.those(Decision.UPLOAD, Decision.PUBLISH, Decision.PRESENT))
 
     async def _left_out(self, infos: Sequence[PathInfo], answers: Answers, cache: CacheAnswer) -> dict[StorePath, str]:
         """What upstreams have: those of the cache, and those that the options add."""
@@ -134,7 +142,7 @@ class _Push:
                 f"this store has them in {self._store.store_dir}"
             )
 
-    def _tell(self, plan: Plan) -> None:
+    def _tell(self, plan: Plan, realisations: int = 0) -> None:
         for step in plan.steps:
             self._emit(
                 Planned(
@@ -150,11 +158,14 @@ class _Push:
                 **{decision.value: plan.count(decision) for decision in Decision},
                 nars=len(plan.nars),
                 nar_bytes=plan.nar_bytes,
+                realisations=realisations,
             )
         )
 
-    async def _carry_out(self, plan: Plan, answers: Answers, server: Server, cache: CacheAnswer) -> None:
-        """The plan, and where that broke a closure, one that leaves nothing to upstreams."""
+    async def _carry_out(
+        self, plan: Plan, answers: Answers, server: Server, cache: CacheAnswer
+    ) -> frozenset[StorePath]:
+        """The plan, and where that broke a closure, one that leaves nothing to upstreams. What was published."""
         options, store = self._options, self._store
         async with keeping(
             options.record, options.keep_nars, str(self._settings.address), store.store_dir, self._emit
@@ -170,13 +181,16 @@ class _Push:
 
                 delivery = Delivery(server, pipeline, open_nar, cache, emit=self._emit)
                 result = await Upload(plan, server, delivery, jobs=options.jobs, emit=kept.emit).run()
-                answers = answers.after(stored=result.stored, published=result.published)
+                published = frozenset(result.published)
+                answers = answers.after(stored=result.stored, published=published)
                 second = plan_refused(plan, result.refused, answers)
                 if second is not None:
                     self._tell(second)
                     result = await Upload(second, server, delivery, jobs=options.jobs, emit=kept.emit).run()
+                    published |= result.published
         for path, error in result.refused.items():
             self._emit(Failed(path.base_name, error))
+        return published
 
     @property
     def _readers(self) -> int:

@@ -11,6 +11,7 @@ import asyncio
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import quote
 
 import msgspec
 import zstandard
@@ -79,6 +80,20 @@ class Server:
         """Which of at most MAX_BATCH paths are not there."""
         question = msgspec.json.encode(MissingRequest(list(paths)))
         return await self.ask("POST", "missing", question, MissingAnswer)
+
+    async def missing_realisations(self, names: Sequence[str]) -> list[str]:
+        """Which of at most MAX_BATCH realisations, by the names of their objects, are not there."""
+        question = msgspec.json.encode(MissingRequest([], list(names)))
+        answer = await self.ask("POST", "missing", question, MissingAnswer)
+        return answer.realisations
+
+    async def put_metadata(self, name: str, data: bytes) -> None:
+        """Put a small JSON object into the cache. Raises Refused or Conflict when the server does not take it."""
+
+        async def once() -> None:
+            await self._request("PUT", f"{self.address}/{quote(name)}", data)
+
+        await retry(once, f"asking {self.address}", self.backoff, self._emit)
 
     async def publish(self, paths: Sequence[PathToPublish]) -> list[PathOutcome]:
         """Publish at most MAX_BATCH paths whose NARs are there; an outcome for each, in their order."""

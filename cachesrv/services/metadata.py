@@ -17,7 +17,7 @@ from cachesrv.services.patience import waiting
 from cachesrv.services.realisations import Realisations
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable
+    from collections.abc import AsyncIterable, Iterable
 
     from cachesrv.catalog.base import Catalog
     from cachesrv.services.caches import ServedCache
@@ -82,6 +82,13 @@ class Metadata:
         else:
             await self._realisations.put(cache, _output(kind, parts), data)
 
+    async def missing_realisations(self, cache: ServedCache, names: Iterable[str]) -> list[str]:
+        """Those of these objects that are not there. Raises BadInput."""
+        return [
+            realisation.object_name(output)
+            for output in await self._realisations.missing(cache, map(_output_named, names))
+        ]
+
     async def put_log(self, cache: ServedCache, name: str, chunks: AsyncIterable[bytes]) -> None:
         """Keep a build log, in the place of an earlier one. Raises BadInput."""
         StorePath.parse(_parts(LOG, name)[0])
@@ -100,6 +107,14 @@ def _parts(kind: MetadataKind, name: str) -> tuple[str, ...]:
     if match is None:
         raise BadInput(f"{name[:200]!r} is not the name of a {kind.route}")
     return match.groups()
+
+
+def _output_named(name: str) -> realisation.RealisedOutput:
+    kind = kind_of(name)
+    if kind not in {REALISATION, BUILD_TRACE}:
+        raise BadInput(f"{name[:200]!r} is not the name of a realisation")
+    assert kind is not None
+    return _output(kind, _parts(kind, name))
 
 
 def _output(kind: MetadataKind, parts: tuple[str, ...]) -> realisation.RealisedOutput:

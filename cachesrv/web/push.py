@@ -70,7 +70,7 @@ async def get_cache(request: web.Request) -> web.Response:
 async def missing(request: web.Request) -> web.Response:
     """Which of many paths are not here; asked once by an uploader."""
     cache, asked, pusher = await authorised(request, api.MissingRequest)
-    _check_batch(asked.paths)
+    _check_batch([*asked.paths, *asked.realisations])
     services = request.app[SITE].services
     wanted = {StorePath.parse(path.path): Hash.parse(path.nar_hash).nix32 for path in asked.paths}
     await services.leases.grant(cache, {path.hash_part for path in wanted}, set(wanted.values()))
@@ -89,6 +89,7 @@ async def missing(request: web.Request) -> web.Response:
             missing=[path.base_name for path in absent],
             stored=[path.base_name for path, nar_hash in absent.items() if nar_hash in stored],
             conflicts=[api.PublishedOtherwise(path.base_name, nar_hash) for path, nar_hash in conflicts.items()],
+            realisations=await services.metadata.missing_realisations(cache, asked.realisations),
         )
     )
 

@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from tests.system.conftest import every_storage
-from tests.system.push import both_ways, by_copy, push
+from tests.system.push import attempt, both_ways, by_copy, events, push
 
 if TYPE_CHECKING:
     from tests.system.conftest import MakeNix
@@ -105,6 +105,32 @@ def test_realisations_let_content_addressed_builds_be_substituted(builder: Nix, 
         assert bare.headers["content-type"] == "application/json"
         head = cache.client().head(f"/main/{name}")
         assert (head.status, head.headers["content-length"]) == (200, str(len(bare.body)))
+
+
+def test_pushed_realisations_let_content_addressed_builds_be_substituted(
+    builder: Nix, cache: Server, client: Nix
+) -> None:
+    """No key but the cache's own, for builds that nobody signed."""
+    (program,) = builder.build(CONTENT_ADDRESSED, "program")
+    push(builder, cache, program)
+    assert client.build(CONTENT_ADDRESSED, "program") == [program]
+    assert client.hashes(program) == builder.hashes(program)
+    assert {info.get("ca", "")[:8] for info in client.infos(program, store=cache.main).values()} == {"fixed:r:"}
+    events_of_second = events(attempt(builder, cache, program))
+    assert [event for event in events_of_second if event["event"] == "realised"] == []
+    assert events_of_second[-1]["present"] == 2
+
+
+def test_a_path_that_came_out_once_more_is_realised_once_more(builder: Nix, cache: Server, client: Nix) -> None:
+    """Another derivation with the same output: the path is in the cache, how it came to be is not."""
+    other = CONTENT_ADDRESSED.replace("echo $out > $out/self", "true; echo $out > $out/self")
+    (library,) = builder.build(CONTENT_ADDRESSED, "library")
+    push(builder, cache, library)
+    assert builder.build(other, "library") == [library]
+    told = events(attempt(builder, cache, library))
+    assert told[-1]["present"] == 1
+    assert len([event for event in told if event["event"] == "realised"]) == 1
+    assert client.build(other, "library") == [library]
 
 
 def test_a_realisation_leads_to_a_path_that_is_there_and_stays(builder: Nix, cache: Server) -> None:
