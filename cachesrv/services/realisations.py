@@ -46,7 +46,8 @@ class Realisations:
         key = cache.key(object_name(output))
         for _ in range(_TRIES):
             there = await self._storage.get(key, limit=layouts.DEFAULT_LIMIT)
-            merged = layouts.render(output, _merged(cache, output, given, there))
+            published = await self._published(cache, output, there)
+            merged = layouts.render(output, _merged(cache, output, given, published))
             if there == merged or await self._storage.put(key, merged, replace=there is not None):
                 return
         raise BeingRemoved(f"{object_name(output)} is being written by somebody else; try again")
@@ -62,6 +63,18 @@ class Realisations:
         asked = list(outputs)
         answers = await asyncio.gather(*map(is_missing, asked))
         return [output for output, missing in zip(asked, answers, strict=True) if missing]
+
+    async def _published(self, cache: ServedCache, output: RealisedOutput, data: bytes | None) -> Realisation | None:
+        """What the cache says of an output; nothing, if it leads to what has been deleted, or is no realisation: no
+        client could use it.
+        """
+        try:
+            published = None if data is None else _parse(output, data)
+        except BadInput:
+            return None
+        if published is None or cache.references is ReferencePolicy.ANY:
+            return published
+        return published if await self._catalog.present(cache.name, [published.out_path.hash_part]) else None
 
     async def _check_references(self, cache: ServedCache, output: RealisedOutput, given: Realisation) -> None:
         if cache.references is ReferencePolicy.ANY:
@@ -92,9 +105,10 @@ def _check_trust(cache: ServedCache, output: RealisedOutput, given: Realisation)
         )
 
 
-def _merged(cache: ServedCache, output: RealisedOutput, given: Realisation, there: bytes | None) -> Realisation:
+def _merged(
+    cache: ServedCache, output: RealisedOutput, given: Realisation, published: Realisation | None
+) -> Realisation:
     """Signed by the cache, with what it has gathered of other signatures. Raises Conflict."""
-    published = _published(output, there)
     signatures = given.signatures
     if published is not None:
         if published.out_path != given.out_path:
@@ -107,14 +121,6 @@ def _merged(cache: ServedCache, output: RealisedOutput, given: Realisation, ther
     texts = layouts.fingerprints(output, given)
     ours = [key.sign(text) for key in cache.signing_keys for text in texts]
     return replace(given, signatures=tuple(dict.fromkeys([*ours, *_believable(cache, signatures, texts)])))
-
-
-def _published(output: RealisedOutput, data: bytes | None) -> Realisation | None:
-    """None also for what is no realisation, which a client could not use either."""
-    try:
-        return None if data is None else _parse(output, data)
-    except BadInput:
-        return None
 
 
 def _believable(cache: ServedCache, signatures: Iterable[Signature], texts: tuple[bytes, ...]) -> Iterator[Signature]:

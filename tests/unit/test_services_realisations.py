@@ -166,6 +166,16 @@ async def test_what_is_broken_in_storage_is_replaced(site: Site, realisations: R
     assert await stored(site, OUTPUT) is not None
 
 
+async def test_one_that_leads_to_what_was_deleted_is_replaced(site: Site, realisations: Realisations) -> None:
+    """Its output may come out otherwise when it is built again."""
+    await site.storage.put(f"main/{object_name(OUTPUT)}", render(OUTPUT, signed(OUTPUT, leading_to(ABSENT))))
+    await put(realisations, OUTPUT, leading_to(THERE))
+    found = await stored(site, OUTPUT)
+    assert found is not None
+    assert found.out_path == THERE.path
+    assert [one.name for one in found.signatures] == ["main-1"]
+
+
 async def test_which_are_missing(site: Site, realisations: Realisations) -> None:
     await put(realisations, OUTPUT, leading_to(THERE))
     assert await realisations.missing(served_cache(), [OUTPUT, NEEDED, TRACED]) == [NEEDED, TRACED]
