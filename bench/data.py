@@ -117,7 +117,7 @@ async def _make_paths(data: Data, *, files: bool) -> None:
     catalog = await SqlCatalog.open(f"sqlite:///{directory.catalog}")
     begun = time.monotonic()
     for start in range(0, len(parts), _TOGETHER):
-        infos = [_narinfo(parts, place, key) for place in range(start, min(start + _TOGETHER, len(parts)))]
+        infos = [narinfo_at(parts, place, key) for place in range(start, min(start + _TOGETHER, len(parts)))]
         texts = [narinfo.render(info) for info in infos]
         if files:
             for info, text in zip(infos, texts, strict=True):
@@ -133,7 +133,7 @@ async def _make_paths(data: Data, *, files: bool) -> None:
     os.sync()
 
 
-def _narinfo(parts: list[str], place: int, key: SecretKey) -> NarInfo:
+def narinfo_at(parts: list[str], place: int, key: SecretKey) -> NarInfo:
     """Of the size and form of those of nixpkgs; it refers to paths before it."""
     picked = random.Random(place)
     nar_hash = Hash("sha256", picked.randbytes(32))

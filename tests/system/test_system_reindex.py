@@ -95,6 +95,36 @@ def test_killed_at_several_points_it_goes_on_from_there(make_server: StartServer
         assert server.client().get(sample.narinfo_url).body == sample.narinfo()
 
 
+def test_beside_a_server_that_is_asked_and_pushed_to(make_server: StartServer) -> None:
+    """What was found once is found again, and so is what a push has acknowledged."""
+    server = make_server()
+    there = family(MANY)
+    lay(server, there)
+    server.start()
+    pushed: list[Sample] = []
+    found: set[str] = set()
+    asked = iter(sample for sample in there for _ in range(2))
+    with subprocess.Popen(command(server), env=server.environment, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            sample = Sample(f"new-{len(pushed)}", b"new", (path_of("p-0"),) if there[0].narinfo_url in found else ())
+            assert server.pusher.put(sample.nar_url, sample.file).status == 204
+            assert server.pusher.put(sample.narinfo_url, sample.narinfo()).status == 204
+            pushed.append(sample)
+            found.add(sample.narinfo_url)
+            found |= {url for url in (there[0].narinfo_url, next(asked).narinfo_url) if _is_found(server, url)}
+            assert all(_is_found(server, url) for url in sorted(found)[:20])
+    assert process.returncode == 0
+    assert all(_is_found(server, sample.narinfo_url) for sample in [*pushed, *there[:: MANY // 100]])
+    assert count(server) == MANY + len(pushed)
+    assert reindex(server)["flaws"] == 0
+
+
+def _is_found(server: Server, url: str) -> bool:
+    status = server.client().get(url).status
+    assert status in {200, 404}
+    return status == 200
+
+
 def test_two_at_once_are_kept_apart(make_server: StartServer) -> None:
     server = make_server()
     lay(server, family(MANY))
