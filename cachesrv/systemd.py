@@ -5,6 +5,7 @@ Sources: sd_listen_fds(3), sd_notify(3).
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from typing import TYPE_CHECKING
@@ -16,7 +17,12 @@ _FIRST_FD = 3
 
 
 def inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
-    """The listening sockets that were passed by socket activation; none when they are not for this process.
+    """The listening sockets that were passed by socket activation: see `inherited_descriptors`."""
+    return [socket.socket(fileno=fd) for fd in inherited_descriptors(environ)]
+
+
+def inherited_descriptors(environ: MutableMapping[str, str]) -> list[int]:
+    """What was passed by socket activation, sockets or FIFOs; nothing when it is not for this process.
 
     The variables are taken out of `environ`, so that no child believes that they are for it.
     """
@@ -24,11 +30,10 @@ def inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
     environ.pop("LISTEN_FDNAMES", None)
     if pid != str(os.getpid()) or not count.isdigit():
         return []
-    sockets = []
-    for fd in range(_FIRST_FD, _FIRST_FD + int(count)):
+    descriptors = list(range(_FIRST_FD, _FIRST_FD + int(count)))
+    for fd in descriptors:
         os.set_inheritable(fd, False)
-        sockets.append(socket.socket(fileno=fd))
-    return sockets
+    return descriptors
 
 
 def notify(state: str, environ: MutableMapping[str, str]) -> None:
@@ -50,3 +55,11 @@ def watchdog_interval(environ: MutableMapping[str, str]) -> float | None:
     if not microseconds.isdigit() or environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
     return int(microseconds) / 2_000_000
+
+
+async def feed_watchdog(environ: MutableMapping[str, str]) -> None:
+    """Tell systemd, until this is cancelled, that the event loop turns."""
+    interval = watchdog_interval(environ)
+    while interval:
+        notify("WATCHDOG=1", environ)
+        await asyncio.sleep(interval)

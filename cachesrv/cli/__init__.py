@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, str] = {
     "serve": "Answer Nix clients over HTTP.",
     "push": "Push store paths to a cache.",
     "hook": "Queue what Nix has just built (its post-build-hook).",
+    "queue": "Push what hooks have queued, and see how it goes.",
     "pushed": "Tell what was pushed from here.",
     "ls": "List what is in a store path, here or in a cache.",
     "cat": "Print a file in a store path, here or in a cache.",

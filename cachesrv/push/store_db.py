@@ -60,6 +60,10 @@ DEPENDENCIES = (
     " CROSS JOIN RealisationsRefs l ON l.referrer = value"
     " CROSS JOIN Realisations r ON r.id = l.realisationReference CROSS JOIN ValidPaths v ON v.id = r.outputPath"
 )
+OUTPUTS = (
+    "SELECT CAST(path AS TEXT), CAST(deriver AS TEXT) FROM ValidPaths"
+    " WHERE deriver IN (SELECT value FROM json_each(?)) ORDER BY id"
+)
 BUILD_TRACE = (
     "SELECT drvPath, outputName, outputPath, signatures FROM BuildTraceV3"
     " WHERE outputPath IN (SELECT value FROM json_each(?))"
@@ -100,6 +104,15 @@ class StoreDatabase:
     def closure(self, paths: Iterable[StorePath]) -> list[PathInfo]:
         """All that `paths` need, in reference order; raises `NotFound` for one of `paths` that is not valid."""
         return in_reference_order(self._infos(CLOSURE, sorted(set(paths))))
+
+    def outputs(self, derivers: Iterable[StorePath]) -> dict[StorePath, list[StorePath]]:
+        """The valid paths that came out of each of these derivations, as far as is known."""
+        found: dict[StorePath, list[StorePath]] = {deriver: [] for deriver in derivers}
+        names = json.dumps([deriver.full(self._store_dir) for deriver in found])
+        with self._reading() as db:
+            for path, deriver in db.execute(OUTPUTS, (names,)):
+                found[self._path(deriver)].append(self._path(path))
+        return found
 
     def realisations(self, paths: Iterable[StorePath]) -> dict[OutputId | TracedOutput, Realisation]:
         """What outputs of content-addressed derivations are known to have come out as one of `paths`."""

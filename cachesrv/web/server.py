@@ -93,7 +93,7 @@ async def serve(
     loop.add_signal_handler(signal.SIGHUP, _reload, site, reload)
     async with listening(site, sockets, tls=tls, shutdown_timeout=shutdown_timeout):
         systemd.notify("READY=1", os.environ)
-        watchdog = asyncio.create_task(_feed_watchdog())
+        watchdog = asyncio.create_task(systemd.feed_watchdog(os.environ))
         await stop.wait()
         site.ready = False
         systemd.notify("STOPPING=1", os.environ)
@@ -177,11 +177,3 @@ def _reload(site: Site, reload: Callable[[], Rules]) -> None:
     else:
         _log.info("configuration reloaded", caches=sorted(site.rules.caches))
     systemd.notify("READY=1", os.environ)
-
-
-async def _feed_watchdog() -> None:
-    """Tell systemd that the event loop turns."""
-    interval = systemd.watchdog_interval(os.environ)
-    while interval:
-        systemd.notify("WATCHDOG=1", os.environ)
-        await asyncio.sleep(interval)

@@ -1,0 +1,165 @@
+"""`cachesrv queue`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cachesrv.cli import SOME_FAILED
+from cachesrv.cli.way import pushing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cachesrv.push.queue.pusher import Way
+
+
+def _on_a_queue(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--queue", metavar="DIR", help="Where hooks queue.  [default: see above]")(function)
+
+
+@click.group(
+    epilog="""\b
+Examples:
+  cachesrv queue run --to https://cache.example.org/main --token-file token
+  cachesrv queue status
+  cachesrv queue drain
+
+`cachesrv hook` puts into the queue what Nix builds, `cachesrv queue run` pushes it, usually as a service.
+
+\b
+The queue is that of --queue or $CACHESRV_QUEUE_DIR, else /var/lib/cachesrv-queue for root,
+~/.local/state/cachesrv/queue for others.
+"""
+)
+def command() -> None:
+    """Push what hooks have queued, and see how it goes."""
+
+
+@command.command(
+    epilog="""\b
+Examples:
+  cachesrv queue run --to https://cache.example.org/main --token-file token
+  cachesrv queue run --drain
+  cachesrv queue run --metrics /var/lib/prometheus/node-exporter/cachesrv-queue.prom
+
+What fails is kept with its reason and tried again, later each time, and holds up nothing else. What the store has
+no more is dropped. Where there is a service already, this waits for its end.
+
+\b
+The queue is that of --queue or $CACHESRV_QUEUE_DIR, else /var/lib/cachesrv-queue for root,
+~/.local/state/cachesrv/queue for others. Cache and token are found as `cachesrv push` finds them.
+
+\b
+Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 3 --drain has left failed paths, which it names.
+"""
+)
+@pushing
+@_on_a_queue
+@click.option("--drain", is_flag=True, help="End when all has been tried: see `cachesrv queue drain`.")
+@click.option(
+    "--idle",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="End when there was nothing to do for so long.  [default: 60 if started by a socket of systemd, else never]",
+)
+@click.option("--metrics", type=click.Path(path_type=Path), help="A file for node_exporter's textfile collector.")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+def run(
+    *, way: Way, queue: str | None, drain: bool, idle: float | None, metrics: Path | None, log_level: str
+) -> int | None:
+    """Push what is queued, now and from now on."""
+    from cachesrv.push.queue.directory import queue_directory
+    from cachesrv.push.queue.process import Queue
+    from cachesrv.push.queue.report import LogReport
+    from cachesrv.telemetry import configure_logging
+
+    if drain:
+        return _drain(way, queue, metrics)
+    os.umask(0o077)
+    configure_logging(log_level)
+    Queue(queue_directory(queue, os.environ), way, LogReport(), metrics).serve(idle=idle)
+    return None
+
+
+@command.command(
+    epilog="""\b
+Examples:
+  cachesrv queue drain
+  cachesrv queue drain --to https://cache.example.org/main --token-file token
+
+For the end of a CI job. What has failed before is tried once more. If a service pushes the queue, this waits until it
+has tried everything.
+
+\b
+Exit status: 0 all is in the cache, 1 failed, 2 wrong usage or configuration, 3 some paths failed and were named; they
+stay in the queue.
+"""
+)
+@pushing
+@_on_a_queue
+def drain(*, way: Way, queue: str | None) -> int:
+    """Push all that is queued, and end."""
+    return _drain(way, queue, None)
+
+
+@command.command(
+    epilog="""\b
+Examples:
+  cachesrv queue status
+  cachesrv queue status --json | jq .failed_paths
+"""
+)
+@_on_a_queue
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def status(*, queue: str | None, as_json: bool) -> None:
+    """Say what waits, what is on its way, and what has failed and why."""
+    import msgspec
+
+    from cachesrv.push.queue.directory import queue_directory
+    from cachesrv.push.queue.status import read_status, status_lines
+    from cachesrv.telemetry import configure_logging
+
+    configure_logging()
+    found = read_status(queue_directory(queue, os.environ))
+    if as_json:
+        click.echo(msgspec.json.encode(found))
+    else:
+        for line in status_lines(found):
+            click.echo(line)
+
+
+@command.command(
+    epilog="""\b
+Examples:
+  cachesrv queue retry
+  cachesrv queue retry /nix/store/…-hello-2.12
+"""
+)
+@click.argument("paths", metavar="[PATH]...", nargs=-1)
+@_on_a_queue
+def retry(*, paths: tuple[str, ...], queue: str | None) -> int:
+    """Try again now what has failed: these paths, or all."""
+    from cachesrv.push.progress import count_text
+    from cachesrv.push.queue.directory import queue_directory
+    from cachesrv.push.queue.process import retry as retry_paths
+
+    number = retry_paths(queue_directory(queue, os.environ), paths)
+    click.echo(f"{count_text(number, 'path')} to be tried again")
+    return SOME_FAILED if number < len(set(paths)) else 0
+
+
+def _drain(way: Way, queue: str | None, metrics: Path | None) -> int:
+    from cachesrv.push.queue.directory import queue_directory
+    from cachesrv.push.queue.process import Queue
+    from cachesrv.push.queue.report import LinesReport
+
+    os.umask(0o077)
+    left = Queue(queue_directory(queue, os.environ), way, LinesReport(sys.stderr), metrics).drain()
+    for entry in left:
+        click.echo(f"failed {entry.path}: {entry.reason}", err=True)
+    return SOME_FAILED if left else 0

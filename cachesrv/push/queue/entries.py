@@ -1,0 +1,270 @@
+"""What the queue holds, in a SQLite file that survives kill -9 and loss of power.
+
+An entry is a store path that is to be pushed with all it needs, or a derivation whose outputs are. It waits, or has
+failed and is to be tried again at `next_try`, and meanwhile the process that holds the queue's lock may be pushing it.
+Times are seconds since 1970.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from cachesrv.errors import StoreError, StoreFull
+from cachesrv.push.queue.directory import give_to_owner
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+FILE = "queue.sqlite"
+
+PATH, OUTPUTS = "path", "outputs"
+"""Kinds of entries: the path itself, or the outputs of the derivation that it is."""
+
+_VERSION = 1
+_SCHEMA = f"""
+CREATE TABLE entries (
+    path TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    deriver TEXT,
+    queued REAL NOT NULL,
+    pushing INTEGER NOT NULL DEFAULT 0,
+    attempts INTEGER NOT NULL DEFAULT 0,
+    next_try REAL NOT NULL DEFAULT 0,
+    reason TEXT,
+    PRIMARY KEY (path, kind)
+) STRICT;
+CREATE INDEX entries_by_age ON entries (kind, queued, path);
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+PRAGMA user_version = {_VERSION};
+"""
+TROUBLE = "trouble"
+"""Fact: why nothing can be pushed at present, in JSON."""
+
+_LOCK_PATIENCE = 30.0
+_LONGEST_REASON = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """`attempts` is how often it has failed; `reason` why it did the last time."""
+
+    path: str
+    kind: str = PATH
+    deriver: str | None = None
+    queued: float = 0.0
+    attempts: int = 0
+    next_try: float = 0.0
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many entries there are; `oldest` is when the first of them was queued, `next_try` when the first of those
+    that failed is to be tried again.
+    """
+
+    waiting: int = 0
+    pushing: int = 0
+    failed: int = 0
+    oldest: float | None = None
+    next_try: float | None = None
+
+
+class Entries:
+    """The entries of one queue. Methods block, may be called by any thread, and raise StoreError."""
+
+    def __init__(self, file: str, database: sqlite3.Connection) -> None:
+        self._file = file
+        self._db = database
+        self._one = threading.Lock()
+
+    @classmethod
+    def open(cls, queue: str) -> Self:
+        """Made if there are none. Raises StoreError."""
+        file = f"{queue}/{FILE}"
+        try:
+            _create(file)
+            database = sqlite3.connect(file, timeout=_LOCK_PATIENCE, isolation_level=None, check_same_thread=False)
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = FULL")
+            entries = cls(file, database)
+            entries._prepare()
+        except OSError as error:
+            raise StoreError(f"the queue {file} cannot be made: {error.strerror}") from error
+        except sqlite3.Error as error:
+            raise _explain(file, error) from error
+        return entries
+
+    def close(self) -> None:
+        """To be called once."""
+        self._db.close()
+
+    def add(self, entries: Iterable[Entry]) -> int:
+        """How many of them are new; one that is there already stays as it is."""
+        with self._transaction() as db:
+            return _insert(db, entries)
+
+    def due(self, kind: str, most: int, *, again: bool, now: float) -> list[Entry]:
+        """The oldest that wait, or of those that failed and are to be tried again by `now`."""
+        which = "attempts > 0 AND next_try <= ?" if again else "attempts = 0 AND ? IS NOT NULL"
+        with self._reading() as db:
+            return _select(db, f"kind = ? AND {which}", kind, now, most=most)
+
+    def claim(self, entries: Iterable[Entry]) -> None:
+        """These are being pushed, and no others: there is one process that pushes, and what it does not push (any
+        more) waits or has failed.
+        """
+        with self._transaction() as db:
+            db.execute("UPDATE entries SET pushing = 0 WHERE pushing = 1")
+            db.executemany(
+                "UPDATE entries SET pushing = 1 WHERE path = ? AND kind = ?", [(e.path, e.kind) for e in entries]
+            )
+
+    def done(self, entries: Iterable[Entry]) -> None:
+        """They are in the cache, or will never be: forget them."""
+        with self._transaction() as db:
+            _delete(db, entries)
+
+    def replace(self, others: Mapping[Entry, Iterable[Entry]]) -> None:
+        """Others in the place of each."""
+        with self._transaction() as db:
+            _delete(db, others)
+            for entries in others.values():
+                _insert(db, entries)
+
+    def failed(self, failures: Mapping[Entry, tuple[str, float]]) -> None:
+        """For this reason; each is to be tried again at that time."""
+        with self._transaction() as db:
+            db.executemany(
+                "UPDATE entries SET attempts = attempts + 1, reason = ?, next_try = ? WHERE path = ? AND kind = ?",
+                [(why[:_LONGEST_REASON], when, entry.path, entry.kind) for entry, (why, when) in failures.items()],
+            )
+
+    def retry(self, paths: Iterable[str] | None = None) -> int:
+        """Let what has failed be tried again at once: these paths, or all. How many that are."""
+        names = None if paths is None else json.dumps(list(paths))
+        with self._transaction() as db:
+            db.execute("DELETE FROM facts WHERE name = ?", (TROUBLE,))
+            return db.execute(
+                "UPDATE entries SET next_try = 0 WHERE attempts > 0"
+                " AND (?1 IS NULL OR path IN (SELECT value FROM json_each(?1)))",
+                (names,),
+            ).rowcount
+
+    def counts(self) -> Counts:
+        """As of now."""
+        with self._reading() as db:
+            row = db.execute(
+                "SELECT total(NOT pushing AND attempts = 0), total(pushing), total(NOT pushing AND attempts > 0),"
+                " min(queued), min(next_try) FILTER (WHERE NOT pushing AND attempts > 0) FROM entries"
+            ).fetchone()
+            return Counts(int(row[0]), int(row[1]), int(row[2]), row[3], row[4])
+
+    def unknown(self, entries: Iterable[Entry]) -> int:
+        """How many of these are not there."""
+        with self._reading() as db:
+            row: tuple[int] = db.execute(
+                "SELECT count(*) FROM json_each(?) WHERE NOT EXISTS (SELECT 1 FROM entries"
+                " WHERE path = json_extract(value, '$[0]') AND kind = json_extract(value, '$[1]'))",
+                (json.dumps([(entry.path, entry.kind) for entry in entries]),),
+            ).fetchone()
+            return row[0]
+
+    def those_claimed(self) -> list[Entry]:
+        """The oldest first."""
+        with self._reading() as db:
+            return _select(db, "pushing = 1")
+
+    def those_failed(self) -> list[Entry]:
+        """The oldest first."""
+        with self._reading() as db:
+            return _select(db, "pushing = 0 AND attempts > 0")
+
+    def fact(self, name: str) -> str | None:
+        """What was noted under this name."""
+        with self._reading() as db:
+            row = db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+            return row[0] if row else None
+
+    def note(self, name: str, value: str | None, also: Iterable[Entry] = ()) -> None:
+        """Note something, or forget it, and in the same moment add entries."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM facts WHERE name = ?", (name,))
+            if value is not None:
+                db.execute("INSERT INTO facts VALUES (?, ?)", (name, value))
+            _insert(db, also)
+
+    def _prepare(self) -> None:
+        with self._transaction() as db:
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                for statement in _SCHEMA.split(";"):
+                    db.execute(statement)
+            elif version != _VERSION:
+                raise StoreError(f"{self._file} is of another version of cachesrv: update it, or move the file away")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._reading() as db:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._one:
+            try:
+                yield self._db
+            except sqlite3.Error as error:
+                raise _explain(self._file, error) from error
+
+
+def _insert(db: sqlite3.Connection, entries: Iterable[Entry]) -> int:
+    before = db.total_changes
+    db.executemany(
+        "INSERT OR IGNORE INTO entries (path, kind, deriver, queued) VALUES (?, ?, ?, ?)",
+        ((entry.path, entry.kind, entry.deriver, entry.queued) for entry in entries),
+    )
+    return db.total_changes - before
+
+
+def _delete(db: sqlite3.Connection, entries: Iterable[Entry]) -> None:
+    db.executemany("DELETE FROM entries WHERE path = ? AND kind = ?", ((e.path, e.kind) for e in entries))
+
+
+def _select(db: sqlite3.Connection, which: str, *values: object, most: int = -1) -> list[Entry]:
+    columns = "path, kind, deriver, queued, attempts, next_try, reason"
+    query = f"SELECT {columns} FROM entries WHERE {which} ORDER BY queued, path LIMIT ?"  # noqa: S608  words of ours
+    return [Entry(*row) for row in db.execute(query, (*values, most))]
+
+
+def _create(file: str) -> None:
+    """Private from the start; SQLite gives its other files the same mode and owner."""
+    try:
+        made = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        return
+    directory = os.open(os.path.dirname(file), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # noqa: PTH120  as text
+    try:
+        give_to_owner(made, directory)
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+        os.close(made)
+
+
+def _explain(file: str, error: sqlite3.Error) -> StoreError:
+    if getattr(error, "sqlite_errorname", "").startswith("SQLITE_FULL"):
+        return StoreFull(f"there is no room for the queue {file}")
+    return StoreError(f"the queue {file} cannot be used: {error}")
