@@ -120,14 +120,11 @@ def command(
 
 
 async def _push(names: list[str], store: str | None, settings: Settings, options: Options, emit: Emit) -> Summary:
-    from cachesrv.push.local_store import open_store
+    from cachesrv.push.local_store import opened_store
     from cachesrv.push.run import push
 
-    opened = await open_store(store, os.environ)
-    try:
+    async with opened_store(store, os.environ) as opened:
         return await push(names, opened, settings, options, emit)
-    finally:
-        await opened.close()
 
 
 def _upstreams(urls: tuple[str, ...], keys: tuple[str, ...]) -> tuple[Upstream, ...]:

@@ -1,6 +1,7 @@
 """The Nix store that paths are pushed from: what the uploader asks of it, and how one is opened."""
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
 from typing import Protocol
 
 from cachesrv.errors import DaemonError, StoreError, StoreUnavailable
@@ -65,6 +66,16 @@ class LocalStore(Protocol):
     async def close(self) -> None:
         """Ends all connections; a question under way fails."""
         ...
+
+
+@asynccontextmanager
+async def opened_store(store: str | None, environ: Mapping[str, str]) -> AsyncIterator[LocalStore]:
+    """The store that `open_store` opens; closed at the end."""
+    opened = await open_store(store, environ)
+    try:
+        yield opened
+    finally:
+        await opened.close()
 
 
 async def open_store(store: str | None, environ: Mapping[str, str]) -> LocalStore:

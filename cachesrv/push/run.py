@@ -1,8 +1,8 @@
 """The use case: push paths of a local store to a cache.
 
-    store = await open_store(None, os.environ)
     settings = find_settings(Given(to="https://cache.example.org/main"), os.environ)
-    summary = await push(["./result"], store, settings, Options(jobs=4), emit=print)
+    async with opened_store(None, os.environ) as store:
+        summary = await push(["./result"], store, settings, Options(jobs=4), emit=print)
 
 `emit` gets typed events (see `events`) while it goes on. Paths that cannot be pushed are told of and counted, and do
 not hold up the others; what concerns all of them is raised.

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
+from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,8 +16,6 @@ from tests.system.push import PATIENCE, push
 from tests.system.server import CACHESRV
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.system.nix import Nix
     from tests.system.server import Server
 
@@ -112,6 +113,35 @@ def test_the_listing_of_what_was_pushed_is_in_the_cache_and_true(
         listed = json.loads(cache.client().get(f"/main/{hash_part}.ls").body)
         on_record = json.loads(cachesrv(builder, "ls", "--json", "-R", path))
         assert listed == {"root": on_record, "version": 1}
+
+
+def test_a_program_pushes_and_reads_as_the_readme_says(builder: Nix, cache: Server, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "program.py").write_text(program)
+    (path,) = builder.build(RELEASE, "program")
+    environment = {
+        "CACHESRV_URL": cache.main,
+        "CACHESRV_TOKEN": cache.token,
+        "XDG_STATE_HOME": str(tmp_path / "state"),
+        "NIX_REMOTE": "local",
+    }
+
+    def run(**more: str) -> tuple[int, str]:
+        command = [sys.executable, str(tmp_path / "program.py"), path]
+        variables = builder.environment | environment | more
+        done = subprocess.run(
+            command, check=False, env=variables, capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path
+        )
+        assert done.stderr == ""
+        return done.returncode, done.stdout
+
+    status, told = run()
+    assert status == 0
+    assert f"published {path.rpartition('/')[2]}\n" in told
+    content = f"doc manual {path}/share\n".encode()
+    assert f"{PRODUCTS} {len(content)} {sha256(content).hexdigest()} {content!r}\n" in told
+    assert run(CACHESRV_TOKEN="wrong")[1].startswith("no push: ")
 
 
 def test_nix_reads_kept_nars_instead_of_the_cache(builder: Nix, cache: Server, tmp_path: Path) -> None:
