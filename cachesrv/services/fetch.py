@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
-from cachesrv.errors import CachesrvError, Mismatch, PeerUnavailable, StoreUnavailable
+from cachesrv.errors import BadInput, CachesrvError, Mismatch, PeerError, PeerUnavailable, StoreUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -128,7 +128,7 @@ class Fetch:
             except CachesrvError as error:
                 if self._begun:
                     _log.warning("a fetch failed", key=self._remote.key, error=str(error))
-                self._error = error
+                self._error = _not_of_the_client(error)
             except BaseException:
                 self._error = StoreUnavailable("the fetch was ended")
                 raise
@@ -152,6 +152,11 @@ class Fetch:
                 await incoming.write(chunk)
                 self._announce()
                 yield chunk
+
+
+def _not_of_the_client(error: CachesrvError) -> CachesrvError:
+    """What is wrong with what was fetched is the doing of who sent it, not of who asked for it."""
+    return PeerError(f"what was fetched is not what it should be: {error}") if isinstance(error, BadInput) else error
 
 
 async def _arriving(remote: Remote) -> AsyncGenerator[bytes, None]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from cachesrv.errors import BadInput, CachesrvError, Mismatch, PeerError, PeerUnavailable, StoreError, StoreFull
+from cachesrv.errors import CachesrvError, Mismatch, PeerError, PeerUnavailable, StoreError, StoreFull
 from cachesrv.services import fetch as fetching
 from cachesrv.services.alone import read_alone
 from cachesrv.services.fetch import Fetches
@@ -218,7 +218,7 @@ async def test_the_last_byte_waits_until_all_is_found_right(fetches: Fetches) ->
 async def test_what_is_altered_never_arrives_whole(fetches: Fetches, cache: DiskCache, size: int | None) -> None:
     source = Source(altered, size=size)
     data, error = await as_far_as_it_came(fetches.start(source).read(ALL))
-    assert isinstance(error, Mismatch)
+    assert isinstance(error, PeerError)
     assert len(data) < len(DATA)
     await settled(fetches)
     assert await cache.used() == 0
@@ -227,7 +227,7 @@ async def test_what_is_altered_never_arrives_whole(fetches: Fetches, cache: Disk
 async def test_what_is_longer_than_announced_never_arrives_whole(fetches: Fetches, cache: DiskCache) -> None:
     source = Source(size=len(DATA) - 1, right=DATA[:-1])
     data, error = await as_far_as_it_came(fetches.start(source).read(ByteRange(0, len(DATA) - 1)))
-    assert isinstance(error, Mismatch)
+    assert isinstance(error, PeerError)
     assert len(data) < len(DATA) - 1
     await settled(fetches)
     assert await cache.used() == 0
@@ -424,7 +424,7 @@ async def test_alone_it_comes_at_the_pace_of_its_reader(part: ByteRange) -> None
     assert b"".join([chunk async for chunk in read_alone(source, part)]) == DATA[part.start : part.end]
 
 
-@pytest.mark.parametrize(("transfer", "kind"), [(altered, BadInput), (broken, PeerUnavailable)])
+@pytest.mark.parametrize(("transfer", "kind"), [(altered, PeerError), (broken, PeerUnavailable)])
 async def test_alone_too_what_is_wrong_never_arrives_whole(
     transfer: Callable[[int], AsyncGenerator[bytes, None]], kind: type[Exception]
 ) -> None:
