@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cachesrv.errors import BadInput, StoreError
+from cachesrv.storage.base import STAGING
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from cachesrv.storage.base import ObjectInfo, ObjectStore, ObjectWriter
 
-_ROOT = "~uploads/"
 _LARGEST_BEGUN = 64 * 1024
 _REMOVED_TOGETHER = 1000
 _KEY = re.compile(
@@ -52,7 +52,7 @@ class Place:
     @property
     def folder(self) -> str:
         """What its keys begin with, and some of others."""
-        return f"{_ROOT}{self.cache}/{self.upload[:2]}/"
+        return f"{STAGING}{self.cache}/{self.upload[:2]}/"
 
     @property
     def begun_key(self) -> str:
@@ -137,7 +137,7 @@ class PartStore:
     async def amount(self) -> Amount:
         """All that is there."""
         places, size = set(), 0
-        async for info in self._storage.list(_ROOT):
+        async for info in self._storage.list(STAGING):
             places.add(_place_of(info.key))
             size += info.size
         return Amount(len(places), size)
@@ -145,7 +145,7 @@ class PartStore:
     async def silent_since(self, before: float) -> Sequence[Place]:
         """Uploads in which nothing has happened since `before`, in seconds since the epoch."""
         latest: dict[Place, float] = defaultdict(float)
-        async for info in self._storage.list(_ROOT):
+        async for info in self._storage.list(STAGING):
             if place := _place_of(info.key):
                 latest[place] = max(latest[place], info.modified)
         return [place for place, at in latest.items() if at < before and await self._is_silent(place, before)]

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
+STAGING = "~uploads/"
+"""What the keys of objects begin with that are not whole yet, or not checked; of no cache do keys begin so."""
+
 MAX_KEY_LENGTH = 1024
 MAX_SEGMENT_LENGTH = 240
 
@@ -195,6 +198,61 @@ class ObjectStore(Protocol):
 
     async def close(self) -> None:
         """Let go of connections and threads; writers still open are aborted, other calls raise StoreError."""
+
+
+@dataclass(frozen=True, slots=True)
+class SignedPut:
+    """How a part can be sent by somebody who has no credentials: by PUT to this URL, with these headers."""
+
+    url: str
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class ArrivedPart:
+    """A part that the store has: bytes, seconds since the epoch; `tag` is what the store calls its content by, which is
+    mostly its MD5 in base-16.
+    """
+
+    number: int
+    size: int
+    tag: str
+    modified: float
+
+
+class DirectStore(Protocol):
+    """Objects that others write to the store themselves, part by part, under keys that begin with STAGING.
+
+    Who has been given a SignedPut can send that part, with that content, until the upload is completed or aborted, and
+    nothing else: an object that is complete changes no more. All parts but the last have `least` bytes or more, there
+    are at most `most`. Raises StoreError.
+    """
+
+    least: int
+    most: int
+
+    async def begin(self, key: str) -> str:
+        """Begin an upload; its id."""
+
+    async def sign(self, key: str, upload: str, number: int, md5: bytes) -> SignedPut:
+        """For a part with this MD5. Makes no request."""
+
+    async def parts(self, key: str, upload: str) -> list[ArrivedPart] | None:
+        """Those that are there, by number; None when there is no such upload (any more)."""
+
+    async def complete(self, key: str, upload: str, tags: Sequence[str]) -> None:
+        """Make the object of the parts with the numbers from 1 on and these tags. Nothing happens when that was done
+        before.
+        """
+
+    async def abort(self, key: str, upload: str) -> None:
+        """Forget the parts; nothing happens when there are none."""
+
+    async def publish(self, key: str, to: str) -> bool:
+        """Copy an object that was completed, as `commit` of an ObjectWriter makes one. Raises NotFound."""
+
+    async def sweep(self, *, older_than: float) -> int:
+        """Abort uploads in which nothing has happened for so many seconds; how many there were."""
 
 
 class IncomingObject(Protocol):

@@ -20,6 +20,7 @@ from cachesrv.nix.compression import content_coding, decompress
 from cachesrv.storage import s3_errors, s3_probe
 from cachesrv.storage.base import (
     MAX_KEY_LENGTH,
+    STAGING,
     ByteRange,
     ObjectInfo,
     PresignedUrl,
@@ -30,6 +31,7 @@ from cachesrv.storage.base import (
 )
 from cachesrv.storage.decorators import TryAgain
 from cachesrv.storage.s3_client import S3Client
+from cachesrv.storage.s3_direct import S3Direct
 from cachesrv.storage.s3_download import Download, codings
 from cachesrv.storage.s3_errors import Answer
 from cachesrv.storage.s3_sweep import abandoned
@@ -87,6 +89,10 @@ class S3Store:
             session=session,
         )
         self._uploads = Uploads(self._client, self._metadata, self._conditional_put, least=part_size, parts=parts)
+        self.direct = S3Direct(
+            self._client, self._uploads, self._head, prefix=self._prefix, presign_seconds=presign_seconds
+        )
+        """For clients that write to the bucket themselves."""
         self._conditional: bool | None = None
         self._finding_out = asyncio.Lock()
 
@@ -211,7 +217,8 @@ class S3Store:
 
     def _abandoned(self, older_than: float, *, remove: bool) -> AsyncIterator[ObjectInfo]:
         before, spare = time.time() - older_than, self._uploads.ids
-        return abandoned(self._client, self._prefix, before=before, spare=spare, remove=remove)
+        # What clients write themselves has a sweep of its own.
+        return abandoned(self._client, self._prefix, before=before, remove=remove, spare=spare, but=STAGING)
 
     async def probe(self) -> Sequence[str]:
         """What is wrong, one line each, found out by trying all kinds of requests."""

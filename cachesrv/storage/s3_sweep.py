@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from cachesrv.errors import NotFound
 from cachesrv.storage.base import ObjectInfo
 from cachesrv.storage.s3_errors import UploadGone
 
@@ -16,25 +17,37 @@ if TYPE_CHECKING:
         ListMultipartUploadsOutputTypeDef,
         ListPartsOutputTypeDef,
         MultipartUploadTypeDef,
+        PartTypeDef,
     )
 
     from cachesrv.storage.s3_client import S3Client
 
 
 async def abandoned(
-    client: S3Client, prefix: str, *, before: float, spare: Collection[str], remove: bool
+    client: S3Client,
+    prefix: str,
+    *,
+    before: float,
+    remove: bool,
+    spare: Collection[str] = (),
+    but: str | None = None,
 ) -> AsyncIterator[ObjectInfo]:
-    """The multipart uploads of keys that begin with `prefix` in which nothing has happened since `before`, in seconds
-    since the epoch; they may be aborted on the way. Those whose ids are in `spare` are left alone. Raises StoreError.
+    """The multipart uploads of keys that begin with `prefix` and do not go on with `but`, in which nothing has happened
+    since `before`, in seconds since the epoch; they may be aborted on the way. Those whose ids are in `spare` are left
+    alone. Raises StoreError.
     """
     async for upload in _uploads(client, prefix):
+        if but is not None and upload["Key"].startswith(prefix + but):
+            continue
         if upload["UploadId"] in spare or upload["Initiated"].timestamp() >= before:
             continue
-        with suppress(UploadGone):
-            size, last = await _parts(client, upload)
+        with suppress(UploadGone, NotFound):
+            size, last = 0, 0.0
+            async for part in parts(client, upload["Key"], upload["UploadId"]):
+                size, last = size + part["Size"], max(last, part["LastModified"].timestamp())
             if last < before:
                 if remove:
-                    await _abort(client, upload)
+                    await abort(client, upload["Key"], upload["UploadId"])
                 yield ObjectInfo(upload["Key"].removeprefix(prefix), size, last or upload["Initiated"].timestamp())
 
 
@@ -53,26 +66,26 @@ async def _uploads(client: S3Client, prefix: str) -> AsyncIterator[MultipartUplo
         position = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
 
-async def _parts(client: S3Client, upload: MultipartUploadTypeDef) -> tuple[int, float]:
-    """The bytes of all parts of an upload, and when the last one arrived; 0 when none did."""
-    size, last = 0, 0.0
+async def parts(client: S3Client, key: str, upload: str) -> AsyncIterator[PartTypeDef]:
+    """The parts of an upload that have arrived, by number. Raises UploadGone (Ceph: NotFound), StoreError."""
     position: dict[str, Any] = {}
     while True:
 
         def ask(sdk: Sdk, position: dict[str, Any] = position) -> ListPartsOutputTypeDef:
-            return sdk.list_parts(Bucket=client.bucket, Key=upload["Key"], UploadId=upload["UploadId"], **position)
+            return sdk.list_parts(Bucket=client.bucket, Key=key, UploadId=upload, **position)
 
-        page = await client.call("ListParts", upload["Key"], ask)
-        parts = page.get("Parts", [])
-        size += sum(part["Size"] for part in parts)
-        last = max([last, *(part["LastModified"].timestamp() for part in parts)])
+        page = await client.call("ListParts", key, ask)
+        for part in page.get("Parts", []):
+            yield part
         if not page["IsTruncated"]:
-            return size, last
+            return
         position = {"PartNumberMarker": page["NextPartNumberMarker"]}
 
 
-async def _abort(client: S3Client, upload: MultipartUploadTypeDef) -> None:
-    def ask(sdk: Sdk) -> None:
-        sdk.abort_multipart_upload(Bucket=client.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+async def abort(client: S3Client, key: str, upload: str) -> None:
+    """Forget an upload. Raises UploadGone, StoreError."""
 
-    await client.call("AbortMultipartUpload", upload["Key"], ask, changes=True)
+    def ask(sdk: Sdk) -> None:
+        sdk.abort_multipart_upload(Bucket=client.bucket, Key=key, UploadId=upload)
+
+    await client.call("AbortMultipartUpload", key, ask, changes=True)

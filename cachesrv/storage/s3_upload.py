@@ -18,6 +18,7 @@ import asyncio
 import base64
 import hashlib
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -26,7 +27,7 @@ from cachesrv.errors import Mismatch, StoreError, StoreFull
 from cachesrv.storage.s3_errors import Exists, NotImplementedThere, UploadGone
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 
     from types_boto3_s3 import S3Client as Sdk
 
@@ -37,6 +38,9 @@ MIN_PART_SIZE = 5 * 2**20
 MAX_PART_SIZE = 5 * 2**30
 MAX_OBJECT_SIZE = 5 * 2**40
 """Limits of S3, in bytes but for the first ("Amazon S3 multipart upload limits")."""
+
+_COPIED_TOGETHER = 256 * 2**20
+"""Bytes that the store copies in one request: in less time than an answer is waited for."""
 
 _GROW_AFTER = 5_000
 _GROW_EVERY = 450
@@ -192,13 +196,25 @@ class Upload:
             view = view[room:]
         self._usable = True
 
+    async def copy(self, source: str, tag: str, size: int) -> None:
+        """Have the store append another object of the bucket, of so many bytes and with this ETag."""
+        self._take_up()
+        self.id = self.id or await self._create()
+        together = max(_COPIED_TOGETHER, -(-size // MAX_PARTS))
+        for start in range(0, size, together):
+            span = f"bytes={start}-{min(start + together, size) - 1}"
+            await self._begin(partial(self._copy, len(self._sending) + 1, source, tag, span))
+        self._written += size
+        self._usable = True
+
     async def commit(self, *, replace: bool = False) -> bool:
         self._take_up()
         if self._size not in (None, self._written):
             raise Mismatch(f"{self._key} was to have {self._size} bytes, {self._written} were written")
         if not self.id:
             return await self._uploads.put(self._key, self._pending, replace=replace)
-        await self._send_part()
+        if self._pending:
+            await self._send_part()
         tags = await asyncio.gather(*self._sending)
         if replace:
             return await self._complete(tags)
@@ -239,9 +255,12 @@ class Upload:
     async def _send_part(self) -> None:
         if not self.id:
             self.id = await self._create()
-        await self._uploads.slots.acquire()
         part, self._pending = self._pending, bytearray()
-        task = asyncio.create_task(self._send(len(self._sending) + 1, part))
+        await self._begin(partial(self._send, len(self._sending) + 1, part))
+
+    async def _begin(self, sending: Callable[[], Coroutine[None, None, str]]) -> None:
+        await self._uploads.slots.acquire()
+        task = asyncio.create_task(sending())
         task.add_done_callback(self._sent)
         self._sending.append(task)
         if self._failure:
@@ -272,6 +291,22 @@ class Upload:
             PartNumber=number,
             ContentMD5=await content_md5(part),
         )
+
+    async def _copy(self, number: int, source: str, tag: str, span: str) -> str:
+        def ask(sdk: Sdk) -> str:
+            bucket = self._client.bucket
+            answer = sdk.upload_part_copy(
+                Bucket=bucket,
+                Key=self._key,
+                UploadId=self.id,
+                PartNumber=number,
+                CopySource={"Bucket": bucket, "Key": source},
+                CopySourceIfMatch=tag,
+                CopySourceRange=span,
+            )
+            return answer["CopyPartResult"]["ETag"]
+
+        return await self._client.call("UploadPartCopy", self._key, ask, changes=True)
 
     async def _complete(self, tags: list[str], **condition: Any) -> bool:
         parts: Any = {"Parts": [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]}

@@ -1,0 +1,116 @@
+"""Objects that clients write to a bucket themselves: multipart uploads whose parts are sent to presigned URLs.
+
+A URL is signed for the MD5 of the part, which S3 compares. All objects come by multipart upload, also those of a single
+part: the URL of a plain PUT could be used again to replace the object after it was checked, while those of parts are
+worth nothing once the upload is completed.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from cachesrv.errors import NotFound
+from cachesrv.storage import s3_sweep
+from cachesrv.storage.base import STAGING, ArrivedPart, SignedPut, validate_key
+from cachesrv.storage.s3_errors import UploadGone
+from cachesrv.storage.s3_upload import MAX_PARTS, MIN_PART_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from types_boto3_s3 import S3Client as Sdk
+    from types_boto3_s3.type_defs import HeadObjectOutputTypeDef
+
+    from cachesrv.storage.s3_client import S3Client
+    from cachesrv.storage.s3_upload import Uploads
+
+
+class S3Direct:
+    """A `cachesrv.storage.base.DirectStore`. `head` gives what is known of an object by its name, `uploads` are those
+    of the store, `prefix` is what names begin with before the key. URLs can be used for `presign_seconds`.
+    """
+
+    least = MIN_PART_SIZE
+    most = MAX_PARTS
+
+    def __init__(
+        self,
+        client: S3Client,
+        uploads: Uploads,
+        head: Callable[[str], Awaitable[HeadObjectOutputTypeDef | None]],
+        *,
+        prefix: str,
+        presign_seconds: int,
+    ) -> None:
+        self._client = client
+        self._uploads = uploads
+        self._head = head
+        self._prefix = prefix
+        self._presign_seconds = presign_seconds
+
+    async def begin(self, key: str) -> str:
+        name = self._name(key)
+
+        def ask(sdk: Sdk) -> str:
+            return sdk.create_multipart_upload(Bucket=self._client.bucket, Key=name)["UploadId"]
+
+        return await self._client.call("CreateMultipartUpload", name, ask, changes=True)
+
+    async def sign(self, key: str, upload: str, number: int, md5: bytes) -> SignedPut:
+        digest = base64.b64encode(md5).decode()
+        url = await self._client.signed(
+            "upload_part",
+            self._presign_seconds,
+            Key=self._name(key),
+            UploadId=upload,
+            PartNumber=number,
+            ContentMD5=digest,
+        )
+        return SignedPut(url, {"Content-MD5": digest})
+
+    async def parts(self, key: str, upload: str) -> list[ArrivedPart] | None:
+        try:
+            return [
+                ArrivedPart(part["PartNumber"], part["Size"], part["ETag"].strip('"'), part["LastModified"].timestamp())
+                async for part in s3_sweep.parts(self._client, self._name(key), upload)
+            ]
+        except (UploadGone, NotFound):
+            return None
+
+    async def complete(self, key: str, upload: str, tags: Sequence[str]) -> None:
+        name = self._name(key)
+        parts: Any = {"Parts": [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]}
+
+        def ask(sdk: Sdk) -> None:
+            sdk.complete_multipart_upload(Bucket=self._client.bucket, Key=name, UploadId=upload, MultipartUpload=parts)
+
+        try:
+            await self._client.call("CompleteMultipartUpload", name, ask, changes=True)
+        except UploadGone:
+            # The answer to the attempt before may be all that was lost.
+            if await self._head(name) is None:
+                raise
+
+    async def abort(self, key: str, upload: str) -> None:
+        with suppress(UploadGone, NotFound):
+            await s3_sweep.abort(self._client, self._name(key), upload)
+
+    async def publish(self, key: str, to: str) -> bool:
+        name = self._name(key)
+        found = await self._head(name)
+        if found is None:
+            raise NotFound(f"there is no object {key}")
+        async with self._uploads.begin(self._name(to), found["ContentLength"]) as writer:
+            await writer.copy(name, found["ETag"], found["ContentLength"])
+            return await writer.commit()
+
+    async def sweep(self, *, older_than: float) -> int:
+        before = time.time() - older_than
+        uploads = s3_sweep.abandoned(self._client, self._prefix + STAGING, before=before, remove=True)
+        return len([info async for info in uploads])
+
+    def _name(self, key: str) -> str:
+        return self._prefix + validate_key(key)

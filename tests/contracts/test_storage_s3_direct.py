@@ -1,0 +1,173 @@
+"""Objects that clients write to a bucket themselves, on a real server: what was signed and no more, and no change."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+from hashlib import md5
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+from yarl import URL
+
+from cachesrv.errors import BadInput, NotFound, StoreError
+from cachesrv.storage import s3_upload
+from cachesrv.storage.decorators import Direct, Retrying
+from cachesrv.storage.s3 import S3Store
+from cachesrv.storage.s3_upload import MIN_PART_SIZE
+from tests.contracts.storage_contract import whole
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from cachesrv.storage.base import SignedPut
+    from cachesrv.storage.s3_direct import S3Direct
+    from tests.radosgw import Gateway
+
+KEY = "~uploads/main/01/0123.staged"
+PARTS = [os.urandom(MIN_PART_SIZE), os.urandom(MIN_PART_SIZE + 5), os.urandom(100)]
+
+
+@pytest.fixture
+async def store(gateway: Gateway, bucket: str) -> AsyncIterator[S3Store]:
+    store = S3Store(
+        bucket,
+        requests=Retrying(Direct(), first=0.01, attempts=2),
+        endpoint=gateway.endpoint,
+        prefix=token_hex(8),
+        session=gateway.session(),
+    )
+    yield store
+    await store.close()
+
+
+@pytest.fixture
+def direct(store: S3Store) -> S3Direct:
+    return store.direct
+
+
+async def put(signed: SignedPut, data: bytes, **changes: str) -> tuple[int, str]:
+    """By somebody without credentials; the status, and the tag of what was sent."""
+    headers = {**signed.headers} | {name.replace("_", "-"): value for name, value in changes.items()}
+    async with (
+        aiohttp.ClientSession() as session,
+        session.put(URL(signed.url, encoded=True), data=io.BytesIO(data), headers=headers) as response,
+    ):
+        return response.status, response.headers.get("ETag", "").strip('"')
+
+
+async def send(direct: S3Direct, upload: str, parts: list[bytes] = PARTS, key: str = KEY) -> list[str]:
+    """All parts; their tags."""
+    tags = []
+    for number, part in enumerate(parts, 1):
+        status, tag = await put(await direct.sign(key, upload, number, md5(part).digest()), part)
+        assert status == 200
+        tags.append(tag)
+    return tags
+
+
+@pytest.mark.parametrize("parts", [PARTS, PARTS[2:]], ids=["several", "one"])
+async def test_parts_become_an_object(store: S3Store, direct: S3Direct, parts: list[bytes]) -> None:
+    upload = await direct.begin(KEY)
+    assert await direct.parts(KEY, upload) == []
+    tags = await send(direct, upload, parts)
+    there = await direct.parts(KEY, upload)
+    assert there is not None
+    assert [(part.number, part.size, part.tag) for part in there] == [
+        (number, len(part), md5(part).hexdigest()) for number, part in enumerate(parts, 1)
+    ]
+    assert await store.head(KEY) is None
+
+    # Who did not hear of it does it again.
+    await direct.complete(KEY, upload, tags)
+    await direct.complete(KEY, upload, tags)
+
+    assert await whole(store.read(KEY)) == b"".join(parts)
+    assert await direct.parts(KEY, upload) is None
+    await direct.abort(KEY, upload)
+    assert await store.head(KEY) is not None
+
+
+async def test_what_is_complete_does_not_change(store: S3Store, direct: S3Direct) -> None:
+    upload = await direct.begin(KEY)
+    signed = await direct.sign(KEY, upload, 1, md5(PARTS[2]).digest())
+    await direct.complete(KEY, upload, await send(direct, upload, PARTS[2:]))
+
+    assert (await put(signed, PARTS[2]))[0] == 404
+    assert await whole(store.read(KEY)) == PARTS[2]
+
+
+async def test_nothing_is_taken_but_what_was_signed(direct: S3Direct) -> None:
+    upload = await direct.begin(KEY)
+    signed = await direct.sign(KEY, upload, 1, md5(PARTS[0]).digest())
+    other = md5(PARTS[1]).digest()
+    other_md5 = (await direct.sign(KEY, upload, 1, other)).headers["Content-MD5"]
+
+    assert (await put(signed, PARTS[1]))[0] == 400
+    assert (await put(signed, PARTS[1], Content_MD5=other_md5))[0] == 403
+    for old, new in (("partNumber=1", "partNumber=2"), (upload, upload[:-1] + "0"), ("0123.staged", "0124.staged")):
+        assert old in signed.url
+        assert (await put(type(signed)(signed.url.replace(old, new), signed.headers), PARTS[0]))[0] == 403
+    assert await direct.parts(KEY, upload) == []
+
+
+async def test_an_upload_that_is_not_there(direct: S3Direct) -> None:
+    upload = await direct.begin(KEY)
+    tags = await send(direct, upload, PARTS[2:])
+    await direct.abort(KEY, upload)
+    await direct.abort(KEY, upload)
+
+    assert await direct.parts(KEY, upload) is None
+    assert (await put(await direct.sign(KEY, upload, 1, md5(PARTS[2]).digest()), PARTS[2]))[0] == 404
+    with pytest.raises(StoreError):
+        await direct.complete(KEY, upload, tags)
+
+
+async def test_tags_of_other_parts_are_refused(store: S3Store, direct: S3Direct) -> None:
+    upload = await direct.begin(KEY)
+    tags = await send(direct, upload)
+    with pytest.raises(StoreError):
+        await direct.complete(KEY, upload, [tags[1], tags[0], tags[2]])
+    assert await store.head(KEY) is None
+
+
+@pytest.mark.parametrize("together", [s3_upload._COPIED_TOGETHER, MIN_PART_SIZE], ids=["at-once", "in-parts"])
+async def test_publishing_copies(
+    store: S3Store, direct: S3Direct, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_upload, "_COPIED_TOGETHER", together)
+    upload = await direct.begin(KEY)
+    await direct.complete(KEY, upload, await send(direct, upload))
+
+    outcomes = await asyncio.gather(*(direct.publish(KEY, "main/nar/a.nar.zst") for _ in range(3)))
+    assert sorted(outcomes) == [False, False, True]
+    assert await whole(store.read("main/nar/a.nar.zst")) == b"".join(PARTS)
+    await store.put("main/nar/there.nar.zst", b"there")
+    assert not await direct.publish(KEY, "main/nar/there.nar.zst")
+    assert await whole(store.read("main/nar/there.nar.zst")) == b"there"
+    await store.delete([KEY])
+    assert await whole(store.read("main/nar/a.nar.zst")) == b"".join(PARTS)
+    with pytest.raises(NotFound):
+        await direct.publish(KEY, "main/nar/b.nar.zst")
+    assert await store.sweep(older_than=-60) == 0
+
+
+async def test_each_sweep_has_its_own(store: S3Store, direct: S3Direct) -> None:
+    upload = await direct.begin(KEY)
+    await send(direct, upload, PARTS[:1])
+
+    assert await store.sweep(older_than=-60) == 0
+    assert await direct.sweep(older_than=60) == 0
+    assert await direct.parts(KEY, upload) != []
+    assert await direct.sweep(older_than=-60) == 1
+    assert await direct.parts(KEY, upload) is None
+
+
+async def test_names_are_keys(direct: S3Direct) -> None:
+    asked: list[Any] = [direct.begin("/x"), direct.parts("/x", "y"), direct.publish("/x", "y")]
+    for question in asked:
+        with pytest.raises(BadInput, match="not an object key"):
+            await question
