@@ -10,6 +10,7 @@ be compressed (`Content-Encoding: zstd` or `gzip`). Errors are `ErrorAnswer` wit
 
     PUT    …/<cache>/uploads/<upload>                  UploadRequest -> UploadAnswer      begin, or take up again (push)
     PUT    …/<cache>/uploads/<upload>/parts/<number>   bytes, with Content-Digest         send a part (push)
+    POST   …/<cache>/uploads/<upload>/parts/<number>   SignRequest -> SignAnswer          send it elsewhere (push)
     POST   …/<cache>/uploads/<upload>/complete         CompleteRequest -> CompleteAnswer  make a NAR of the parts (push)
     DELETE …/<cache>/uploads/<upload>                                                     forget the parts (push)
 
@@ -24,6 +25,10 @@ who send the same NAR share the work. Parts have numbers from 1 to MAX_PARTS and
 each with `Content-Digest: sha-256=:<base64>:` (RFC 9530); a part that is there already is known by its sha256.
 `complete` names the parts that make up the NAR, which is then checked as any other; where that takes long the answer is
 `verifying`, and the client asks again. Parts that nothing is added to for some days are removed.
+
+A server whose storage clients can reach may offer (`UploadAnswer.direct`, to those who say that they can) that the
+parts go there instead: each is sent as SignAnswer says, and known by the `ETag` of the answer, by which `complete`
+names it. It counts no sooner: the server reads back and checks what is there, and publishes a copy of it.
 
 Small NARs are sent many at a time, where `CacheAnswer.packs` says so, in a pack (`application/x-cachesrv-pack`; see
 `cachesrv.pack` for its form): the NARs, compressed with zstd, and the paths to publish as soon as they are there. Each
@@ -167,11 +172,12 @@ class PublishAnswer(msgspec.Struct, frozen=True):
 
 class UploadRequest(msgspec.Struct, frozen=True):
     """The NAR that is to be sent in parts, compressed with zstd: its `sha256:<nix32>`, and its size in bytes, 0 where
-    that is not known.
+    that is not known. `direct`: the client can send them elsewhere.
     """
 
     nar_hash: str
     nar_size: int
+    direct: bool = False
 
 
 class UploadedPart(msgspec.Struct, frozen=True, array_like=True):
@@ -182,15 +188,48 @@ class UploadedPart(msgspec.Struct, frozen=True, array_like=True):
     sha256: str
 
 
+class DirectPart(msgspec.Struct, frozen=True, array_like=True):
+    """A part that is there: its ETag, without quotes, is mostly its MD5 in base-16."""
+
+    number: int
+    etag: str
+
+
+class DirectAnswer(msgspec.Struct, frozen=True):
+    """Parts are to be sent elsewhere: all but the last with `least` bytes or more, at most `most` of them."""
+
+    least: int
+    most: int
+    parts: list[DirectPart] = []
+
+
 class UploadAnswer(msgspec.Struct, frozen=True):
-    """`stored`: the NAR itself is there, nothing has to be sent. `parts` may have several of one number."""
+    """`stored`: the NAR itself is there, nothing has to be sent. `parts` may have several of one number; with `direct`
+    there are none.
+    """
 
     stored: bool
     parts: list[UploadedPart] = []
+    direct: DirectAnswer | None = None
+
+
+class SignRequest(msgspec.Struct, frozen=True):
+    """A part that is to be sent elsewhere: its MD5 in base-16."""
+
+    md5: str
+
+
+class SignAnswer(msgspec.Struct, frozen=True):
+    """To be sent there, by PUT, with these headers and no others that say who one is."""
+
+    url: str
+    headers: dict[str, str]
 
 
 class CompleteRequest(msgspec.Struct, frozen=True):
-    """The NAR as in the UploadRequest; `parts` are the sha256 (base-16) of all its parts, in order."""
+    """The NAR as in the UploadRequest; `parts` are the sha256 (base-16), or the ETags where they were sent elsewhere,
+    of all its parts, in order.
+    """
 
     nar_hash: str
     parts: list[str]

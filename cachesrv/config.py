@@ -183,6 +183,7 @@ class Uploads(msgspec.Struct, frozen=True):
     """How large NARs come in."""
 
     part_size: PartSize = 32 * 2**20
+    direct: bool = True
     keep: PositiveDuration = 3 * 86400
     limit_size: Size = 256 * 2**30
     limit_count: Positive = 10_000

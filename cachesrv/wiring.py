@@ -21,6 +21,7 @@ from cachesrv.services.caches import DeclaredUpstream, ReferencePolicy, ServedCa
 from cachesrv.services.collect import Collect, Terms
 from cachesrv.services.data_directory import DataDirectory, parse_secret_key, read_secret
 from cachesrv.services.delivery import Delivery, FarAway
+from cachesrv.services.direct import Direct as DirectUploads
 from cachesrv.services.fetch import Fetches
 from cachesrv.services.http_reader import HttpReader
 from cachesrv.services.ingest import Ingest
@@ -29,6 +30,7 @@ from cachesrv.services.lookup import CatalogSource, Lookup, Source
 from cachesrv.services.marking import Policy
 from cachesrv.services.metadata import Metadata
 from cachesrv.services.packs import Packs
+from cachesrv.services.part_store import PartStore
 from cachesrv.services.path_check import Stores
 from cachesrv.services.publish import Publish
 from cachesrv.services.pull_through import PullThrough
@@ -140,7 +142,7 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
         stack.push_async_callback(lookup.close)
         ingest = Ingest(storage, catalog, metrics, max_nar_size=config.server.max_nar_size, lease=config.collect.lease)
         stack.push_async_callback(ingest.close)
-        uploads = Uploads(storage, ingest, _limits_of_uploads(config))
+        uploads = _make_uploads(config, bare, storage, ingest)
         stack.push_async_callback(uploads.close)
         publish = Publish(storage, catalog, index, ingest, metrics, upstreams=upstreams)
         stack.push_async_callback(publish.close)
@@ -184,11 +186,15 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
         )
 
 
-def _limits_of_uploads(config: Config) -> Limits:
-    uploads = config.uploads
-    return Limits(
-        part_size=uploads.part_size, size=uploads.limit_size, uploads=uploads.limit_count, seconds=uploads.keep
-    )
+def _make_uploads(config: Config, bare: ObjectStore, storage: ObjectStore, ingest: Ingest) -> Uploads:
+    given = config.uploads
+    limits = Limits(given.part_size, given.limit_size, given.limit_count, given.keep)
+    parts = PartStore(storage)
+    if not isinstance(bare, S3Store):
+        return Uploads(parts, ingest, limits)
+    # Also where it is not offered (any more): what was begun is completed, or swept away.
+    offered = given.direct and config.delivery.mode == "redirect"
+    return Uploads(parts, ingest, limits, DirectUploads(parts, storage, bare.direct, ingest, offered=offered))
 
 
 def policies(config: Config) -> dict[str, Policy]:

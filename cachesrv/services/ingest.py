@@ -17,7 +17,7 @@ from cachesrv.services.in_thread import coalesced, consumed
 from cachesrv.services.verify_nar import VerifiedNar, verify
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Collection
+    from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Collection
 
     from cachesrv.catalog.base import Catalog
     from cachesrv.nix.content_address import ContentAddress
@@ -95,6 +95,25 @@ class Ingest:
                 record = await self._receive_small(cache, parsed, key, chunks, size)
             else:
                 record = await self._receive_streaming(cache, parsed, key, chunks, size)
+        self._metrics.add("nars_stored")
+        self._metrics.add("received_bytes", record.file_size)
+        return record
+
+    async def take_over(
+        self,
+        cache: ServedCache,
+        name: str,
+        chunks: AsyncIterator[bytes],
+        publish: Callable[[str], Awaitable[bool]],
+    ) -> NarRecord:
+        """Store a NAR that lies in storage under another key, and comes as `chunks` from there: `publish` is called
+        with the key that it is to have, and says whether it created that object. Raises as `receive`.
+        """
+        key = cache.key(f"nar/{name}")
+        compression, verified = await self.examine(name, chunks)
+        fence = await self._catalog.fence([key])
+        created = await publish(key)
+        record = await self._stored(cache, key, compression, verified, fence, created=created)
         self._metrics.add("nars_stored")
         self._metrics.add("received_bytes", record.file_size)
         return record

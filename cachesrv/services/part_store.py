@@ -2,6 +2,7 @@
 
     ~uploads/<cache>/<two characters>/<upload>.begun               what the parts are to become
     ~uploads/<cache>/<two characters>/<upload>.<number>.<sha256>   a part
+    ~uploads/<cache>/<two characters>/<upload>.<name>.staged       what a client has written itself
 
 No cache can have a prefix that begins with a tilde. All that is known of a part stands in its key, so that parts
 outlive the server and are there for all of its processes. The two characters are the first of the upload's name: a
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 
     from cachesrv.storage.base import ObjectInfo, ObjectStore, ObjectWriter
 
-_LARGEST_BEGUN = 64 * 1024
+_LARGEST_BEGUN = 2**20
 _REMOVED_TOGETHER = 1000
 _KEY = re.compile(
     r"~uploads/(?P<cache>[^/]+)/../(?P<upload>[0-9a-z]{16,64})\."
-    r"(?:begun|(?P<number>[0-9]{6})\.(?P<sha256>[0-9a-f]{64}))"
+    r"(?:begun|(?P<number>[0-9]{6})\.(?P<sha256>[0-9a-f]{64})|[0-9a-f]+\.staged)"
 )
 _UPLOAD = re.compile(r"[0-9a-z]{16,64}")
 
@@ -63,13 +64,30 @@ class Place:
         """Of a part."""
         return f"{self.folder}{self.upload}.{number:06}.{sha256}"
 
+    def staged_key(self, name: str) -> str:
+        """Of what a client writes itself; each has a name of its own, so that nothing is ever replaced."""
+        return f"{self.folder}{self.upload}.{name}.staged"
+
+
+class Staged(msgspec.Struct, frozen=True):
+    """An object that a client writes itself: `name` in its key, the `id` of its upload in the store, and the tags of
+    its parts once they are complete.
+    """
+
+    name: str
+    id: str
+    tags: tuple[str, ...] = ()
+
 
 class Begun(msgspec.Struct, frozen=True):
-    """An upload: of which NAR (`sha256:<nix32>`, bytes), and by whom it was begun."""
+    """An upload: of which NAR (`sha256:<nix32>`, bytes), by whom it was begun, and `staged` where it does not come
+    through the server.
+    """
 
     nar_hash: str
     nar_size: int
     pusher: str
+    staged: Staged | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ def create_app(site: Site, outermost: Sequence[Middleware] = ()) -> web.Applicat
     upload = "/api/v1/caches/{cache}/uploads/{upload}"
     _add(app, "PUT", upload, uploads.begin)
     _add(app, "PUT", upload + "/parts/{number}", uploads.put_part)
+    _add(app, "POST", upload + "/parts/{number}", uploads.sign)
     _add(app, "POST", upload + "/complete", uploads.complete)
     _add(app, "DELETE", upload, uploads.abort)
     _add(app, "*", "/{name:.+}", cache.handle)

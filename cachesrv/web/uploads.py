@@ -11,8 +11,8 @@ from aiohttp import web
 from cachesrv import api
 from cachesrv.errors import BadInput
 from cachesrv.nix.hashes import Hash
-from cachesrv.services.part_store import Part
-from cachesrv.services.uploads import Missing, Verifying
+from cachesrv.services.part_store import Begun, Part
+from cachesrv.services.uploads import DirectParts, Missing, Verifying
 from cachesrv.web import bodies
 from cachesrv.web.auth import token_of
 from cachesrv.web.errors import UnknownCoding
@@ -23,6 +23,7 @@ _PATIENCE = 20.0
 """Seconds after which an answer is given although it is not known yet: proxies wait for 60."""
 
 _DIGEST = re.compile(r"sha-256=:([0-9A-Za-z+/=]{44}):")
+_MD5 = re.compile(r"[0-9a-f]{32}")
 _NUMBER = re.compile(r"[0-9]{1,9}")
 
 
@@ -31,9 +32,15 @@ async def begin(request: web.Request) -> web.Response:
     cache, asked, pusher = await authorised(request, api.UploadRequest)
     uploads = request.app[SITE].services.uploads
     nar_hash = Hash.parse(asked.nar_hash)
-    parts = await uploads.begin(cache, request.match_info["upload"], nar_hash, asked.nar_size, pusher)
-    there = [api.UploadedPart(part.number, part.size, part.sha256) for part in parts or ()]
-    return json_answer(api.UploadAnswer(stored=parts is None, parts=there))
+    begun = Begun(nar_hash.nix32, asked.nar_size, pusher)
+    there = await uploads.begin(cache, request.match_info["upload"], nar_hash, begun, direct=asked.direct)
+    if there is None:
+        return json_answer(api.UploadAnswer(stored=True))
+    if isinstance(there, DirectParts):
+        arrived = [api.DirectPart(part.number, part.tag) for part in there.parts]
+        return json_answer(api.UploadAnswer(stored=False, direct=api.DirectAnswer(there.least, there.most, arrived)))
+    parts = [api.UploadedPart(part.number, part.size, part.sha256) for part in there]
+    return json_answer(api.UploadAnswer(stored=False, parts=parts))
 
 
 async def put_part(request: web.Request) -> web.Response:
@@ -46,14 +53,21 @@ async def put_part(request: web.Request) -> web.Response:
         raise UnknownCoding("a part is sent as it is, without Content-Encoding")
     if request.content_length is None:
         raise BadInput("how large is the part? send Content-Length")
-    number = request.match_info["number"]
-    if not _NUMBER.fullmatch(number):
-        raise BadInput(f"{number[:50]!r} is not the number of a part")
     digest = _digest(request.headers.get("Content-Digest", ""))
-    part = Part(int(number), request.content_length, digest.hex())
+    part = Part(_number(request), request.content_length, digest.hex())
     chunks = bodies.chunks(request, rules.stall_timeout)
     await request.app[SITE].services.uploads.receive(cache, request.match_info["upload"], part, chunks)
     return web.Response(status=204)
+
+
+async def sign(request: web.Request) -> web.Response:
+    """Where else a part can be sent."""
+    cache, asked, _ = await authorised(request, api.SignRequest)
+    if not _MD5.fullmatch(asked.md5):
+        raise BadInput("md5: expected 32 hexadecimal digits")
+    uploads = request.app[SITE].services.uploads
+    signed = await uploads.sign(cache, request.match_info["upload"], _number(request), bytes.fromhex(asked.md5))
+    return json_answer(api.SignAnswer(signed.url, dict(signed.headers)))
 
 
 async def complete(request: web.Request) -> web.Response:
@@ -77,6 +91,13 @@ async def abort(request: web.Request) -> web.Response:
     await check_writable(rules, cache, token_of(request))
     await request.app[SITE].services.uploads.abort(cache, request.match_info["upload"])
     return web.Response(status=204)
+
+
+def _number(request: web.Request) -> int:
+    number = request.match_info["number"]
+    if not _NUMBER.fullmatch(number):
+        raise BadInput(f"{number[:50]!r} is not the number of a part")
+    return int(number)
 
 
 def _digest(header: str) -> bytes:

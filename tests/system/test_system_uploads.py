@@ -78,7 +78,7 @@ def answer_of(answer: Answer) -> Any:
 
 def test_killed_between_two_parts(server: Server, client: Client) -> None:
     assert json.loads(client.get("/api/v1/caches/main").body)["part_size"] == PART
-    assert begin(client) == {"stored": False, "parts": []}
+    assert begin(client) == {"stored": False, "parts": [], "direct": None}
     assert put(client, 2, PARTS[1]).status == 204
     assert put(client, 1, PARTS[0]).status == 204
     server.kill()
@@ -92,7 +92,7 @@ def test_killed_between_two_parts(server: Server, client: Client) -> None:
     assert answer_of(complete(client))["state"] == "stored"
 
     assert client.get(STORED).body == LARGE.file
-    assert begin(client) == {"stored": True, "parts": []}
+    assert begin(client) == {"stored": True, "parts": [], "direct": None}
     assert answer_of(complete(client))["state"] == "stored"
     assert [name for name in server.snapshot() if name.startswith("~uploads/")] == []
 

@@ -13,10 +13,10 @@ import pytest
 
 from cachesrv.errors import BadInput, Conflict, Mismatch, NotFound, StoreError, StoreFull, TooLarge
 from cachesrv.nix.hashes import Hash
-from cachesrv.services import assembly, uploads
+from cachesrv.services import assembly, through
 from cachesrv.services.ingest import Ingest
-from cachesrv.services.part_store import Part
-from cachesrv.services.uploads import Limits, Missing, Uploads, Verifying
+from cachesrv.services.part_store import Begun, Part, PartStore
+from cachesrv.services.uploads import DirectParts, Limits, Missing, Uploads, Verifying
 from cachesrv.storage.decorators import Direct, Limited, Retrying
 from cachesrv.storage.filesystem import FilesystemStore
 from cachesrv.storage.memory import MemoryStore
@@ -66,7 +66,7 @@ async def files(tmp_path: Path) -> AsyncIterator[Site]:
 @asynccontextmanager
 async def process(site: Site, **limits: int) -> AsyncIterator[Uploads]:
     """Uploads as one process of a server has them."""
-    opened = Uploads(site.storage, site.ingest, replace(Limits(part_size=PART), **limits))
+    opened = Uploads(PartStore(site.storage), site.ingest, replace(Limits(part_size=PART), **limits))
     try:
         yield opened
     finally:
@@ -85,9 +85,10 @@ PARTS = cut(LARGE.file)
 
 
 async def begin(uploads: Uploads, site: Site, sample: Sample = LARGE, **changes: Any) -> list[Part] | None:
-    given: dict[str, Any] = {"cache": site.cache, "upload": UPLOAD, "nar_hash": sample.nar_hash}
-    given |= {"nar_size": len(sample.nar)} | changes
-    return await uploads.begin(**given, pusher="somebody")
+    given: dict[str, Any] = {"cache": site.cache, "upload": UPLOAD, "nar_hash": sample.nar_hash} | changes
+    parts = await uploads.begin(**given, begun=Begun(given["nar_hash"].nix32, len(sample.nar), "somebody"))
+    assert not isinstance(parts, DirectParts)
+    return parts
 
 
 async def send(uploads: Uploads, site: Site, number: int, data: bytes, **changes: Any) -> None:
@@ -174,7 +175,7 @@ async def test_a_nar_is_read_while_its_parts_arrive(files: Site) -> None:
         await begin(uploads, files)
         for number, part in enumerate(PARTS[:-1], 1):
             await send(uploads, files, number, part)
-        (assembly,) = uploads._assemblies.values()
+        (assembly,) = uploads._through._assemblies.values()
         async with asyncio.timeout(30):
             while assembly.read < PART * (len(PARTS) - 1):  # noqa: ASYNC110  nothing tells of it
                 await asyncio.sleep(0.001)
@@ -199,11 +200,11 @@ async def test_other_parts_than_came_first_may_make_up_the_nar(files: Site) -> N
 
 
 async def test_an_assembly_that_was_given_up_is_begun_anew(files: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "_PATIENCE", 0.01)
+    monkeypatch.setattr(through, "_PATIENCE", 0.01)
     async with process(files) as opened:
         await begin(opened, files)
         await send(opened, files, 1, PARTS[0])
-        (waiting,) = opened._assemblies.values()
+        (waiting,) = opened._through._assemblies.values()
         with pytest.raises(assembly.GivenUp):
             await waiting.result
         for number, part in enumerate(PARTS[1:], 2):
@@ -215,12 +216,12 @@ async def test_an_assembly_that_was_given_up_is_begun_anew(files: Site, monkeypa
 
 async def test_no_more_than_some_are_read_early(files: Site) -> None:
     async with process(files) as opened:
-        for number in range(uploads._ASSEMBLIES + 1):
+        for number in range(through._ASSEMBLIES + 1):
             name = f"{number:016}"
             nar_hash = Hash.of("sha256", name.encode())
             await begin(opened, files, upload=name, nar_hash=nar_hash)
             await opened.receive(files.cache, name, Part(1, PART, digests(PARTS)[0]), chunks(PARTS[0]))
-        assert len(opened._assemblies) == uploads._ASSEMBLIES
+        assert len(opened._through._assemblies) == through._ASSEMBLIES
 
         assert not isinstance(await _whole(opened, files), Missing)
 
@@ -296,7 +297,7 @@ async def test_parts_have_limits(files: Site) -> None:
 
 async def test_nars_have_limits(files: Site) -> None:
     ingest = Ingest(files.storage, files.catalog, files.metrics, max_nar_size=1000)
-    opened = Uploads(files.storage, ingest, Limits())
+    opened = Uploads(PartStore(files.storage), ingest, Limits())
     with pytest.raises(TooLarge):
         await begin(opened, files)
     await ingest.close()
@@ -439,7 +440,7 @@ async def test_whatever_fails_it_can_be_gone_on_with(tmp_path: Path, late: bool)
 
 async def _sent_with(folder: Path, steps: Steps) -> None:
     async with open_site(folder, wrap=steps.wrap) as site:
-        opened = Uploads(steps.wrap(site.storage), site.ingest, Limits(part_size=100_000))
+        opened = Uploads(PartStore(steps.wrap(site.storage)), site.ingest, Limits(part_size=100_000))
         try:
             await begin(opened, site)
             parts = cut(LARGE.file, 100_000)

@@ -1,0 +1,297 @@
+"""NARs that clients write to a bucket themselves, on a real server: nothing counts that was not read back."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from contextlib import asynccontextmanager
+from hashlib import md5, sha256
+from random import Random
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+import zstandard
+from yarl import URL
+
+from cachesrv.errors import BadInput, NotFound, TooLarge
+from cachesrv.services.direct import Direct
+from cachesrv.services.ingest import Ingest
+from cachesrv.services.part_store import Begun, Part, PartStore
+from cachesrv.services.uploads import DirectParts, Limits, Missing, Uploads, Verifying
+from cachesrv.storage import decorators
+from cachesrv.storage.s3 import S3Store
+from cachesrv.storage.s3_upload import MIN_PART_SIZE
+from tests.samples import Sample
+from tests.service_site import Site, chunks, open_site
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+    from pathlib import Path
+
+    from cachesrv.catalog.base import NarRecord
+    from cachesrv.storage.base import SignedPut
+    from tests.radosgw import Gateway
+
+UPLOAD = "0123456789abcdef"
+LARGE = Sample("large", Random(3).randbytes(2 * MIN_PART_SIZE + 1000), compression="zstd")
+OTHER = Sample("other", Random(4).randbytes(MIN_PART_SIZE + 1000), compression="zstd")
+PARTS = [LARGE.file[start : start + MIN_PART_SIZE] for start in range(0, len(LARGE.file), MIN_PART_SIZE)]
+TAGS = [md5(part).hexdigest() for part in PARTS]
+NAR_NAME = f"{LARGE.nar_hash.bare_nix32}.nar.zst"
+
+
+@pytest.fixture
+async def site(tmp_path: Path, gateway: Gateway, bucket: str) -> AsyncIterator[Site]:
+    storage = S3Store(
+        bucket,
+        requests=decorators.Retrying(decorators.Limited(decorators.Direct())),
+        endpoint=gateway.endpoint,
+        prefix=token_hex(8),
+        session=gateway.session(),
+    )
+    async with open_site(tmp_path, storage=storage) as site:
+        yield site
+
+
+@asynccontextmanager
+async def process(
+    site: Site, *, offered: bool = True, ingest: Ingest | None = None, **limits: int
+) -> AsyncIterator[Uploads]:
+    """Uploads as one process of a server has them."""
+    assert isinstance(site.storage, S3Store)
+    parts = PartStore(site.storage)
+    direct = Direct(parts, site.storage, site.storage.direct, ingest or site.ingest, offered=offered)
+    opened = Uploads(parts, ingest or site.ingest, Limits(**limits), direct)
+    try:
+        yield opened
+    finally:
+        await opened.close()
+
+
+async def begin(uploads: Uploads, site: Site) -> list[Part] | DirectParts | None:
+    begun = Begun(LARGE.nar_hash.nix32, len(LARGE.nar), "somebody")
+    return await uploads.begin(site.cache, UPLOAD, LARGE.nar_hash, begun, direct=True)
+
+
+async def there(uploads: Uploads, site: Site) -> dict[int, str]:
+    """The parts that are there; it is begun by that."""
+    begun = await begin(uploads, site)
+    assert isinstance(begun, DirectParts)
+    assert begun.least == MIN_PART_SIZE
+    return {part.number: part.tag for part in begun.parts}
+
+
+async def put(signed: SignedPut, data: bytes) -> int:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.put(URL(signed.url, encoded=True), data=io.BytesIO(data), headers=signed.headers) as response,
+    ):
+        return response.status
+
+
+async def send(uploads: Uploads, site: Site, numbers: Sequence[int], parts: Sequence[bytes] = PARTS) -> None:
+    for number in numbers:
+        signed = await uploads.sign(site.cache, UPLOAD, number, md5(parts[number - 1]).digest())
+        assert await put(signed, parts[number - 1]) == 200
+
+
+async def complete(
+    uploads: Uploads, site: Site, tags: Sequence[str] = TAGS, patience: float = 60
+) -> NarRecord | Missing | Verifying:
+    return await uploads.complete(site.cache, UPLOAD, LARGE.nar_hash, tags, patience=patience)
+
+
+async def keys(site: Site) -> set[str]:
+    """Of all objects; those that are staged go by one name."""
+    found = {info.key async for info in site.storage.list("")}
+    return {"staged" if key.startswith("~uploads/") else key for key in found}
+
+
+async def test_what_clients_write_becomes_a_nar(site: Site) -> None:
+    async with process(site) as uploads:
+        assert await there(uploads, site) == {}
+        await send(uploads, site, [3, 1])
+        assert await there(uploads, site) == {1: TAGS[0], 3: TAGS[2]}
+        assert await complete(uploads, site) == Missing([2])
+        await send(uploads, site, [2])
+        assert await keys(site) == {"staged"}
+        record = await complete(uploads, site)
+
+        assert record == await site.ingest.known(site.cache, NAR_NAME)
+        assert await begin(uploads, site) is None
+        assert await complete(uploads, site) == record
+    assert await site.storage.get(f"main/nar/{NAR_NAME}", limit=10**8) == LARGE.file
+    assert await keys(site) == {f"main/nar/{NAR_NAME}"}
+    assert site.metrics.total("nars_stored") == 1
+    assert await leftovers(site) == 0
+
+
+async def leftovers(site: Site) -> int:
+    """Uploads in the bucket that nobody completed."""
+    assert isinstance(site.storage, S3Store)
+    return await site.storage.direct.sweep(older_than=-60) + await site.storage.sweep(older_than=-60)
+
+
+async def test_another_process_goes_on(site: Site) -> None:
+    async with process(site) as first:
+        await there(first, site)
+        await send(first, site, [1, 2])
+    async with process(site) as second:
+        # URLs are to be had without a new beginning.
+        await send(second, site, [3])
+        assert await there(second, site) == dict(enumerate(TAGS, 1))
+        assert not isinstance(await complete(second, site), Missing | Verifying)
+
+
+async def test_a_server_that_dies_while_it_reads_back_does_it_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, never = asyncio.Event(), asyncio.Event()
+    fence = site.catalog.fence
+
+    async def stop(*arguments: Any) -> int:
+        reached.set()
+        await never.wait()
+        return await fence(*arguments)
+
+    async with process(site) as first:
+        await there(first, site)
+        await send(first, site, [1, 2, 3])
+        with monkeypatch.context() as patched:
+            patched.setattr(site.catalog, "fence", stop)
+            asking = asyncio.create_task(complete(first, site, patience=0.01))
+            await asyncio.wait_for(reached.wait(), 60)
+            assert isinstance(await asking, Verifying)
+            assert await complete(first, site, patience=0.01) == Verifying(len(LARGE.file))
+
+    async with process(site) as second:
+        # The object is complete; a client that comes back finds all parts there.
+        assert await there(second, site) == dict(enumerate(TAGS, 1))
+        assert await complete(second, site, [*TAGS[:2], TAGS[0]]) == Missing([1, 2, 3])
+        assert not isinstance(await complete(second, site), Missing | Verifying)
+    assert await keys(site) == {f"main/nar/{NAR_NAME}"}
+
+
+async def test_two_processes_complete_at_once(site: Site) -> None:
+    async with process(site) as one, process(site) as two:
+        await there(one, site)
+        await send(one, site, [1, 2, 3])
+        outcomes = await asyncio.gather(complete(one, site), complete(two, site))
+
+        assert not any(isinstance(outcome, Verifying) for outcome in outcomes)
+        assert not isinstance(await complete(two, site), Missing)
+    assert await keys(site) == {f"main/nar/{NAR_NAME}"}
+    assert await site.storage.get(f"main/nar/{NAR_NAME}", limit=10**8) == LARGE.file
+
+
+@pytest.mark.parametrize("file", [OTHER.file, LARGE.file[:-1], b"no zstd at all"], ids=["other", "short", "nonsense"])
+async def test_what_is_not_the_nar_is_not_published(site: Site, file: bytes) -> None:
+    parts = [file[start : start + MIN_PART_SIZE] for start in range(0, len(file), MIN_PART_SIZE)]
+    tags = [md5(part).hexdigest() for part in parts]
+    async with process(site) as uploads:
+        await there(uploads, site)
+        await send(uploads, site, [*range(1, len(parts) + 1)], parts)
+        with pytest.raises(BadInput):
+            await complete(uploads, site, tags)
+        assert await keys(site) == set()
+        assert await site.ingest.known(site.cache, NAR_NAME) is None
+
+        assert await there(uploads, site) == {}
+        await send(uploads, site, [1, 2, 3])
+        assert not isinstance(await complete(uploads, site), Missing | Verifying)
+
+
+async def test_a_nar_that_came_otherwise_meanwhile_stays(site: Site) -> None:
+    """With the same name, and other bytes: the first one is what narinfos may speak of by now."""
+    async with process(site) as uploads:
+        await there(uploads, site)
+        await send(uploads, site, [1, 2, 3])
+        other = Sample("large", LARGE.content)
+        file = zstandard.ZstdCompressor(level=19).compress(other.nar)
+        assert file != LARGE.file
+        first = await site.ingest.receive(site.cache, NAR_NAME, chunks(file), None)
+
+        assert await complete(uploads, site) == first
+    assert await site.storage.get(f"main/nar/{NAR_NAME}", limit=10**8) == file
+    assert await keys(site) == {f"main/nar/{NAR_NAME}"}
+    assert await leftovers(site) == 0
+
+
+async def test_an_old_url_is_worth_nothing_after_completion(site: Site) -> None:
+    async with process(site) as uploads:
+        await there(uploads, site)
+        signed = await uploads.sign(site.cache, UPLOAD, 1, md5(PARTS[0]).digest())
+        await send(uploads, site, [1, 2, 3])
+        await complete(uploads, site)
+
+        assert await put(signed, PARTS[0]) == 404
+    assert await site.storage.get(f"main/nar/{NAR_NAME}", limit=10**8) == LARGE.file
+
+
+async def test_what_is_aborted_or_silent_leaves_nothing(site: Site) -> None:
+    async with process(site) as uploads:
+        await there(uploads, site)
+        await send(uploads, site, [1])
+        await uploads.abort(site.cache, UPLOAD)
+        assert await keys(site) == set()
+        assert await leftovers(site) == 0
+        with pytest.raises(NotFound):
+            await uploads.sign(site.cache, UPLOAD, 1, md5(PARTS[0]).digest())
+
+        await there(uploads, site)
+        await send(uploads, site, [1])
+        assert await uploads.sweep() == 0
+    async with process(site, seconds=-60) as later:
+        assert await later.sweep() == 1
+    assert await keys(site) == set()
+    assert await leftovers(site) == 0
+
+
+async def test_where_it_is_not_offered_parts_come_through_the_server(site: Site) -> None:
+    async with process(site, offered=False) as uploads:
+        assert await begin(uploads, site) == []
+        await uploads.abort(site.cache, UPLOAD)
+    async with process(site) as before:
+        await there(before, site)
+        await send(before, site, [1, 2, 3])
+    async with process(site, offered=False) as after:
+        # What was begun before is not lost.
+        assert not isinstance(await complete(after, site), Missing | Verifying)
+
+
+async def test_a_client_that_cannot_reach_the_bucket_begins_anew(site: Site) -> None:
+    async with process(site) as uploads:
+        await there(uploads, site)
+        begun = Begun(LARGE.nar_hash.nix32, len(LARGE.nar), "somebody")
+        assert await uploads.begin(site.cache, UPLOAD, LARGE.nar_hash, begun) == []
+        for number, part in enumerate(PARTS, 1):
+            stated = Part(number, len(part), sha256(part).hexdigest())
+            await uploads.receive(site.cache, UPLOAD, stated, chunks(part))
+        digests = [sha256(part).hexdigest() for part in PARTS]
+        assert not isinstance(await complete(uploads, site, digests), Missing | Verifying)
+    assert await keys(site) == {f"main/nar/{NAR_NAME}"}
+    assert await leftovers(site) == 0
+
+
+async def test_nars_have_limits(site: Site) -> None:
+    """Also when the client said of it that it is small."""
+    ingest = Ingest(site.storage, site.catalog, site.metrics, max_nar_size=MIN_PART_SIZE)
+    async with process(site, ingest=ingest) as uploads:
+        begun = Begun(LARGE.nar_hash.nix32, 0, "somebody")
+        await uploads.begin(site.cache, UPLOAD, LARGE.nar_hash, begun, direct=True)
+        await send(uploads, site, [1, 2, 3])
+        with pytest.raises(TooLarge):
+            await complete(uploads, site)
+    await ingest.close()
+    assert await keys(site) == set()
+    assert await leftovers(site) == 0
+
+
+@pytest.mark.parametrize("number", [0, -1, 10_001])
+async def test_numbers_have_limits(site: Site, number: int) -> None:
+    async with process(site) as uploads:
+        await there(uploads, site)
+        with pytest.raises(BadInput, match="counted from 1 to 10000"):
+            await uploads.sign(site.cache, UPLOAD, number, md5(b"").digest())
