@@ -17,8 +17,6 @@ from cachesrv.push.store_location import StoreLocation
 
 CONNECTIONS = 4
 """The daemon starts a process for each."""
-TIMEOUT = 60.0
-"""Seconds for a handshake, a batch of questions, or silence in the middle of a NAR."""
 LARGEST_BATCH = 64
 """Questions that are asked on one connection before their answers are read; about 8 KiB."""
 SMALLEST_BATCH = 16
@@ -84,9 +82,13 @@ class DaemonStore:
         self._pool = pool
 
     @classmethod
-    async def open(cls, location: StoreLocation, *, connections: int = CONNECTIONS, timeout: float = TIMEOUT) -> Self:
-        """Connects once, so that a daemon that is of no use fails here; `timeout` is in seconds."""
-        pool = ConnectionPool(location.socket, size=connections, timeout=timeout)
+    async def open(
+        cls, location: StoreLocation, *, connections: int = CONNECTIONS, timeout: float | None = None
+    ) -> Self:
+        """Connects once, so that a daemon that is of no use fails here. `timeout`, by default the location's, is in
+        seconds and for a handshake, a batch of questions, or silence in the middle of a NAR.
+        """
+        pool = ConnectionPool(location.socket, size=connections, timeout=timeout or location.timeout)
         async with pool.connection() as connection:
             return cls(location, pool, connection.session)
 

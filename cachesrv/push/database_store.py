@@ -2,24 +2,30 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Mapping
+from contextlib import aclosing
 from typing import Self
 
-from cachesrv.errors import StoreUnavailable
+from cachesrv.errors import DaemonError, StoreUnavailable
 from cachesrv.nix.path_info import PathInfo
 from cachesrv.nix.realisation import OutputId, Realisation, TracedOutput
 from cachesrv.nix.store_path import StorePath
+from cachesrv.push.daemon import DaemonStore
 from cachesrv.push.store_db import StoreDatabase
-from cachesrv.push.store_location import StoreLocation
+from cachesrv.push.store_location import Access, StoreLocation
 
 
 class DatabaseStore:
-    """`LocalStore` by way of the database, read in threads. Errors are `StoreError` and name the file."""
+    """`LocalStore` by way of the database, read in threads. Errors are `StoreError` and name the file. What lies in
+    files that this user may not read is had from the daemon, if there is one.
+    """
 
     def __init__(self, location: StoreLocation, database: StoreDatabase) -> None:
         self.store_dir = location.store_dir
         self.name = f"Nix store with database {database.file}"
         self._location = location
         self._database = database
+        self._daemon: DaemonStore | None = None
+        self._opening = asyncio.Lock()
 
     @classmethod
     async def open(cls, location: StoreLocation) -> Self:
@@ -40,13 +46,27 @@ class DatabaseStore:
     async def closure(self, paths: Iterable[StorePath]) -> list[PathInfo]:
         return await asyncio.to_thread(self._database.closure, list(paths))
 
-    def nar(self, info: PathInfo) -> AsyncGenerator[bytes, None]:
-        """Always raises: where a path has no `real_path`, there is nobody else to read it."""
-        file = info.store_path.full(self._location.real_store_dir)
-        raise StoreUnavailable(f"{file} cannot be read, and there is no Nix daemon to read it for us")
+    async def nar(self, info: PathInfo) -> AsyncGenerator[bytes, None]:
+        daemon = await self._by_daemon(info)
+        async with aclosing(daemon.nar(info)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def realisations(self, paths: Iterable[StorePath]) -> Mapping[OutputId | TracedOutput, Realisation]:
         return await asyncio.to_thread(self._database.realisations, list(paths))
 
     async def close(self) -> None:
-        """Nothing is held open."""
+        if self._daemon is not None:
+            await self._daemon.close()
+
+    async def _by_daemon(self, info: PathInfo) -> DaemonStore:
+        file = info.store_path.full(self._location.real_store_dir)
+        if self._location.access is not Access.AUTO:
+            raise StoreUnavailable(f"{file} cannot be read, and there is no Nix daemon to read it for us")
+        async with self._opening:
+            if self._daemon is None:
+                try:
+                    self._daemon = await DaemonStore.open(self._location)
+                except DaemonError as error:
+                    raise StoreUnavailable(f"{file} cannot be read, and {error}") from error
+        return self._daemon

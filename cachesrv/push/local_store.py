@@ -81,18 +81,18 @@ async def opened_store(store: str | None, environ: Mapping[str, str]) -> AsyncIt
 async def open_store(store: str | None, environ: Mapping[str, str]) -> LocalStore:
     """Opens the store that `--store` names (see `store_location.locate`), or else the environment.
 
-    Unless told otherwise, by the daemon if one answers as it should, else from the database. Raises `ConfigError`
-    for a store that is not of this machine, `DaemonError` or `StoreError` for one that cannot be read.
+    Unless told otherwise, from the database if it can be read, which asks nobody, else by the daemon. Raises
+    `ConfigError` for a store that is not of this machine, `DaemonError` or `StoreError` for one that cannot be read.
     """
     location = locate(store, environ)
-    if location.access is Access.DATABASE:
-        return await DatabaseStore.open(location)
-    try:
+    if location.access is Access.DAEMON:
         return await DaemonStore.open(location)
-    except DaemonError as daemon_error:
-        if location.access is Access.DAEMON:
+    try:
+        return await DatabaseStore.open(location)
+    except StoreError as store_error:
+        if location.access is Access.DATABASE:
             raise
         try:
-            return await DatabaseStore.open(location)
-        except StoreError as error:
-            raise StoreUnavailable(f"no Nix store can be read: {daemon_error}; {error}") from error
+            return await DaemonStore.open(location)
+        except DaemonError as error:
+            raise StoreUnavailable(f"no Nix store can be read: {error}; {store_error}") from error

@@ -4,6 +4,7 @@
 """
 
 import errno
+import math
 import os
 import stat
 from collections import deque
@@ -17,11 +18,12 @@ from cachesrv.errors import BadInput, ConfigError, NotFound
 from cachesrv.nix.store_path import DEFAULT_STORE_DIR, StorePath, check_store_dir
 
 DEFAULT_STATE_DIR = "/nix/var/nix"
+DAEMON_TIMEOUT = 60.0
 MAX_LINKS = 40
 
 
 class Access(Enum):
-    """How to read a store; AUTO is by the daemon if one answers, else from the database."""
+    """How to read a store; AUTO is from the database if it can be read, else by the daemon."""
 
     AUTO = "auto"
     DAEMON = "daemon"
@@ -33,7 +35,8 @@ class StoreLocation:
     """The directories of a store, all absolute; none of them needs to exist.
 
     store_dir: the one that store paths name; real_store_dir: where the files are, which differs in a chroot
-    store, and has no symlinks in it; state_dir: holds the database; socket: where a daemon would listen.
+    store, and has no symlinks in it; state_dir: holds the database; socket: where a daemon would listen;
+    timeout: seconds after which a daemon that says nothing is given up.
     """
 
     access: Access
@@ -41,6 +44,7 @@ class StoreLocation:
     real_store_dir: str
     state_dir: Path
     socket: Path
+    timeout: float = DAEMON_TIMEOUT
 
     def real_path(self, path: StorePath) -> str | None:
         """The file, directory or symlink that `path` is on this machine; None if it cannot be read here."""
@@ -90,7 +94,8 @@ def locate(store: str | None, environ: Mapping[str, str]) -> StoreLocation:
     """The store that `store` names as Nix's `--store` does; None leaves it to NIX_REMOTE, as Nix does.
 
     Known are `auto`, `daemon`, `local`, `unix://SOCKET` and the root directory of a chroot store (a path), each
-    with `?root=`, `store=`, `real=` and `state=`. Raises `ConfigError` for anything else.
+    with `?root=`, `store=`, `real=` and `state=`, and one of our own, `timeout=`, the seconds after which a daemon that
+    says nothing is given up. Raises `ConfigError` for anything else.
     """
     text = environ.get("NIX_REMOTE", "") if store is None else store
     base, _, query = text.partition("?")
@@ -128,7 +133,18 @@ def _location(
         real_store_dir=os.path.realpath(parameters.get("real") or real_store_dir),
         state_dir=state,
         socket=Path(socket or default_socket).absolute(),
+        timeout=_timeout(parameters.get("timeout")),
     )
+
+
+def _timeout(text: str | None) -> float:
+    try:
+        seconds = DAEMON_TIMEOUT if text is None else float(text)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"timeout={text} is no time to wait for the Nix daemon: give a number of seconds")
+    return seconds
 
 
 def _default_store_dir(environ: Mapping[str, str]) -> str:

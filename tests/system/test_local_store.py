@@ -247,18 +247,35 @@ async def test_a_daemon_that_is_killed_in_the_middle_of_a_nar(machine: Machine, 
     await store.close()
 
 
-async def test_the_daemon_if_it_answers_else_the_database(machine: Machine, program: str, daemon: int) -> None:
-    by_daemon = await open_store(None, machine.environment)
-    assert by_daemon.name == f"Nix daemon 2.8.0 at {machine.socket}"
-    without = machine.environment | {"NIX_DAEMON_SOCKET_PATH": f"{machine.socket}-none"}
-    by_database = await open_store(None, without)
+async def test_the_database_if_it_can_be_read_else_the_daemon(machine: Machine, program: str, daemon: int) -> None:
+    by_database = await open_store(None, machine.environment)
     assert by_database.name == f"Nix store with database {machine.nix.folder}/var/db/db.sqlite"
+    without = machine.environment | {"NIX_STATE_DIR": str(machine.nix.folder / "none")}
+    by_daemon = await open_store(None, without)
+    assert by_daemon.name == f"Nix daemon 2.8.0 at {machine.socket}"
     paths = [machine.path(program)]
     assert await by_daemon.closure(paths) == await by_database.closure(paths)
     await by_daemon.close()
     await by_database.close()
     with pytest.raises(DaemonError, match="cannot be reached"):
-        await open_store("daemon", without)
+        await open_store("daemon", machine.environment | {"NIX_DAEMON_SOCKET_PATH": f"{machine.socket}-none"})
+
+
+async def test_what_the_database_store_may_not_read_comes_from_the_daemon(
+    machine: Machine, program: str, daemon: int
+) -> None:
+    store = await open_store(None, machine.environment)
+    info = await store.path_info(machine.path(program))
+    assert await read(store, info) == dumped_by_nix(program)
+    await store.close()
+    for name, environment in (
+        (None, machine.environment | {"NIX_DAEMON_SOCKET_PATH": f"{machine.socket}-none"}),
+        ("local", machine.environment),
+    ):
+        store = await open_store(name, environment)
+        with pytest.raises(StoreUnavailable, match=f"{program} cannot be read, and "):
+            await read(store, info)
+        await store.close()
 
 
 async def test_neither_daemon_nor_database(tmp_path: Path) -> None:
