@@ -1,11 +1,13 @@
 """Which paths may be published when: a path after its NAR is there, and never before the paths that it refers to.
 
-A state machine without I/O. One request is under way at a time: `take` what it is to hold, then `settle` it.
+A state machine without I/O. Several requests may be under way: `take` what one is to hold, then `settle` it. What a
+path refers to has been published before, or comes before it in the same request.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ class PublishOrder:
                 self._referrers[path].append(info.store_path)
         self._ready: list[int] = []
         self._open = set(self._position)
+        self._taken: set[StorePath] = set()
 
     @property
     def is_ready(self) -> bool:
@@ -49,32 +52,42 @@ class PublishOrder:
         """To be told once for each path that has not failed."""
         self._one_less(path)
 
-    def take(self, most_paths: int, most_references: int) -> list[PathInfo]:
+    def take(self, most_paths: int, most_references: int, bringing: Iterable[StorePath] = ()) -> list[PathInfo]:
         """Paths for the next request, each after those of them that it refers to; one path at least when there is
-        one, however many references it has.
+        one, however many references it has. The request brings the NARs of the paths `bringing`.
         """
+        request = _Request(self._lacking, self._position)
+        for path in bringing:
+            if path in self._open:
+                request.one_less(path)
         taken: list[PathInfo] = []
-        while self._ready and len(taken) < most_paths:
-            info = self._infos[self._ready[0]]
+        while len(taken) < most_paths and (queue := _first(self._ready, request.ready)):
+            info = self._infos[queue[0]]
             most_references -= len(info.references)
             if taken and most_references < 0:
                 break
-            heapq.heappop(self._ready)
+            heapq.heappop(queue)
             if info.store_path in self._open:
                 taken.append(info)
-                self._release(info.store_path)
+                for referrer in self._referrers[info.store_path]:
+                    request.one_less(referrer)
+        self._taken.update(info.store_path for info in taken)
         return taken
 
     def put_back(self, path: StorePath) -> None:
         """What was taken is to be taken once more, unless it has failed meanwhile."""
-        if path in self._open:
-            heapq.heappush(self._ready, self._position[path])
+        self._taken.discard(path)
+        self._offer(path)
 
     def settle(self, published: Iterable[StorePath], failed: Iterable[StorePath]) -> dict[StorePath, StorePath]:
         """Tell how it went with these. Returns the paths that cannot be published any more because they refer,
         directly or not, to one that failed: each with that one.
         """
-        self._open.difference_update(published)
+        for path in published:
+            if path in self._open:
+                self._open.discard(path)
+                for referrer in self._referrers[path]:
+                    self._one_less(referrer)
         pending = [(path, path) for path in failed]
         self._open.difference_update(path for path, _ in pending)
         hopeless: dict[StorePath, StorePath] = {}
@@ -87,11 +100,30 @@ class PublishOrder:
                     pending.append((referrer, cause))
         return hopeless
 
-    def _release(self, path: StorePath) -> None:
-        for referrer in self._referrers[path]:
-            self._one_less(referrer)
-
     def _one_less(self, path: StorePath) -> None:
         self._lacking[path] -= 1
-        if self._lacking[path] == 0:
+        self._offer(path)
+
+    def _offer(self, path: StorePath) -> None:
+        if self._lacking[path] == 0 and path in self._open and path not in self._taken:
             heapq.heappush(self._ready, self._position[path])
+
+
+class _Request:
+    """What becomes ready by what the request itself holds."""
+
+    def __init__(self, lacking: dict[StorePath, int], position: dict[StorePath, int]) -> None:
+        self._lacking = lacking
+        self._position = position
+        self._brought: Counter[StorePath] = Counter()
+        self.ready: list[int] = []
+
+    def one_less(self, path: StorePath) -> None:
+        self._brought[path] += 1
+        if self._brought[path] == self._lacking[path]:
+            heapq.heappush(self.ready, self._position[path])
+
+
+def _first(one: list[int], other: list[int]) -> list[int]:
+    """That of two heaps which begins with the lesser position; an empty one if both are."""
+    return other if other and (not one or other[0] < one[0]) else one
