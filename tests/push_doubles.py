@@ -14,7 +14,7 @@ import zstandard
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from cachesrv import api
+from cachesrv import api, pack
 from cachesrv.errors import BadInput, NotFound
 from cachesrv.nix.hashes import Hash
 from cachesrv.nix.nar_writer import dump
@@ -142,9 +142,10 @@ class TemporaryStore:
 @dataclass
 class FakeCache:
     """The cache `main`, as `cachesrv.api` describes it. `faults` answer before it does, each once, by route:
-    `cache`, `missing`, `paths`, `nar`, and for parts `begin`, `part`, `complete`, `abort`. `part_size` is what it takes
-    in one part, 0 for none; `uploads` has the parts of each upload by number; `slow` is how often `complete` says first
-    that it takes longer.
+    `cache`, `missing`, `paths`, `nar`, `pack`, and for parts `begin`, `part`, `complete`, `abort`. `part_size` is what
+    it takes in one part, 0 for none; `uploads` has the parts of each upload by number; `slow` is how often `complete`
+    says first that it takes longer. It takes packs within the limits `packs`, if any; it refuses those NARs of a pack
+    whose hash is in `unpackable`.
     """
 
     token: str | None = "secret"
@@ -153,6 +154,8 @@ class FakeCache:
     part_size: int = 0
     uploads: dict[str, dict[int, bytes]] = field(default_factory=dict)
     slow: int = 0
+    packs: api.PackLimits | None = None
+    unpackable: set[str] = field(default_factory=set)
     upstreams: list[api.UpstreamAnswer] = field(default_factory=list)
     nars: dict[str, bytes] = field(default_factory=dict)
     published: dict[str, api.PathToPublish] = field(default_factory=dict)
@@ -170,6 +173,7 @@ class FakeCache:
         app.router.add_get("/api/v1/caches/main", self._route("cache", self._cache))
         app.router.add_post("/api/v1/caches/main/missing", self._route("missing", self._missing))
         app.router.add_post("/api/v1/caches/main/paths", self._route("paths", self._publish))
+        app.router.add_post("/api/v1/caches/main/nars", self._route("pack", self._pack))
         app.router.add_put("/main/nar/{file}", self._route("nar", self._put))
         app.router.add_put("/main/realisations/{file}", self._route("realisation", self._realise))
         upload = "/api/v1/caches/main/uploads/{upload}"
@@ -210,7 +214,9 @@ class FakeCache:
 
     async def _cache(self, request: web.Request) -> web.Response:
         return _json(
-            api.CacheAnswer("main", self.store_dir, 30, True, [], self.upstreams, self.max_nar_size, self.part_size)
+            api.CacheAnswer(
+                "main", self.store_dir, 30, True, [], self.upstreams, self.max_nar_size, self.part_size, self.packs
+            )
         )
 
     async def _missing(self, request: web.Request) -> web.Response:
@@ -247,6 +253,22 @@ class FakeCache:
         self.published[path.path] = path
         self.publication.set()
         return api.PathOutcome(path.path)
+
+    async def _pack(self, request: web.Request) -> web.Response:
+        assert self.packs is not None
+        received = pack.decode(await request.read(), self.packs)
+        outcomes = [self._unpack(*one) for one in zip(received.head.nars, received.files, strict=True)]
+        paths = received.head.paths
+        self.batches.append([path.path for path in paths])
+        return _json(api.PackAnswer(outcomes, [self._publish_one(path) for path in paths]))
+
+    def _unpack(self, sent: api.PackedNar, file: memoryview) -> api.NarOutcome:
+        if sent.nar_hash in self.unpackable:
+            return api.NarOutcome(sent.nar_hash, "not in a pack", "bad-input")
+        nar = zstandard.ZstdDecompressor().decompressobj(read_across_frames=True).decompress(file)
+        assert (Hash.of("sha256", nar).nix32, len(nar)) == (sent.nar_hash, sent.nar_size)
+        self.nars[sent.nar_hash] = bytes(file)
+        return api.NarOutcome(sent.nar_hash)
 
     async def _put(self, request: web.Request) -> web.Response:
         return self._take(_nar_hash(request), await request.read())

@@ -51,8 +51,27 @@ class LocalNar:
     async def read_into(self, buffer: memoryview) -> int:
         return await self._work.run(lambda: self._read_into(buffer))
 
+    def read_now(self, most: int) -> bytes:
+        """All of it at once, in the calling thread, instead of `read_into`; of more than `most` bytes, some more."""
+        chunks, size = [], 0
+        while size <= most and (chunk := next(self._chunks, None)) is not None:
+            chunks.append(chunk)
+            size += len(chunk)
+        nar = b"".join(chunks)
+        self._seen.feed(memoryview(nar))
+        return nar
+
     def digest(self) -> Hash:
         return self._seen.digest()
+
+    def accept_now(self) -> None:
+        """As `accept`, in the calling thread."""
+        self._seen.accept()
+
+    def close_now(self) -> None:
+        """As `close`, in the calling thread; after `read_now`."""
+        self._seen.close()
+        self._chunks = iter(())
 
     async def accept(self) -> None:
         if self._seen.watched:

@@ -70,7 +70,7 @@ class Pipeline:
         self.budget = Budget(shares.budget)
         self.readers = ThreadPoolExecutor(readers, "cachesrv-read")
         self._compressors = ThreadPoolExecutor(shares.threads, "cachesrv-zstd")
-        self._level = level
+        self.level = level
         self.recipe = f"zstd {'.'.join(map(str, zstandard.ZSTD_VERSION))}, level {level}, frames of {FRAME_SIZE}"
         """All that the bytes of a file depend on beside its NAR."""
 
@@ -100,7 +100,7 @@ class Pipeline:
     def _compress(self, data: memoryview) -> Frame:
         # Copied, since what zstd returns keeps the memory of the largest that it could have become; in pieces of one
         # size, since those leave no holes when they are freed.
-        compressed = memoryview(compress_frame(data, self._level))
+        compressed = memoryview(compress_frame(data, self.level))
         chunks = [bytes(compressed[start : start + _CHUNK_SIZE]) for start in range(0, len(compressed), _CHUNK_SIZE)]
         return Frame(chunks, FrameSize(len(compressed), len(data)))
 
@@ -149,7 +149,7 @@ class CompressedNar:
             size = FRAME_SIZE
             while size == FRAME_SIZE and (size := await self._read()):
                 await self._frames.put(self._compress(size))
-            self._check()
+            check(self.info, self._source.digest(), self.nar_size)
             await self._source.accept()
         except Exception as error:  # noqa: BLE001  the iteration raises it
             self.failure = error
@@ -191,13 +191,6 @@ class CompressedNar:
         compressing.add_done_callback(done)
         return compressing
 
-    def _check(self) -> None:
-        stated, found = self.info.nar_hash, self._source.digest()
-        if found != stated:
-            raise Mismatch(f"{self.info.store_path}: its NAR has hash {found.nix32}, not the {stated.nix32} {_STATED}")
-        if self.info.nar_size not in (0, self.nar_size):
-            raise Mismatch(f"{self.info.store_path}: its NAR has {self.nar_size} bytes, not {self.info.nar_size}")
-
     async def _chunks(self) -> AsyncIterator[bytes]:
         try:
             table: list[FrameSize] = []
@@ -226,6 +219,15 @@ class CompressedNar:
             raise TooLarge(f"{path}: compressed it has more than the {self._limit} bytes that the cache takes")
         self._file_sha256.update(chunk)
         return chunk
+
+
+def check(info: PathInfo, found: Hash, size: int) -> None:
+    """Raises Mismatch unless the NAR that was found, with this hash and so many bytes, is that of the path."""
+    if found != info.nar_hash:
+        stated = info.nar_hash.nix32
+        raise Mismatch(f"{info.store_path}: its NAR has hash {found.nix32}, not the {stated} {_STATED}")
+    if info.nar_size not in (0, size):
+        raise Mismatch(f"{info.store_path}: its NAR has {size} bytes, not {info.nar_size}")
 
 
 _STATED = "that the store's database states: the path is damaged or changes (see nix-store --verify-path)"

@@ -22,6 +22,7 @@ from cachesrv.push.events import Failed, PlanMade, Planned, ignore
 from cachesrv.push.keeping import keeping
 from cachesrv.push.nar_source import LocalNar, StreamedNar
 from cachesrv.push.one_line import one_line
+from cachesrv.push.packing import Packing
 from cachesrv.push.pipeline import DEFAULT_LEVEL, Pipeline
 from cachesrv.push.plan import Answers, Decision, make_plan, plan_refused, wanted
 from cachesrv.push.realisations import RealisationUpload, missing_realisations
@@ -180,13 +181,14 @@ class _Push:
                     return LocalNar(dump(file), pipeline.readers, kept.taps(info))
 
                 delivery = Delivery(server, pipeline, open_nar, cache, emit=self._emit)
-                result = await Upload(plan, server, delivery, jobs=options.jobs, emit=kept.emit).run()
+                packing = Packing(server, pipeline, open_nar, cache.packs, emit=self._emit) if cache.packs else None
+                result = await Upload(plan, server, delivery, packing, jobs=options.jobs, emit=kept.emit).run()
                 published = frozenset(result.published)
                 answers = answers.after(stored=result.stored, published=published)
                 second = plan_refused(plan, result.refused, answers)
                 if second is not None:
                     self._tell(second)
-                    result = await Upload(second, server, delivery, jobs=options.jobs, emit=kept.emit).run()
+                    result = await Upload(second, server, delivery, packing, jobs=options.jobs, emit=kept.emit).run()
                     published |= result.published
         for path, error in result.refused.items():
             self._emit(Failed(path.base_name, error))

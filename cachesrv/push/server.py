@@ -21,6 +21,7 @@ from cachesrv.api import (
     CacheAnswer,
     MissingAnswer,
     MissingRequest,
+    PackAnswer,
     PublishAnswer,
     PublishRequest,
 )
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     import aiohttp
 
-    from cachesrv.api import PathOutcome, PathToPublish, WantedPath
+    from cachesrv.api import PackHead, PathOutcome, PathToPublish, WantedPath
     from cachesrv.nix.hashes import Hash
     from cachesrv.push.address import Address
     from cachesrv.push.events import Emit
@@ -45,6 +46,9 @@ FIRST_ATTEMPTS = 4
 """For the first question: a wrong URL should not take a minute to be noticed, a server may just be starting."""
 
 _COMPRESS_FROM = 1024
+_SLICE = 256 * 1024
+_NAR_TYPE = "application/x-nix-nar"
+_PACK_TYPE = "application/x-cachesrv-pack"
 _MAX_ERROR_SIZE = 64 * 1024
 
 Answer = TypeVar("Answer")
@@ -99,8 +103,7 @@ class Server:
         """Publish at most MAX_BATCH paths whose NARs are there; an outcome for each, in their order."""
         question = msgspec.json.encode(PublishRequest(list(paths)))
         answer = await self.ask("POST", "paths", question, PublishAnswer)
-        if [outcome.path for outcome in answer.outcomes] != [path.path for path in paths]:
-            raise ServerError(f"{self.address} answered for other paths than were to be published")
+        _check_outcomes(self.address, answer.outcomes, paths)
         return answer.outcomes
 
     async def has_nar(self, path: WantedPath) -> bool:
@@ -121,12 +124,33 @@ class Server:
             headers["Content-Length"] = str(size)
         await self.put(self.address.nar(nar_hash.bare_nix32), chunks, headers)
 
+    async def send_pack(self, head: PackHead, body: bytes) -> PackAnswer:
+        """Send a pack, which has this head; raises as `put_nar` does, the last TryAgain only."""
+        headers = {"Content-Type": _PACK_TYPE, "Content-Length": str(len(body))}
+
+        async def once() -> PackAnswer:
+            answered = await self._send("POST", self.address.api("nars"), _slices(body), headers)
+            return _decode(answered, PackAnswer, self.address)
+
+        answer = await retry(once, f"sending {len(head.nars)} small NARs", self.backoff, self._emit)
+        if [outcome.nar_hash for outcome in answer.nars] != [nar.nar_hash for nar in head.nars]:
+            raise ServerError(f"{self.address} answered for other NARs than were sent")
+        _check_outcomes(self.address, answer.paths, head.paths)
+        return answer
+
     async def put(self, url: str, chunks: AsyncIterable[bytes | memoryview], headers: Mapping[str, str]) -> None:
         """Send bytes, once; how they are taken is watched. Raises TryAgain and what `refusal` says."""
+        await self._send("PUT", url, chunks, headers)
+
+    async def _send(
+        self, method: str, url: str, chunks: AsyncIterable[bytes | memoryview], headers: Mapping[str, str]
+    ) -> bytes:
+        """What is answered to a body that may take its time."""
         with our_errors(self.address):
             async with (
                 asyncio.timeout(None) as deadline,
-                self._session.put(
+                self._session.request(
+                    method,
                     url,
                     data=self._watched(chunks, deadline),
                     headers={**self._headers(), **headers},
@@ -136,6 +160,7 @@ class Server:
             ):
                 deadline.reschedule(asyncio.get_running_loop().time() + self.timeouts.answer)
                 await self._check(response)
+                return await _read(response, MAX_REQUEST_SIZE)
 
     async def ask(
         self, method: str, action: str, question: bytes, kind: type[Answer], backoff: Backoff | None = None
@@ -223,6 +248,16 @@ async def connect(
     """Nothing is sent yet. Raises ConfigError when the token or the authorities' certificates cannot be read."""
     async with open_session(address, connections) as session:
         yield Server(session, address, tokens, backoff=backoff or Backoff(), timeouts=timeouts or Timeouts(), emit=emit)
+
+
+def _check_outcomes(address: Address, outcomes: Sequence[PathOutcome], paths: Sequence[PathToPublish]) -> None:
+    if [outcome.path for outcome in outcomes] != [path.path for path in paths]:
+        raise ServerError(f"{address} answered for other paths than were to be published")
+
+
+async def _slices(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), _SLICE):
+        yield body[start : start + _SLICE]
 
 
 def _decode(body: bytes, kind: type[Answer], address: Address) -> Answer:

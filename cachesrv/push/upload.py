@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cachesrv.api import MAX_BATCH, PathToPublish
@@ -19,7 +19,7 @@ from cachesrv.push.publish_order import PublishOrder
 from cachesrv.push.retry import TryAgain, Unreachable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 
     from cachesrv.api import PathOutcome
     from cachesrv.nix.hashes import Hash
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cachesrv.nix.store_path import StorePath
     from cachesrv.push.delivery import Delivery
     from cachesrv.push.events import Emit
+    from cachesrv.push.packing import Pack, Packing
     from cachesrv.push.plan import Nar, Plan
     from cachesrv.push.server import Server
 
@@ -35,6 +36,13 @@ MAX_REFERENCES = 200_000
 
 GATHER = 0.2
 """Seconds from the first path that is ready to the request that publishes it: others join it meanwhile."""
+
+PACKS_AT_ONCE = 2
+"""While one is on its way, the next one is made."""
+
+PACKED_PATHS = 1000
+PACKED_REFERENCES = 10_000
+"""In one pack, at most; with these its head is rarely too large."""
 
 _MISSING_NAR = "missing-nar"
 _MISSING_REFERENCES = "missing-references"
@@ -64,11 +72,14 @@ class _Again:
 class Upload:
     """One plan on its way to one server, with `jobs` NARs at once."""
 
-    def __init__(self, plan: Plan, server: Server, delivery: Delivery, *, jobs: int, emit: Emit) -> None:
+    def __init__(
+        self, plan: Plan, server: Server, delivery: Delivery, packing: Packing | None, *, jobs: int, emit: Emit
+    ) -> None:
         infos = list(plan.those(Decision.UPLOAD, Decision.PUBLISH))
         self._nars = plan.nars
         self._server = server
         self._delivery = delivery
+        self._packing = packing
         self._jobs = jobs
         self._emit = emit
         self._order = PublishOrder(infos)
@@ -81,11 +92,10 @@ class Upload:
 
     async def run(self) -> Result:
         """Raises what concerns all paths: no connection, no permission, a server that makes no sense."""
-        nars = iter(self._nars)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._publish())
-                senders = [tasks.create_task(self._send(nars)) for _ in range(min(self._jobs, len(self._nars)))]
+                senders = [tasks.create_task(work) for work in self._sending()]
                 for sender in senders:
                     await sender
                 self._all_sent.set()
@@ -94,13 +104,70 @@ class Upload:
             raise foremost(group) from None
         return self._result
 
-    async def _send(self, nars: Iterator[Nar]) -> None:
+    def _sending(self) -> Iterator[Coroutine[None, None, None]]:
+        """Small NARs are sent in packs, where the server takes them."""
+        packing = self._packing
+        if packing is not None:
+            groups = packing.groups(self._nars)
+            for _ in range(min(PACKS_AT_ONCE, self._jobs)):
+                yield self._send_packs(packing, groups)
+        others = [nar for nar in self._nars if packing is None or not packing.takes(nar)]
+        nars = iter(others)
+        for _ in range(min(self._jobs, len(others))):
+            yield self._send(nars)
+
+    async def _send(self, nars: Iterable[Nar]) -> None:
         for nar in nars:
             for info in nar.infos:
                 # a path that turns out to be damaged may have an intact twin
                 if self._order.is_open(info.store_path) and await self._bring(info):
                     self._nar_is_there(nar.infos)
                     break
+
+    async def _send_packs(self, packing: Packing, groups: Iterator[list[Nar]]) -> None:
+        for group in groups:
+            if self._packing is None:
+                await self._send(group)
+                continue
+            async with packing.packed([nar for nar in map(self._open_part, group) if nar.infos]) as pack:
+                self._settle((), pack.failed)
+                left = await self._send_pack(packing, pack) if pack.ready else []
+            await self._send([*left, *pack.others])
+
+    def _open_part(self, nar: Nar) -> Nar:
+        """Without the paths that have failed meanwhile."""
+        return replace(nar, infos=tuple(info for info in nar.infos if self._order.is_open(info.store_path)))
+
+    async def _send_pack(self, packing: Packing, pack: Pack) -> list[Nar]:
+        """NARs that have to be sent one by one."""
+        batch = self._order.take(PACKED_PATHS, PACKED_REFERENCES, pack.paths)
+        request = packing.request(pack, [_to_publish(info) for info in batch])
+        if request is None:
+            self._put_back(batch)
+            batch = []
+            request = packing.request(pack, [])
+            assert request is not None
+        try:
+            answer = await packing.send(pack, *request)
+        except CachesrvError as error:
+            if concerns_all(error):
+                raise
+            self._put_back(batch)
+            if isinstance(error, TryAgain):
+                self._settle((), {path: str(error) for path in pack.paths if self._order.is_open(path)})
+                return []
+            self._packing = None  # whatever the reason: it will be the same for the next one
+            return [ready.nar for ready in pack.ready]
+        refused = [one.nar for one, outcome in zip(pack.ready, answer.nars, strict=True) if outcome.error is not None]
+        hashes = {nar.hash for nar in refused}
+        self._nar_is_there(info for one in pack.ready if one.nar.hash not in hashes for info in one.nar.infos)
+        lacking = _Again({info.store_path: info for info in batch if info.nar_hash in hashes})
+        await self._send_again(self._hear(batch, answer.paths, lacking))
+        return refused
+
+    def _put_back(self, batch: Iterable[PathInfo]) -> None:
+        for info in batch:
+            self._order.put_back(info.store_path)
 
     async def _bring(self, info: PathInfo) -> bool:
         """Whether the NAR is there; the path has failed if not."""
@@ -131,12 +198,15 @@ class Upload:
                 outcomes = await self._server.publish([_to_publish(info) for info in batch])
                 await self._send_again(self._hear(batch, outcomes))
 
-    def _hear(self, batch: Sequence[PathInfo], outcomes: Sequence[PathOutcome]) -> _Again:
+    def _hear(self, batch: Sequence[PathInfo], outcomes: Sequence[PathOutcome], again: _Again | None = None) -> _Again:
+        """What has to be published again; those that are known to be from the start are not asked about."""
         published: list[StorePath] = []
         failed: dict[StorePath, str] = {}
-        again = _Again()
+        again = again or _Again()
         for info, outcome in zip(batch, outcomes, strict=True):
             path = info.store_path
+            if path in again.paths:
+                continue
             if outcome.error is None:
                 published.append(path)
                 self._emit(Published(outcome.path))

@@ -1,0 +1,150 @@
+"""Small NARs on their way, many in one request: read, checked and compressed in one turn of a thread, sent together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cachesrv import pack
+from cachesrv.api import PackedNar, PackHead
+from cachesrv.errors import CachesrvError
+from cachesrv.nix.seekable import SingleFrames
+from cachesrv.push.events import Sending, Sent, Stored
+from cachesrv.push.nar_source import LocalNar
+from cachesrv.push.pipeline import check
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+
+    from cachesrv.api import PackAnswer, PackLimits, PathToPublish
+    from cachesrv.nix.path_info import PathInfo
+    from cachesrv.nix.store_path import StorePath
+    from cachesrv.push.delivery import OpenNar
+    from cachesrv.push.events import Emit
+    from cachesrv.push.pipeline import Pipeline
+    from cachesrv.push.plan import Nar
+    from cachesrv.push.server import Server
+
+PACK_NARS = 500
+"""NARs in one pack, at most: a second of the server's work, and not much to send again."""
+
+PACK_SIZE = 4 * 1024 * 1024
+"""Bytes of the NARs in one pack, at most, before compression."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A NAR that can be sent: the path that it was read from, and the compressed file."""
+
+    nar: Nar
+    info: PathInfo
+    file: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """`failed`: paths whose NARs cannot be had, and why; `others`: NARs that have to be read by somebody else."""
+
+    ready: list[Ready] = field(default_factory=list)
+    failed: dict[StorePath, str] = field(default_factory=dict)
+    others: list[Nar] = field(default_factory=list)
+
+    @property
+    def paths(self) -> Iterator[StorePath]:
+        """Those whose NARs are in it."""
+        return (info.store_path for ready in self.ready for info in ready.nar.infos)
+
+
+class Packing:
+    """Packs for a server that takes them within `limits`."""
+
+    def __init__(
+        self, server: Server, pipeline: Pipeline, open_nar: OpenNar, limits: PackLimits, *, emit: Emit
+    ) -> None:
+        self._server = server
+        self._pipeline = pipeline
+        self._open_nar = open_nar
+        self._limits = limits
+        self._emit = emit
+        self._size = min(PACK_SIZE, limits.size // 2, pipeline.budget.total)
+        self._nars = min(PACK_NARS, limits.nars)
+
+    def takes(self, nar: Nar) -> bool:
+        """Whether it is small, and known to be."""
+        return 0 < nar.size <= min(self._size, self._limits.nar_size)
+
+    def groups(self, nars: Iterable[Nar]) -> Iterator[list[Nar]]:
+        """Those that it takes, in their order, as many at a time as one pack can hold."""
+        group: list[Nar] = []
+        size = 0
+        for nar in filter(self.takes, nars):
+            if len(group) == self._nars or size + nar.size > self._size:
+                yield group
+                group, size = [], 0
+            group.append(nar)
+            size += nar.size
+        if group:
+            yield group
+
+    @asynccontextmanager
+    async def packed(self, nars: Sequence[Nar]) -> AsyncIterator[Pack]:
+        """What becomes of one group; it takes memory until this is left."""
+        lease = self._pipeline.budget.lease()
+        try:
+            await lease.take(sum(nar.size for nar in nars))
+            reading = asyncio.get_running_loop().run_in_executor(self._pipeline.readers, self._read, nars)
+            yield await reading
+        finally:
+            lease.close()
+
+    def request(self, packed: Pack, paths: Sequence[PathToPublish]) -> tuple[PackHead, bytes] | None:
+        """Head and body of what can be sent; None when there is no room in it for so many references."""
+        head = PackHead(
+            [PackedNar(one.info.nar_hash.nix32, one.info.nar_size, len(one.file)) for one in packed.ready], list(paths)
+        )
+        body = pack.encode(head, [one.file for one in packed.ready])
+        size = len(body) - sum(nar.file_size for nar in head.nars)
+        return (head, body) if size <= self._limits.head_size or not paths else None
+
+    async def send(self, packed: Pack, head: PackHead, body: bytes) -> PackAnswer:
+        """What the server says, asked again where that may help. Raises what `Server.send_pack` raises."""
+        for one in packed.ready:
+            self._emit(Sending(one.info.store_path.base_name, one.info.nar_size))
+        started = time.monotonic()
+        answer = await self._server.send_pack(head, body)
+        seconds = round(time.monotonic() - started, 3)
+        for one, outcome in zip(packed.ready, answer.nars, strict=True):
+            name, size = one.info.store_path.base_name, one.info.nar_size
+            self._emit(Sent(name, size, len(one.file)))
+            if outcome.error is None:
+                self._emit(Stored(name, size, len(one.file), seconds))
+        return answer
+
+    def _read(self, nars: Iterable[Nar]) -> Pack:
+        packed, frames = Pack(), SingleFrames(self._pipeline.level)
+        for nar in nars:
+            for info in nar.infos:
+                source = self._open_nar(info)
+                if not isinstance(source, LocalNar):
+                    packed.others.append(nar)
+                    break
+                try:
+                    packed.ready.append(Ready(nar, info, frames.compress(_read(source, info))))
+                    break
+                except CachesrvError as error:  # a path that turns out to be damaged may have an intact twin
+                    packed.failed[info.store_path] = str(error)
+        return packed
+
+
+def _read(source: LocalNar, info: PathInfo) -> bytes:
+    """The NAR. Raises Mismatch when it is not that of the path, and what the source does."""
+    try:
+        nar = source.read_now(info.nar_size)
+        check(info, source.digest(), len(nar))
+        source.accept_now()
+    finally:
+        source.close_now()
+    return nar
