@@ -103,8 +103,9 @@ class Pushed:
 def open_pushed(environ: Mapping[str, str]) -> Iterator[Pushed]:
     """What the user with this environment has pushed from here. Raises nothing: without a record there is no news."""
     record = None
+    file = record_file(environ)
     with suppress(StoreError):
-        record = Record.existing(record_file(environ))
+        record = None if file is None else Record.existing(file)
     try:
         yield Pushed(record)
     finally:

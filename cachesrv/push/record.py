@@ -112,14 +112,17 @@ class Reads:
     bytes: int = 0
 
 
-def record_file(environ: Mapping[str, str]) -> Path:
-    """Where the record of this user is; see the module."""
+def record_file(environ: Mapping[str, str]) -> Path | None:
+    """Where the record of this user is, see the module; None for users without a home."""
     if stated := environ.get("CACHESRV_PUSHED"):
         return Path(stated).absolute()
-    state = environ.get("XDG_STATE_HOME", "")
-    home = Path(environ.get("HOME") or "~").expanduser()
-    # a relative one is to be passed over, says the specification
-    return (Path(state) if state.startswith("/") else home / ".local/state") / "cachesrv" / FILE_NAME
+    if (state := environ.get("XDG_STATE_HOME", "")).startswith("/"):  # others are to be passed over
+        return Path(state) / "cachesrv" / FILE_NAME
+    try:
+        home = Path(environ.get("HOME") or "~").expanduser()
+    except RuntimeError:
+        return None
+    return home / ".local/state/cachesrv" / FILE_NAME
 
 
 class Record:

@@ -16,6 +16,7 @@ from cachesrv.nix.hashes import Hash
 from cachesrv.nix.listing import Directory, Regular
 from cachesrv.push import record as record_module
 from cachesrv.push.inspection import Seen, SeenFile
+from cachesrv.push.pushed import open_pushed
 from cachesrv.push.record import Limits, PushedPath, Reads, Record, SeenNar, record_file
 
 if TYPE_CHECKING:
@@ -214,8 +215,24 @@ def write_some(file: Path, name: str, start: multiprocessing.synchronize.Event) 
             record.prune()
 
 
-def test_where_it_is(tmp_path: Path) -> None:
-    assert record_file({"HOME": "/home/me"}) == Path("/home/me/.local/state/cachesrv/pushed-1.sqlite")
-    assert record_file({"HOME": "/home/me", "XDG_STATE_HOME": "/state"}) == Path("/state/cachesrv/pushed-1.sqlite")
-    assert record_file({"HOME": "/home/me", "XDG_STATE_HOME": "relative"}).is_relative_to("/home/me/.local/state")
-    assert record_file({"HOME": "/home/me", "CACHESRV_PUSHED": "/else/where"}) == Path("/else/where")
+@pytest.mark.parametrize(
+    ("environ", "file"),
+    [
+        ({}, "/home/me/.local/state/cachesrv/pushed-1.sqlite"),
+        ({"XDG_STATE_HOME": "/state"}, "/state/cachesrv/pushed-1.sqlite"),
+        ({"XDG_STATE_HOME": "relative"}, "/home/me/.local/state/cachesrv/pushed-1.sqlite"),
+        ({"CACHESRV_PUSHED": "/else/where"}, "/else/where"),
+    ],
+)
+def test_where_it_is(environ: dict[str, str], file: str) -> None:
+    assert record_file({"HOME": "/home/me", **environ}) == Path(file)
+
+
+def test_users_without_a_home_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(path: Path) -> Path:
+        raise RuntimeError
+
+    monkeypatch.setattr(Path, "expanduser", nowhere)
+    assert record_file({}) is None
+    with open_pushed({}) as pushed:
+        assert pushed.paths() == []
