@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cachesrv.cli import SOME_FAILED
-from cachesrv.cli.way import pushing
+from cachesrv.cli.pushing import Choice, pushing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from cachesrv.push.queue.pusher import Way
 
 
 def _on_a_queue(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,7 +68,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 3 --drain has lef
 @click.option("--metrics", type=click.Path(path_type=Path), help="A file for node_exporter's textfile collector.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 def run(
-    *, way: Way, queue: str | None, drain: bool, idle: float | None, metrics: Path | None, log_level: str
+    *, choice: Choice, queue: str | None, drain: bool, idle: float | None, metrics: Path | None, log_level: str
 ) -> int | None:
     """Push what is queued, now and from now on."""
     from cachesrv.push.queue.directory import queue_directory
@@ -79,10 +77,10 @@ def run(
     from cachesrv.telemetry import configure_logging
 
     if drain:
-        return _drain(way, queue, metrics)
+        return _drain(choice, queue, metrics)
     os.umask(0o077)
     configure_logging(log_level)
-    Queue(queue_directory(queue, os.environ), way, LogReport(), metrics).serve(idle=idle)
+    Queue(queue_directory(queue, os.environ), choice.way(), LogReport(), metrics).serve(idle=idle)
     return None
 
 
@@ -102,9 +100,9 @@ stay in the queue.
 )
 @pushing
 @_on_a_queue
-def drain(*, way: Way, queue: str | None) -> int:
+def drain(*, choice: Choice, queue: str | None) -> int:
     """Push all that is queued, and end."""
-    return _drain(way, queue, None)
+    return _drain(choice, queue, None)
 
 
 @command.command(
@@ -153,13 +151,13 @@ def retry(*, paths: tuple[str, ...], queue: str | None) -> int:
     return SOME_FAILED if number < len(set(paths)) else 0
 
 
-def _drain(way: Way, queue: str | None, metrics: Path | None) -> int:
+def _drain(choice: Choice, queue: str | None, metrics: Path | None) -> int:
     from cachesrv.push.queue.directory import queue_directory
     from cachesrv.push.queue.process import Queue
     from cachesrv.push.queue.report import LinesReport
 
     os.umask(0o077)
-    left = Queue(queue_directory(queue, os.environ), way, LinesReport(sys.stderr), metrics).drain()
+    left = Queue(queue_directory(queue, os.environ), choice.way(), LinesReport(sys.stderr), metrics).drain()
     for entry in left:
         click.echo(f"failed {entry.path}: {entry.reason}", err=True)
     return SOME_FAILED if left else 0

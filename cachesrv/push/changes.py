@@ -72,8 +72,9 @@ class Changes:
         """Until something has changed since the last call ended, at most `timeout` seconds."""
         if self._deaf:
             timeout = POLL if timeout is None else min(timeout, POLL)
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), timeout)
+        with suppress(TimeoutError):  # wait_for would swallow a cancellation at the wrong moment
+            async with asyncio.timeout(timeout):
+                await self._changed.wait()
         self._changed.clear()
 
     def _read(self) -> None:

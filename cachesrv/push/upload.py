@@ -192,8 +192,9 @@ class Upload:
             await self._changed.wait()
             self._changed.clear()
             if self._order.is_ready:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._all_sent.wait(), GATHER)
+                with suppress(TimeoutError):  # wait_for would swallow a cancellation at the wrong moment
+                    async with asyncio.timeout(GATHER):
+                        await self._all_sent.wait()
             while batch := self._order.take(MAX_BATCH, MAX_REFERENCES):
                 outcomes = await self._server.publish([_to_publish(info) for info in batch])
                 await self._send_again(self._hear(batch, outcomes))

@@ -60,6 +60,25 @@ async def test_many_events_wake_once(tmp_path: Path) -> None:
             assert not changes.pending
 
 
+@pytest.mark.parametrize("later", range(4))
+async def test_one_who_waits_can_be_cancelled_in_the_moment_of_a_change(later: int) -> None:
+    async def wait_for_ever() -> None:
+        with Changes() as changes:
+            waiting.append(changes)
+            while True:
+                await changes.wait(1000)
+
+    waiting: list[ChangesType] = []
+    task = asyncio.create_task(wait_for_ever())
+    await asyncio.sleep(0.01)
+    waiting[0].wake()
+    for _ in range(later):
+        await asyncio.sleep(0)
+    task.cancel()
+    done, _ = await asyncio.wait([task], timeout=5)
+    assert done
+
+
 async def test_a_wait_has_an_end(tmp_path: Path) -> None:
     with Changes() as changes:
         changes.add(str(tmp_path), MOVED_IN)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 
 import structlog
 
-from cachesrv.push.events import Failed, Retrying
+from cachesrv.push.events import Failed, Noted, Retrying
 from cachesrv.push.progress import Lines
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ class LogReport:
         match event:
             case Failed():
                 _log.warning("a path failed", path=event.path, error=event.error)
+            case Noted():
+                _log.warning("noted", text=event.text)
             case Retrying():
                 _log.warning("trying again", what=event.what, error=event.error, seconds=event.delay)
 

@@ -201,8 +201,7 @@ class Work:
             yield
         finally:
             task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            await asyncio.gather(task, return_exceptions=True)
 
     async def _look_on(self, outcome: Outcome) -> None:
         seen = 0
