@@ -10,6 +10,8 @@ from contextlib import closing
 from hashlib import sha256
 from typing import TYPE_CHECKING, Protocol
 
+from cachesrv.storage.decorators import Direct
+from cachesrv.storage.s3 import S3Store
 from tests.radosgw import VIRTUAL_DOMAIN
 
 if TYPE_CHECKING:
@@ -150,6 +152,16 @@ class Bucket:
     def state(self) -> dict[str, object]:
         """See Stored."""
         return {**dict(self._keys(f"{self.prefix}/")), "uploads": self.uploads()}
+
+    def open(self) -> S3Store:
+        """A store that works on it."""
+        return S3Store(
+            self.name,
+            requests=Direct(),
+            prefix=self.prefix,
+            endpoint=self._gateway.endpoint,
+            session=self._gateway.session(),
+        )
 
     def uploads(self) -> set[str]:
         """The multipart uploads that were not completed."""

@@ -18,7 +18,8 @@ def check_what_is_visible(server: Server, client: Nix, paths: list[str]) -> set[
     """
     by_http = {path: answer.text for path in paths if (answer := _narinfo(server, path)).status == 200}
     _check_references(by_http)
-    in_folder = {_field(text, "StorePath"): text for text in _texts(server.objects)}
+    folder = server.stored.copy()
+    in_folder = {_field(text, "StorePath"): text for text in _texts(folder)}
     _check_references(in_folder)
     in_catalog = {_field(content.decode(), "StorePath"): content.decode() for content in _published(server)}
     _check_references(in_catalog)
@@ -26,9 +27,9 @@ def check_what_is_visible(server: Server, client: Nix, paths: list[str]) -> set[
     # a narinfo that was written anew, for the same NAR in another file, may have reached storage alone
     assert _nar_hashes(in_catalog).items() <= _nar_hashes(in_folder).items()
     for text in (*in_catalog.values(), *in_folder.values()):
-        file = (server.objects / _field(text, "URL")).read_bytes()
+        file = (folder / _field(text, "URL")).read_bytes()
         assert len(file) == int(_field(text, "FileSize"))
-    for store, shown in ((server.main, by_http), (f"file://{server.objects}", in_folder)):
+    for store, shown in ((server.main, by_http), (f"file://{folder}", in_folder)):
         if shown:
             client.forget()
             client.run("nix", "store", "verify", "--store", store, "--sigs-needed", "1", *shown)
