@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 
 from cachesrv.catalog.sql import SqlCatalog
+from cachesrv.config import Upstream as UpstreamConfig
 from cachesrv.errors import BadInput, ConfigError, StoreError
 from cachesrv.index.lmdb import LmdbIndex
 from cachesrv.nix.signing import PublicKey, trusted_keys
@@ -19,6 +21,7 @@ from cachesrv.services.breaker import Breaker
 from cachesrv.services.bucket import BucketSource
 from cachesrv.services.caches import DeclaredUpstream, ReferencePolicy, ServedCache
 from cachesrv.services.collect import Collect, Terms
+from cachesrv.services.copies import FromReader, FromUpstreams, OtherCaches, SameNar
 from cachesrv.services.data_directory import DataDirectory, parse_secret_key, read_secret
 from cachesrv.services.delivery import Delivery, FarAway
 from cachesrv.services.direct import Direct as DirectUploads
@@ -34,6 +37,8 @@ from cachesrv.services.part_store import PartStore
 from cachesrv.services.path_check import Stores
 from cachesrv.services.publish import Publish
 from cachesrv.services.pull_through import PullThrough
+from cachesrv.services.repair import Means, Repair
+from cachesrv.services.spool import Spool
 from cachesrv.services.store_reader import StoreReader
 from cachesrv.services.uploads import Limits, Uploads
 from cachesrv.services.upstream import Upstream, Upstreams
@@ -54,9 +59,9 @@ if TYPE_CHECKING:
 
     from cachesrv.catalog.base import Catalog
     from cachesrv.config import Cache, Config
-    from cachesrv.config import Upstream as UpstreamConfig
     from cachesrv.index.base import Index
     from cachesrv.nix.signing import SecretKey
+    from cachesrv.services.copies import Copies
     from cachesrv.services.nar_check import NarCheck
     from cachesrv.services.upstream import Reader
     from cachesrv.storage.base import ObjectCache, ObjectStore
@@ -233,6 +238,52 @@ def build_verify(
     caches = served_caches(config)
     keys = {cache.name: _known_keys(config, cache, caches[cache.name]) for cache in config.cache}
     return Verify(stores, caches, keys, contents=contents, allowances=allowances or Allowances())
+
+
+@asynccontextmanager
+async def open_repair(
+    config: Config,
+    services: Services,
+    holder: str,
+    *,
+    copies: Sequence[Copies] = (),
+    contents: NarCheck | None = None,
+    forced: bool = False,
+) -> AsyncIterator[Repair]:
+    """Repair of the stores of these services, from all that they know and from more `copies`. Raises ConfigError."""
+    stores = Stores(services.storage, services.catalog, services.index, services.upstreams.resolve)
+    caches = served_caches(config)
+    data = DataDirectory(config.data_dir)
+    with ThreadPoolExecutor(thread_name_prefix="repair") as threads:
+        means = Means(
+            ingest=services.ingest,
+            publish=services.publish,
+            spool=Spool(data.root, threads),
+            places=(
+                SameNar(services.storage, services.catalog, caches),
+                OtherCaches(services.storage, services.catalog, caches),
+                *copies,
+                FromUpstreams(services.upstreams),
+            ),
+            keys={cache.name: _known_keys(config, cache, caches[cache.name]) for cache in config.cache},
+            contents=contents,
+            removed=data.removed,
+            abandoned=Allowances().abandoned,
+            forced=forced,
+        )
+        yield Repair(stores, caches, means, holder=holder)
+
+
+async def open_copies(url: str, stack: AsyncExitStack) -> Copies:
+    """Any binary cache: `http(s)://`, `s3://`, `file://` or a folder. Raises ConfigError."""
+    if "://" in url and not url.startswith("file://"):
+        return FromReader(url, await _open_reader(UpstreamConfig(name=url, url=url, public_keys=()), stack))
+    folder = Path(url.removeprefix("file://"))
+    if not (folder / "nix-cache-info").exists():
+        raise ConfigError(f"{folder} is not a folder that is a binary cache: it has no nix-cache-info")
+    store = FilesystemStore(folder)
+    stack.push_async_callback(store.close)
+    return FromReader(url, StoreReader(store))
 
 
 def _known_keys(config: Config, cache: Cache, served: ServedCache) -> Mapping[str, PublicKey]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Awaitable, Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from cachesrv.catalog.retention import MAINTENANCE
 from cachesrv.index.base import IndexEntry
 from cachesrv.nix import narinfo
 from cachesrv.nix.signing import SecretKey
@@ -17,6 +19,8 @@ from cachesrv.services.caches import ServedCache
 from cachesrv.services.nar_check import NarCheck
 from cachesrv.services.pace import Pace
 from cachesrv.services.path_check import Stores
+from cachesrv.services.repair import Means, Outcome, Repair
+from cachesrv.services.spool import Spool
 from cachesrv.services.verify import Allowances, Verify
 from cachesrv.services.verify_journal import Counts, Journal
 from tests.samples import Sample, path_of
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cachesrv.nix.signing import PublicKey
+    from cachesrv.services.copies import Copies
     from cachesrv.services.flaws import Flaw
     from tests.service_site import Site
 
@@ -35,6 +40,7 @@ PROGRAM = Sample("program", b"program", (LIBRARY.path, TOOL.path))
 OTHER = Sample("other", b"other")
 CHAIN = (LIBRARY, TOOL, PROGRAM, OTHER)
 
+HOLDER = "the repair of a test"
 AT_ONCE = Allowances(patience=0, young=-60, abandoned=-60)
 
 Resolve = Callable[[ServedCache, Collection[str]], Awaitable[set[str]]]
@@ -64,6 +70,10 @@ class Heard:
         return {(flaw.kind, flaw.path[33:] or flaw.path or flaw.object) for flaw in self.flaws}
 
 
+async def resolve_none(_cache: ServedCache, _hash_parts: Collection[str]) -> set[str]:
+    return set()
+
+
 @contextmanager
 def verification(
     site: Site,
@@ -76,10 +86,7 @@ def verification(
     """Over all stores of the site, with the keys of its cache."""
     caches = caches or {site.cache.name: site.cache}
 
-    async def none(_cache: ServedCache, _hash_parts: Collection[str]) -> set[str]:
-        return set()
-
-    stores = Stores(site.storage, site.catalog, site.index, resolve or none)
+    stores = Stores(site.storage, site.catalog, site.index, resolve or resolve_none)
     keys = {name: keys_of(cache) for name, cache in caches.items()}
     check = NarCheck(site.storage, Pace(0), jobs=2) if contents else None
     try:
@@ -106,6 +113,55 @@ async def verify(site: Site, journal: Path, **given: Any) -> Heard:
             notes.close()
     assert sum(counts.flaws.values()) == len(heard.flaws)
     return heard
+
+
+@dataclass
+class Repaired:
+    """What came of a repair, by the name of the path or the object."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def outcome(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+
+    @property
+    def results(self) -> dict[str, str]:
+        return {outcome.path[33:] or outcome.path: outcome.result for outcome in self.outcomes}
+
+
+async def repair(
+    site: Site,
+    flaws: list[Flaw],
+    *places: Copies,
+    caches: Mapping[str, ServedCache] | None = None,
+    forced: bool = False,
+    resolve: Resolve | None = None,
+) -> Repaired:
+    """Of all that was found, with these other copies."""
+    caches = caches or {site.cache.name: site.cache}
+    stores = Stores(site.storage, site.catalog, site.index, resolve or resolve_none)
+    await site.catalog.lock(MAINTENANCE, HOLDER, now=0, until=2**40)
+    repaired = Repaired()
+    check = NarCheck(site.storage, Pace(0), jobs=2)
+    with ThreadPoolExecutor(2) as threads:
+        means = Means(
+            ingest=site.ingest,
+            publish=site.publish,
+            spool=Spool(site.folder, threads),
+            places=places,
+            keys={name: keys_of(cache) for name, cache in caches.items()},
+            contents=check,
+            removed=site.folder / "removed",
+            abandoned=AT_ONCE.abandoned,
+            forced=forced,
+        )
+        try:
+            counts = await Repair(stores, caches, means, holder=HOLDER).run(lambda: iter(flaws), repaired)
+        finally:
+            check.close()
+            await site.catalog.unlock(MAINTENANCE, HOLDER)
+    assert sum(counts.values()) == len(repaired.outcomes)
+    return repaired
 
 
 @dataclass(frozen=True)

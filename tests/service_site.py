@@ -167,7 +167,8 @@ class Steps:
     """
 
     WRITES = frozenset(
-        {"put", "put_many", "put_absent", "writer", "delete", "publish", "put_nar", "put_nars", "remove"}
+        {"put", "put_many", "put_absent", "writer", "delete", "sweep", "publish", "put_nar", "put_nars", "remove"}
+        | {"remove_unneeded", "release_strays", "doom_damaged", "doom_unpublished", "settle"}
     )
 
     def __init__(self, fail_at: int | None = None, *, late: bool = False) -> None:

@@ -8,12 +8,13 @@ from sqlalchemy import Integer, bindparam, cast, delete, exists, func, insert, n
 
 from cachesrv.catalog.batches import batches
 from cachesrv.catalog.leases import demand_lock, note, noted
+from cachesrv.catalog.paths import present
 from cachesrv.catalog.retention import MAINTENANCE, UnusedNar
 from cachesrv.catalog.schema import doomed, nars, paths, released
 from cachesrv.errors import BeingRemoved
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from sqlalchemy import BindParameter, Connection
 
@@ -99,6 +100,28 @@ def doom_nars(connection: Connection, keys: Collection[str], *, holder: str, bef
             connection.execute(_FORGET, {"keys": unneeded})
             doom(connection, unneeded)
             going += unneeded
+    return going
+
+
+def doom_damaged(connection: Connection, keys: Collection[str], *, holder: str) -> list[str]:
+    """See `Retention.doom_damaged`."""
+    demand_lock(connection, MAINTENANCE, holder)
+    used = {key for some in batches(keys) for key in connection.scalars(_USED, {"keys": some})}
+    going = sorted(set(keys) - used)
+    for some in batches(going):
+        connection.execute(_FORGET, {"keys": some})
+    doom(connection, going)
+    return going
+
+
+def doom_unpublished(
+    connection: Connection, caches: Collection[str], objects: Mapping[str, Collection[str]], *, holder: str
+) -> list[str]:
+    """See `Retention.doom_unpublished`."""
+    demand_lock(connection, MAINTENANCE, holder)
+    published = {hash_part for cache in caches for hash_part in present(connection, cache, objects)}
+    going = [key for hash_part, keys in objects.items() if hash_part not in published for key in keys]
+    doom(connection, going)
     return going
 
 

@@ -107,8 +107,9 @@ def _kept(connection: Connection, removal: Removal, asked: dict[int, PathSummary
         for some in batches(asked):
             leased = connection.scalars(_LEASED, {"numbers": some, "now": removal.at})
             kept.update(dict.fromkeys(leased, Keeper.LEASE))
-    pinned = pins.pinned(connection, removal.cache, removal.at)
-    kept.update(dict.fromkeys(pinned & asked.keys(), Keeper.PIN))
+    if not removal.despite_pins:
+        pinned = pins.pinned(connection, removal.cache, removal.at)
+        kept.update(dict.fromkeys(pinned & asked.keys(), Keeper.PIN))
     return kept
 
 

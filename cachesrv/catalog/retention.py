@@ -88,8 +88,8 @@ class Removal:
 
     `objects` gives the keys of the objects that belong to the path with a hash part alone; they go with it, unless it
     is published in one of the `siblings` too, other caches with the same storage prefix. Spared are paths that were
-    used at `used_before` or later, those that a lease protects (unless `despite_leases`), and always those that are
-    pinned or that other paths refer to.
+    used at `used_before` or later, those that a lease protects (unless `despite_leases`), those that are pinned (unless
+    `despite_pins`), and always those that other paths refer to.
     """
 
     cache: str
@@ -101,6 +101,7 @@ class Removal:
     siblings: Collection[str] = ()
     used_before: int | None = None
     despite_leases: bool = False
+    despite_pins: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +219,18 @@ class Retention(Protocol):
     async def doom(self, keys: Collection[str], *, holder: str, before: int, now: int) -> list[str]:
         """Forget NARs, those that are still as `unused_nars` says or of which nothing is known; their keys, which are
         to be deleted now and then to be settled. Raises LockLost.
+        """
+
+    async def doom_damaged(self, keys: Collection[str], *, holder: str) -> list[str]:
+        """Forget NARs that no path names, whatever protects them; their keys, which are to be deleted now and then to
+        be settled. Raises LockLost.
+        """
+
+    async def doom_unpublished(
+        self, caches: Collection[str], objects: Mapping[str, Collection[str]], *, holder: str
+    ) -> list[str]:
+        """Of objects by the hash part that they belong to, the keys of those whose paths are published in none of these
+        caches; they are to be deleted now and then to be settled. Raises LockLost.
         """
 
     async def doomed(self) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cachesrv.catalog import doom, leases, marking, pins, removal
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from cachesrv.catalog.database import Database
     from cachesrv.catalog.retention import (
@@ -78,6 +78,14 @@ class SqlRetention:
 
     async def doom(self, keys: Collection[str], *, holder: str, before: int, now: int) -> list[str]:
         return await self._database.write(doom.doom_nars, keys, holder=holder, before=before, now=now)
+
+    async def doom_damaged(self, keys: Collection[str], *, holder: str) -> list[str]:
+        return await self._database.write(doom.doom_damaged, keys, holder=holder)
+
+    async def doom_unpublished(
+        self, caches: Collection[str], objects: Mapping[str, Collection[str]], *, holder: str
+    ) -> list[str]:
+        return await self._database.write(doom.doom_unpublished, caches, objects, holder=holder)
 
     async def doomed(self) -> list[str]:
         return await self._database.read(doom.some_doomed)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
     from cachesrv.cli.verify_output import Output
     from cachesrv.config import Config
+    from cachesrv.services.nar_check import NarCheck
+    from cachesrv.services.verify_journal import Journal
     from cachesrv.web.site import Services
 
 
@@ -29,23 +33,47 @@ def _rate(context: click.Context, _parameter: click.Parameter, text: str | None)
         raise click.BadParameter('expected bytes a second such as "50 MiB"', context) from None
 
 
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What is to be done. Without `jobs`, NARs are not read; `origin` is a cache that may have other copies."""
+
+    chosen: tuple[str, ...]
+    jobs: int
+    rate: int
+    restart: bool
+    repair: bool
+    origin: str | None
+    wait: float
+    forced: bool
+
+
 @click.command(
     epilog="""\b
 Examples:
   cachesrv verify
   cachesrv verify --contents --rate "50 MiB" main
   cachesrv verify --json --config /etc/cachesrv.toml > report
+  cachesrv verify --repair --from https://cache.example.org
 
 Each narinfo in storage is read and its signatures are checked; its NAR has to be there with the right size, and what it
-refers to as well; catalog, index and storage have to agree. With --contents each NAR is unpacked and hashed. Nothing is
-changed. The server goes on meanwhile. What was interrupted goes on where it was when it is started again.
+refers to as well; catalog, index and storage have to agree. With --contents each NAR is unpacked and hashed. The server
+goes on meanwhile. What was interrupted goes on where it was when it is started again.
+
+Without --repair nothing is changed. With it, what is wrong is mended from another copy: of the other caches here, of
+--from, of the local Nix store, of an upstream. A copy is verified before it replaces anything. Where there is none, the
+path is taken out of sight with all that need it; `cachesrv why` remembers that.
 
 \b
-Exit status: 0 all is well, 1 it could not be told, 2 wrong usage or configuration, 3 flaws were found and named.
+Exit status: 0 all is well or was mended, 1 it could not be told, 2 wrong usage or configuration, 3 flaws were found and
+named, or paths were taken away.
 """
 )
 @click.argument("caches", nargs=-1, metavar="[CACHE]...")
 @click.option("--contents", is_flag=True, help="Unpack and hash every NAR.")
+@click.option("--repair", is_flag=True, help="Mend what is wrong, or take it out of sight.")
+@click.option("--from", "origin", metavar="URL", help="A cache that may have other copies; also a folder.")
+@click.option("--force", "forced", is_flag=True, help="Take away more than a tenth of a cache, if it has to be.")
+@click.option("--wait", default=0.0, metavar="SECONDS", help="How long --repair waits while others delete.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, the last with the sums.")
 @click.option("--jobs", type=click.IntRange(1, 256), metavar="N", help="NARs at the same time.  [default: one a core]")
 @click.option("--rate", callback=_rate, metavar="BYTES/s", help='Read no faster, as "50 MiB".  [default: no limit]')
@@ -55,6 +83,10 @@ def command(
     *,
     caches: tuple[str, ...],
     contents: bool,
+    repair: bool,
+    origin: str | None,
+    forced: bool,
+    wait: float,
     as_json: bool,
     jobs: int | None,
     rate: int,
@@ -66,12 +98,18 @@ def command(
     from cachesrv.cli.verify_output import JsonLines, Lines
 
     config = offline.load(config_file, data_dir)
-    chosen = _chosen(config, caches)
-    output: Output = JsonLines() if as_json else Lines()
-    jobs = (jobs or len(os.sched_getaffinity(0))) if contents else 0
-    return offline.with_services(
-        config, lambda services: _run(config, services, chosen, output, jobs=jobs, rate=rate, restart=restart)
+    wish = _Wish(
+        chosen=_chosen(config, caches),
+        jobs=(jobs or len(os.sched_getaffinity(0))) if contents else 0,
+        rate=rate,
+        restart=restart,
+        repair=repair,
+        origin=origin,
+        wait=wait,
+        forced=forced,
     )
+    output: Output = JsonLines() if as_json else Lines()
+    return offline.with_services(config, lambda services: _run(config, services, wish, output))
 
 
 def _chosen(config: Config, names: Collection[str]) -> tuple[str, ...]:
@@ -84,33 +122,54 @@ def _chosen(config: Config, names: Collection[str]) -> tuple[str, ...]:
     return tuple(name for name in there if not names or name in names)
 
 
-async def _run(
-    config: Config,
-    services: Services,
-    chosen: Collection[str],
-    output: Output,
-    *,
-    jobs: int,
-    rate: int,
-    restart: bool,
-) -> int:
-    """Without `jobs`, NARs are not read. Returns the exit status."""
+async def _run(config: Config, services: Services, wish: _Wish, output: Output) -> int:
+    """Returns the exit status."""
     from cachesrv import wiring
     from cachesrv.services.data_directory import DataDirectory
     from cachesrv.services.nar_check import NarCheck
     from cachesrv.services.pace import Pace
     from cachesrv.services.verify_journal import Journal
 
-    terms = {"caches": " ".join(sorted(chosen)), "contents": str(bool(jobs))}
-    journal = Journal(DataDirectory(config.data_dir).verification, terms, fresh=restart)
-    contents = NarCheck(services.storage, Pace(rate), jobs=jobs) if jobs else None
+    terms = {"caches": " ".join(sorted(wish.chosen)), "contents": str(bool(wish.jobs))}
+    journal = Journal(DataDirectory(config.data_dir).verification, terms, fresh=wish.restart)
+    contents = NarCheck(services.storage, Pace(wish.rate), jobs=wish.jobs) if wish.jobs else None
+    repaired = None
     try:
         output.begin(journal)
-        counts = await wiring.build_verify(config, services, contents).run(chosen, journal, output)
+        counts = await wiring.build_verify(config, services, contents).run(wish.chosen, journal, output)
+        if wish.repair and counts.flaws:
+            repaired = await _repair(config, services, wish, journal, output=output, contents=contents)
         journal.finish()
     finally:
         if contents:
             contents.close()
         journal.close()
-    output.sum_up(counts)
-    return SOME_FAILED if counts.flaws else 0
+    output.sum_up(counts, repaired)
+    wrong = repaired["removed"] + repaired["left"] if repaired else len(counts.flaws)
+    return SOME_FAILED if wrong else 0
+
+
+async def _repair(
+    config: Config, services: Services, wish: _Wish, journal: Journal, *, output: Output, contents: NarCheck | None
+) -> dict[str, int]:
+    """How often each result came about."""
+    from contextlib import AsyncExitStack
+
+    from cachesrv import wiring
+    from cachesrv.cli.store_copies import LocalStoreCopies
+    from cachesrv.errors import CachesrvError
+    from cachesrv.push.local_store import open_store
+    from cachesrv.services.maintenance import maintenance
+
+    async with AsyncExitStack() as stack:
+        copies = [await wiring.open_copies(wish.origin, stack)] if wish.origin else []
+        with suppress(CachesrvError):  # there may be no Nix here
+            store = await open_store(None, os.environ)
+            stack.push_async_callback(store.close)
+            copies.append(LocalStoreCopies(store))
+        holder = await stack.enter_async_context(maintenance(services.catalog, patience=wish.wait))
+        journal.repairing()
+        repair = await stack.enter_async_context(
+            wiring.open_repair(config, services, holder, copies=copies, contents=contents, forced=wish.forced)
+        )
+        return await repair.run(journal.flaws, output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Protocol
 
 import click
@@ -14,7 +15,10 @@ from cachesrv.services import amounts
 from cachesrv.services.flaws import Kind
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from cachesrv.services.flaws import Flaw
+    from cachesrv.services.repair import Outcome
     from cachesrv.services.verify_journal import Counts, Journal
 
 _LINE_EVERY = 60.0
@@ -23,13 +27,16 @@ _REDRAWN_EVERY = 0.2
 
 
 class Output(Protocol):
-    """A `cachesrv.services.verify.Listener` that also says how it begins and ends."""
+    """A `Listener` of `cachesrv.services.verify` and `cachesrv.services.repair` that also says how it begins and ends;
+    `repaired` says how often each result of a repair came about.
+    """
 
     def begin(self, journal: Journal) -> None: ...
     def stage(self, cache: str, stage: str, total: int | None) -> None: ...
     def flaw(self, flaw: Flaw) -> None: ...
     def progress(self, counts: Counts) -> None: ...
-    def sum_up(self, counts: Counts) -> None: ...
+    def outcome(self, outcome: Outcome) -> None: ...
+    def sum_up(self, counts: Counts, repaired: Mapping[str, int] | None) -> None: ...
 
 
 class _Progress:
@@ -78,14 +85,22 @@ class Lines:
         where = ": ".join(part for part in (flaw.cache, flaw.path or flaw.object) if part)
         click.echo(f"{where}: {flaw.what} ({flaw.kind})")
 
-    def sum_up(self, counts: Counts) -> None:
+    def outcome(self, outcome: Outcome) -> None:
+        """See Listener."""
+        where = ": ".join(part for part in (outcome.cache, outcome.path) if part)
+        back = f"; to get it back: {outcome.get_back}" if outcome.get_back else ""
+        click.echo(f"{where}: {outcome.result}: {outcome.what}{back}")
+
+    def sum_up(self, counts: Counts, repaired: Mapping[str, int] | None) -> None:
         """The last lines."""
         self._progress.clear()
         read = f", {counts.nars} NARs of {amounts.size(counts.bytes)} read" if counts.nars else ""
         total = sum(counts.flaws.values())
         click.echo(f"{counts.paths} paths looked at{read}, {f'{total} flaws' if total else 'all is well'}")
         for label, number in sorted(counts.flaws.items()):
-            click.echo(f"  {number} {label}: {Kind.of(label).advice}")
+            click.echo(f"  {number} {label}" + ("" if repaired else f": {Kind.of(label).advice}"))
+        if repaired:
+            click.echo(", ".join(f"{number} {result}" for result, number in repaired.items()))
 
 
 class JsonLines:
@@ -101,7 +116,11 @@ class JsonLines:
         """See Listener."""
         click.echo(json.dumps({"event": "flaw", **msgspec.structs.asdict(flaw), "advice": flaw.advice}))
 
-    def sum_up(self, counts: Counts) -> None:
+    def outcome(self, outcome: Outcome) -> None:
+        """See Listener."""
+        click.echo(json.dumps({"event": "repair", **asdict(outcome)}))
+
+    def sum_up(self, counts: Counts, repaired: Mapping[str, int] | None) -> None:
         """The last line."""
         self._progress.clear()
-        click.echo(json.dumps({"event": "summary", **msgspec.structs.asdict(counts)}))
+        click.echo(json.dumps({"event": "summary", **msgspec.structs.asdict(counts), **(repaired or {})}))

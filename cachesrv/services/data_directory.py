@@ -55,6 +55,11 @@ class DataDirectory:
         return self.root / "verification"
 
     @property
+    def removed(self) -> Path:
+        """Narinfos that nobody could serve, moved out of the way by a repair."""
+        return self.root / "removed"
+
+    @property
     def push_token(self) -> Path:
         """The token that may push to all caches of this server."""
         return self.root / "push-token"

@@ -105,6 +105,11 @@ class PathCheck:
         """Those of them whose narinfos lie in storage, whatever is in them."""
         return set(await self._texts(hash_parts))
 
+    async def missing(self, info: NarInfo) -> set[str]:
+        """Hash parts of what a path refers to that are nowhere, or of which that cannot be told."""
+        references = await self._references([info], published=True)
+        return references.missing | references.undecided.keys()
+
     def _add_unpublished(self, reading: Reading, info: NarInfo) -> None:
         if not reading.flaws:
             self._judge.add(reading, Kind.UNPUBLISHED, "it lies in storage, and the catalog does not know it")

@@ -84,6 +84,7 @@ class PathJudge:
         try:
             reading.info = self._valid(seen.hash_part, seen.text)
             reading.path = reading.info.store_path.base_name
+            self._check_trust(reading, reading.info)
         except _Wrong as wrong:
             self.add(reading, wrong.kind, wrong.what)
         return reading
@@ -93,12 +94,20 @@ class PathJudge:
         about = key or self._cache.narinfo_key(reading.hash_part)
         reading.flaws.append(Flaw(kind.label, self._cache.name, what, reading.path, about))
 
+    def usable(self, hash_part: str, text: bytes | CachesrvError | None) -> NarInfo | None:
+        """What a narinfo says, if it is one of this path and cache and its signatures hold."""
+        try:
+            return None if text is None else self._valid(hash_part, text)
+        except _Wrong:
+            return None
+
     def _read_published(self, seen: Seen, record: PathRecord) -> Reading:
         reading = Reading(record.hash_part, f"{record.hash_part}-{record.name}", None, [])
         try:
             reading.info = self._valid(record.hash_part, record.narinfo)
             for what in _contradictions(self._cache, record, reading.info):
                 self.add(reading, Kind.DISAGREEMENT, what)
+            self._check_trust(reading, reading.info)
         except _Wrong as wrong:
             self.add(reading, wrong.kind, f"{wrong.what} (so says the catalog)")
         try:
@@ -146,10 +155,12 @@ class PathJudge:
         wrong = [one.name for key, one in known if not key.verify(info.fingerprint, one)]
         if wrong:
             raise _Wrong(Kind.WRONG_SIGNATURE, f"its signature by {' and '.join(wrong)} does not hold")
-        trusted = self._cache.trusted_keys
-        own = {key.name for key in self._cache.signing_keys}
-        if trusted and not info.ca and not any(one.name in trusted or one.name in own for _, one in known):
-            raise _Wrong(Kind.WRONG_SIGNATURE, "it has no signature by a key that the cache trusts")
+
+    def _check_trust(self, reading: Reading, info: NarInfo) -> None:
+        """Signatures that hold are enough: a cache may have come to trust others than when it took the path in."""
+        trusted = {*self._cache.trusted_keys, *(key.name for key in self._cache.signing_keys)}
+        if self._cache.trusted_keys and not info.ca and trusted.isdisjoint(one.name for one in info.signatures):
+            self.add(reading, Kind.UNTRUSTED_NARINFO, "it has no signature by a key that the cache trusts")
 
 
 def _contradictions(cache: ServedCache, record: PathRecord, info: NarInfo) -> Iterator[str]:

@@ -40,6 +40,11 @@ class Referrers:
         return number in self._known
 
     @property
+    def numbers(self) -> array[int]:
+        """It and all that need it, in order."""
+        return array("q", sorted(number for level in self._levels for number in level))
+
+    @property
     def direct(self) -> int:
         """How many other paths refer to it."""
         return len(self._levels[1])

@@ -62,6 +62,20 @@ class Removing:
         await self._delete(doomed, [])
         return doomed
 
+    async def damaged(self, keys: Collection[str], *, holder: str) -> list[str]:
+        """Remove NARs that are no good, but for those that a path names; those that were."""
+        doomed = await self._catalog.doom_damaged(keys, holder=holder)
+        await self._delete(doomed, [])
+        return doomed
+
+    async def unpublished(
+        self, caches: Collection[ServedCache], objects: Mapping[str, Collection[str]], *, holder: str
+    ) -> list[str]:
+        """Remove objects, given by hash part, of paths that none of these caches has published; those that were."""
+        doomed = await self._catalog.doom_unpublished([cache.name for cache in caches], objects, holder=holder)
+        await self._delete(doomed, [(cache.name, hash_part) for cache in caches for hash_part in objects])
+        return doomed
+
     async def _delete(self, doomed: list[str], paths: list[tuple[str, str]]) -> None:
         """Delete objects, and have the index forget what was looked up while they were still there."""
         if doomed:

@@ -1,7 +1,7 @@
 """What a verification has done so far, on disk: one that was interrupted goes on from there.
 
-A file of lines, each one JSON: `{"terms": …, "begun": …}`, then `{"flaw": …}` and `{"position": …, "counts": …}`. What
-stands after the last position was not finished, and is found again.
+A file of lines, each one JSON: `{"terms": …, "begun": …}`, then `{"flaw": …}` and `{"position": …, "counts": …}`, and
+perhaps `{"repairing": true}`. What stands after the last position was not finished, and is found again.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class _Line(msgspec.Struct, omit_defaults=True):
     flaw: Flaw | None = None
     position: Position | None = None
     counts: Counts | None = None
+    repairing: bool = False
 
 
 _encode = msgspec.json.Encoder().encode
@@ -95,6 +96,11 @@ class Journal:
                 if flaw := _decode(line).flaw:
                     yield flaw
 
+    def repairing(self) -> None:
+        """What was found is being changed: if that is interrupted, all is to be looked at anew."""
+        with self._in_words():
+            self._write([_Line(repairing=True)])
+
     def finish(self) -> None:
         """The run is done: the next one begins anew."""
         with self._in_words():
@@ -120,11 +126,16 @@ class Journal:
                 line = _decode(text)
             except msgspec.DecodeError:
                 break
+            if line.repairing:
+                known = 0
+                break
             if number == 0 and (line.terms != terms or time.time() - line.begun > _FORGOTTEN_AFTER):
                 break
             self.begun = line.begun if number == 0 else self.begun
             if line.position and line.counts:
                 known, self.position, self.counts = end, line.position, line.counts
+        if not known:
+            self.position, self.counts, self.begun = None, Counts(), time.time()
         return known
 
     def _write(self, lines: Iterable[_Line]) -> None:

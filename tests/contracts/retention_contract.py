@@ -420,6 +420,36 @@ class UnusedNarContract(RelianceContract):
         assert await catalog.stray_nars(keys) == {nar(6).key}
         assert await self.unused(catalog, NOW + 9) == [(2, NOW), (3, NOW), (5, NOW + 4)]
 
+    async def test_a_damaged_nar_goes_whatever_protects_it_but_a_path(self, catalog: Catalog) -> None:
+        for number in (1, 2):
+            await catalog.put_nar(nar(number), leased_until=NOW + 100)
+        await catalog.publish([path(1)])
+        keys = [nar(1).key, nar(2).key, nar(3).key]
+        with pytest.raises(LockLost):
+            await catalog.doom_damaged(keys, holder="another")
+        await lock(catalog)
+        assert await catalog.doom_damaged(keys, holder=HOLDER) == keys[1:]
+        assert await catalog.nar(nar(2).key) is None
+        assert await catalog.nar(nar(1).key) is not None
+        assert await catalog.doomed() == keys[1:]
+
+    async def test_objects_of_what_is_not_published_can_be_doomed(self, catalog: Catalog) -> None:
+        await catalog.publish([path(1), path(2, cache="twin")])
+        lying = {hash_part(number): objects(hash_part(number)) for number in (1, 2, 3)}
+        with pytest.raises(LockLost):
+            await catalog.doom_unpublished(["main", "twin"], lying, holder="another")
+        await lock(catalog)
+        doomed = await catalog.doom_unpublished(["main", "twin"], lying, holder=HOLDER)
+        assert sorted(doomed) == sorted(objects(hash_part(3)))
+        with pytest.raises(BeingRemoved):
+            await catalog.publish([path(3)], Reliance(objects=objects(hash_part(3))))
+
+    async def test_pins_can_be_passed_over(self, catalog: Catalog) -> None:
+        await catalog.publish([path(1)])
+        await catalog.pin("main", "release", base_name(1), keep=1, expires_at=None, at=NOW, by="ann")
+        assert gone(await remove(catalog, 1)) == []
+        assert gone(await remove(catalog, 1, despite_pins=True)) == [1]
+
     async def test_only_what_is_still_unused_is_doomed(self, catalog: Catalog) -> None:
         await lock(catalog)
         await catalog.put_nar(nar(1))

@@ -20,15 +20,27 @@ if TYPE_CHECKING:
     from tests.system.server import Server
 
 
-def verify(server: Server, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(server: Server, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*CACHESRV, "verify", "--data-dir", str(server.data_dir), *arguments],
+        [*CACHESRV, command, "--data-dir", str(server.data_dir), *arguments],
         check=False,
         env=server.environment,
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+def verify(server: Server, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run(server, "verify", *arguments)
+
+
+def repair(server: Server, *arguments: str) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
+    """Exit status, summary, and all that was told before."""
+    done = verify(server, "--repair", "--json", *arguments)
+    assert "Traceback" not in done.stderr, done.stderr
+    *events, summary = [json.loads(line) for line in done.stdout.splitlines()]
+    return done.returncode, summary, events
 
 
 def report(server: Server, *arguments: str) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
@@ -91,6 +103,61 @@ def test_what_is_wrong_is_found_beside_a_running_server(builder: Nix, cache: Ser
     assert "main: published paths, 3\n" in done.stderr
 
 
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_what_cannot_be_mended_goes_and_clients_get_the_rest(builder: Nix, cache: Server, client: Nix) -> None:
+    program, tool, library = builder.build(CHAIN, "program", "tool", "library")
+    push(builder, cache, program)
+    damage(nar_of(cache, tool))
+    status, summary, events = repair(cache, "--contents")
+    assert (status, summary["removed"], summary["left"]) == (3, 2, 0)
+    removed = {event["path"][33:]: event["get_back"] for event in events if event.get("result") == "removed"}
+    assert removed.keys() == {"tool", "program"}
+    assert removed["tool"].startswith(f"cachesrv push {tool}; it was built by ")
+    assert report(cache, "--contents")[0] == 0
+    assert [cache.client().get(f"/main/{hash_part(path)}.narinfo").status for path in (program, tool, library)] == [
+        404,
+        404,
+        200,
+    ]
+    client.run("nix", "copy", "--from", cache.main, library)
+    done = run(cache, "why", tool)
+    assert "is damaged: " in done.stdout or "has the hash sha256:" in done.stdout
+    assert "cachesrv verify --repair" in done.stdout
+    push(builder, cache, program)
+    client.run("nix", "copy", "--from", cache.main, program)
+    assert client.hashes(program) == builder.hashes(program)
+
+
+def test_other_copies_mend_what_is_broken(builder: Nix, cache: Server, client: Nix) -> None:
+    """From the store of this machine, and from any other cache; the server goes on."""
+    program, tool, library = builder.build(CHAIN, "program", "tool", "library")
+    push(builder, cache, program)
+    folder = builder.folder / "plain"
+    builder.run("nix", "copy", "--to", f"file://{folder}?compression=xz", program)
+    damage(nar_of(cache, tool))
+    nar_of(cache, library).unlink()
+    (cache.objects / f"{hash_part(program)}.narinfo").write_text("garbage")
+    status, summary, events = repair(cache, "--contents", "--from", str(folder))
+    assert (status, summary["mended"]) == (0, 3)
+    whats = {event["path"][33:]: event["what"] for event in events if event["event"] == "repair"}
+    assert whats["tool"] == whats["library"] == f"its NAR was taken from {folder}"
+    assert report(cache, "--contents")[0] == 0
+    client.run("nix", "copy", "--from", cache.main, program)
+    assert client.hashes(program) == builder.hashes(program)
+    damage(nar_of(cache, program))
+    local = {name: builder.environment[name] for name in ("NIX_STORE_DIR", "NIX_STATE_DIR", "NIX_CONF_DIR")}
+    cache.environment |= local
+    status, summary, events = repair(cache, "--contents")
+    assert (status, summary["mended"]) == (0, 1)
+    assert events[-1]["what"] == "its NAR was taken from the local Nix store"
+    assert report(cache, "--contents")[0] == 0
+
+
 def test_a_catalog_that_is_gone_is_found_out(builder: Nix, cache: Server) -> None:
     (program,) = builder.build(CHAIN, "program")
     push(builder, cache, program)
@@ -102,6 +169,8 @@ def test_a_catalog_that_is_gone_is_found_out(builder: Nix, cache: Server) -> Non
     assert (status, summary["flaws"]) == (3, {"unpublished-path": 3, "dangling-index-entry": 3})
     shutil.rmtree(cache.data_dir / "index")
     assert report(cache)[1]["flaws"] == {"unpublished-path": 3}
+    assert repair(cache)[1]["mended"] == 3
+    assert report(cache, "--contents")[0] == 0
 
 
 def test_wrong_usage(cache: Server) -> None:

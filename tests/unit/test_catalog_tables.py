@@ -153,6 +153,8 @@ async def use_retention(catalog: SqlCatalog) -> None:
     assert len(removed.gone) == 2
     await catalog.unused_nars("main", NOW + 1, NOW)
     await catalog.release_strays(["main/nar/stray"], NOW)
+    await catalog.doom_damaged(["main/nar/stray"], holder=HOLDER)
+    await catalog.doom_unpublished(["main"], {hash_part(1): ["main/x.narinfo"]}, holder=HOLDER)
     await catalog.doom([nar(1).key], holder=HOLDER, before=NOW + 1, now=NOW)
     await catalog.settle([nar(1).key])
     await catalog.removal("main", hash_part(1))
