@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from cachesrv.api import MAX_PARTS
-from cachesrv.errors import BadInput, Conflict, NotFound, StoreError, TooLarge
+from cachesrv.errors import BadInput, Conflict, NotFound, StoreError, StoreUnavailable, TooLarge
 from cachesrv.services.part_store import Begun, Part, PartStore, Place
 from cachesrv.services.through import Through, file_name
 from cachesrv.services.upload_room import Room
@@ -207,10 +207,13 @@ class Uploads:
                 return Missing(missing) if missing else await self._direct.make(cache, place, nar_hash, begun.staged)
             missing = await self._through.missing(place, parts)
             return Missing(missing) if missing else await self._through.make(cache, place, nar_hash, parts)
-        except NotFound:
-            # Somebody has removed them meanwhile: another process, maybe, that was quicker.
-            record = await self._ingest.known(cache, file_name(nar_hash))
-            return record or Missing([*range(1, len(parts) + 1)])
+        except (NotFound, StoreUnavailable) as error:
+            # Another process may have been quicker.
+            if record := await self._ingest.known(cache, file_name(nar_hash)):
+                return record
+            if isinstance(error, StoreUnavailable):
+                raise
+            return Missing([*range(1, len(parts) + 1)])
         except BadInput:
             await self._remove(place)
             raise

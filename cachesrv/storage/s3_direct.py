@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cachesrv.errors import NotFound
 from cachesrv.storage import s3_sweep
 from cachesrv.storage.base import STAGING, ArrivedPart, SignedPut, validate_key
+from cachesrv.storage.decorators import TryAgain
 from cachesrv.storage.s3_errors import UploadGone
 from cachesrv.storage.s3_upload import MAX_PARTS, MIN_PART_SIZE
 
@@ -89,8 +90,8 @@ class S3Direct:
 
         try:
             await self._client.call("CompleteMultipartUpload", name, ask, changes=True)
-        except UploadGone:
-            # The answer to the attempt before may be all that was lost.
+        except (UploadGone, NotFound, TryAgain):
+            # The answer to the attempt before may be all that was lost; and of two at once, one fails at Ceph for long.
             if await self._head(name) is None:
                 raise
 
