@@ -4,12 +4,13 @@
     async with opened_store(None, os.environ) as store:
         summary = await push(["/nix/store/…"], store, settings, Options(record=record_file(os.environ)), emit)
 
-`push` may run several times at once, over one store too; nothing is global. `emit` is called with events (see `events`)
-in the loop's thread: it must not block and must not raise. A path that cannot be pushed is told of as Failed and does
-not hold up the others; what concerns all of them is raised: NotAllowed, ServerError, DaemonError, StoreError,
-ConfigError, all of `cachesrv.errors`. To end a push, cancel its task: what was published stays, all else leaves nothing
-half-done, and the next push goes on from there. What was pushed can be read without asking the cache: `open_pushed`,
-`read_file`.
+`push` may run several times at once, over one store too; nothing is global. `emit` is called with events (see
+`events`) in the loop's thread: it must not block and must not raise.
+
+A path that cannot be pushed is told of as Failed, with a `kind` (see `failure`), and does not hold up the others. What
+concerns all of them is raised: NotAllowed, ServerError, DaemonError, StoreError, ConfigError, all of `cachesrv.errors`.
+To end a push, cancel its task: what was published stays, all else leaves nothing half-done, and the next push goes on
+from there. What was pushed can be read without asking the cache: `open_pushed`, `read_file`.
 
 All names are imported when they are first used, for the sake of hooks, which import next to nothing.
 """

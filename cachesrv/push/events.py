@@ -93,10 +93,13 @@ class Realised(_Event, frozen=True):
 
 
 class Failed(_Event, frozen=True):
-    """`path` is a base name, the argument that could not be understood, or the `output` of a realisation."""
+    """`path` is a base name, the argument that could not be understood, or the `output` of a realisation; `kind` is for
+    programs to decide by, see `failure`.
+    """
 
     path: str
     error: str
+    kind: str = "failed"
 
 
 class Retrying(_Event, frozen=True):

@@ -13,6 +13,7 @@ from cachesrv.api import PackedNar, PackHead
 from cachesrv.errors import CachesrvError
 from cachesrv.nix.seekable import SingleFrames
 from cachesrv.push.events import Sending, Sent, Stored
+from cachesrv.push.failure import Failure
 from cachesrv.push.nar_source import LocalNar
 from cachesrv.push.pipeline import check
 
@@ -49,7 +50,7 @@ class Pack:
     """`failed`: paths whose NARs cannot be had, and why; `others`: NARs that have to be read by somebody else."""
 
     ready: list[Ready] = field(default_factory=list)
-    failed: dict[StorePath, str] = field(default_factory=dict)
+    failed: dict[StorePath, Failure] = field(default_factory=dict)
     others: list[Nar] = field(default_factory=list)
 
     @property
@@ -135,7 +136,7 @@ class Packing:
                     packed.ready.append(Ready(nar, info, frames.compress(_read(source, info))))
                     break
                 except CachesrvError as error:  # a path that turns out to be damaged may have an intact twin
-                    packed.failed[info.store_path] = str(error)
+                    packed.failed[info.store_path] = Failure.of(error)
         return packed
 
 

@@ -14,6 +14,7 @@ from cachesrv.api import MAX_BATCH
 from cachesrv.errors import CachesrvError
 from cachesrv.nix.realisation import object_name, render
 from cachesrv.push.events import Failed, Realised
+from cachesrv.push.failure import MISSING_REFERENCES, Failure
 from cachesrv.push.upload import concerns_all
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ class RealisationUpload:
     async def _send(self, output: RealisedOutput, realisation: Realisation, failed: set[RealisedOutput]) -> bool:
         name = object_name(output)
         if lacking := _needed(output, realisation) & failed:
-            self._emit(Failed(name, f"it needs {object_name(min(lacking, key=str))}, which is not in the cache"))
+            error = f"it needs {object_name(min(lacking, key=str))}, which is not in the cache"
+            self._emit(Failed(name, error, MISSING_REFERENCES))
             return False
         async with self._turns:
             try:
@@ -78,7 +80,7 @@ class RealisationUpload:
             except CachesrvError as error:
                 if concerns_all(error):
                     raise
-                self._emit(Failed(name, str(error)))
+                self._emit(Failed(name, *Failure.of(error)))
                 return False
         self._emit(Realised(name, realisation.out_path.base_name))
         return True

@@ -19,6 +19,7 @@ from cachesrv.nix.nar_writer import dump
 from cachesrv.push.connection import Timeouts
 from cachesrv.push.delivery import Delivery
 from cachesrv.push.events import Failed, PlanMade, Planned, ignore
+from cachesrv.push.failure import CONFLICT, MISSING_REFERENCES
 from cachesrv.push.keeping import keeping
 from cachesrv.push.nar_source import LocalNar, StreamedNar
 from cachesrv.push.one_line import one_line
@@ -118,7 +119,7 @@ class _Push:
             self._tell(plan, len(realisations))
             for step in plan.steps:
                 if step.decision is Decision.CONFLICT:
-                    self._emit(Failed(step.path.base_name, step.reason))
+                    self._emit(Failed(step.path.base_name, step.reason, CONFLICT))
             if not self._options.dry_run:
                 published = await self._carry_out(plan, answers, server, cache)
                 there = published.union(info.store_path for info in plan.those(Decision.PRESENT))
@@ -191,7 +192,7 @@ class _Push:
                     result = await Upload(second, server, delivery, packing, jobs=options.jobs, emit=kept.emit).run()
                     published |= result.published
         for path, error in result.refused.items():
-            self._emit(Failed(path.base_name, error))
+            self._emit(Failed(path.base_name, error, MISSING_REFERENCES))
         return published
 
     @property

@@ -10,6 +10,7 @@ from cachesrv.errors import BadInput, NotFound
 from cachesrv.nix.nar_writer import nar_size
 from cachesrv.nix.path_info import in_reference_order
 from cachesrv.push.events import Failed
+from cachesrv.push.failure import Failure
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,7 +31,7 @@ async def select(store: LocalStore, names: Iterable[str], *, closure: bool, emit
         try:
             paths.setdefault(await store.resolve(name), name)
         except (BadInput, NotFound) as error:
-            emit(Failed(name, str(error)))
+            emit(Failed(name, *Failure.of(error)))
     if closure:
         try:
             infos = await store.closure(paths)
@@ -48,7 +49,7 @@ async def _path_infos(store: LocalStore, paths: dict[StorePath, str], emit: Emit
         try:
             infos.append(await store.path_info(path))
         except NotFound as error:
-            emit(Failed(name, str(error)))
+            emit(Failed(name, *Failure.of(error)))
     return infos
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from cachesrv.api import MAX_BATCH, PathToPublish
 from cachesrv.errors import CachesrvError, ConfigError, NotAllowed, ServerError
 from cachesrv.push.events import Failed, Published
+from cachesrv.push.failure import MISSING_NAR, MISSING_REFERENCES, Failure
 from cachesrv.push.foremost import foremost
 from cachesrv.push.one_line import one_line
 from cachesrv.push.plan import Decision
@@ -43,9 +44,6 @@ PACKS_AT_ONCE = 2
 PACKED_PATHS = 1000
 PACKED_REFERENCES = 10_000
 """In one pack, at most; with these its head is rarely too large."""
-
-_MISSING_NAR = "missing-nar"
-_MISSING_REFERENCES = "missing-references"
 
 
 @dataclass(slots=True)
@@ -154,7 +152,7 @@ class Upload:
                 raise
             self._put_back(batch)
             if isinstance(error, TryAgain):
-                self._settle((), {path: str(error) for path in pack.paths if self._order.is_open(path)})
+                self._settle((), {path: Failure.of(error) for path in pack.paths if self._order.is_open(path)})
                 return []
             self._packing = None  # whatever the reason: it will be the same for the next one
             return [ready.nar for ready in pack.ready]
@@ -176,7 +174,7 @@ class Upload:
         except CachesrvError as error:
             if concerns_all(error):
                 raise
-            self._settle((), {info.store_path: str(error)})
+            self._settle((), {info.store_path: Failure.of(error)})
             return False
         return True
 
@@ -202,7 +200,7 @@ class Upload:
     def _hear(self, batch: Sequence[PathInfo], outcomes: Sequence[PathOutcome], again: _Again | None = None) -> _Again:
         """What has to be published again; those that are known to be from the start are not asked about."""
         published: list[StorePath] = []
-        failed: dict[StorePath, str] = {}
+        failed: dict[StorePath, Failure] = {}
         again = again or _Again()
         for info, outcome in zip(batch, outcomes, strict=True):
             path = info.store_path
@@ -211,15 +209,15 @@ class Upload:
             if outcome.error is None:
                 published.append(path)
                 self._emit(Published(outcome.path))
-            elif outcome.kind == _MISSING_NAR and info.nar_hash not in self._sent_again:
+            elif outcome.kind == MISSING_NAR and info.nar_hash not in self._sent_again:
                 again.paths[path] = info
                 again.nars.add(info.nar_hash)
-            elif outcome.kind == _MISSING_REFERENCES and not again.paths.keys().isdisjoint(info.references):
+            elif outcome.kind == MISSING_REFERENCES and not again.paths.keys().isdisjoint(info.references):
                 again.paths[path] = info
-            elif outcome.kind == _MISSING_REFERENCES:
+            elif outcome.kind == MISSING_REFERENCES:
                 self._result.refused[path] = one_line(outcome.error)
             else:
-                failed[path] = one_line(outcome.error)
+                failed[path] = Failure(one_line(outcome.error), one_line(outcome.kind or "failed"))
         self._result.published.update(published)
         self._settle(published, failed)
         return again
@@ -231,17 +229,17 @@ class Upload:
                 self._sent_again.add(info.nar_hash)
             self._order.put_back(path)
 
-    def _settle(self, published: Sequence[StorePath], failed: Mapping[StorePath, str]) -> None:
+    def _settle(self, published: Sequence[StorePath], failed: Mapping[StorePath, Failure]) -> None:
         """Pass on what has failed, and what has failed with it."""
-        for path, error in failed.items():
-            self._emit(Failed(path.base_name, error))
+        for path, failure in failed.items():
+            self._emit(Failed(path.base_name, *failure))
         refused = [path for path in self._result.refused if self._order.is_open(path)]
         for path, cause in self._order.settle(published, [*failed, *refused]).items():
             error = f"it refers to {cause}, which is not in the cache"
             if cause in self._result.refused:
                 self._result.refused[path] = error
             else:
-                self._emit(Failed(path.base_name, error))
+                self._emit(Failed(path.base_name, error, MISSING_REFERENCES))
         self._changed.set()
 
 

@@ -148,7 +148,8 @@ async def test_a_name_that_leads_nowhere_does_not_stop_the_others(store: Tempora
     summary = await push(["nowhere", *full("gone", "good")], store, settings(cache), QUICK, told.append)
 
     assert (summary.paths, summary.uploaded, summary.failed) == (3, 1, 2)
-    assert [event.path for event in told if isinstance(event, events.Failed)] == ["nowhere", full("gone")[0]]
+    failed = [(event.path, event.kind) for event in told if isinstance(event, events.Failed)]
+    assert failed == [("nowhere", "not-found"), (full("gone")[0], "not-found")]
 
 
 async def test_only_wrong_names_ask_nobody(store: TemporaryStore, cache: FakeCache) -> None:
@@ -169,6 +170,8 @@ async def test_a_damaged_path_and_what_needs_it_fail_and_nothing_else(store: Tem
     errors = {event.path: event.error for event in told if isinstance(event, events.Failed)}
     assert "hash" in errors[store_path("left").base_name]
     assert "refers to" in errors[store_path("top").base_name]
+    kinds = {event.path: event.kind for event in told if isinstance(event, events.Failed)}
+    assert kinds == {store_path("left").base_name: "damaged", store_path("top").base_name: "missing-references"}
     assert (summary.uploaded, summary.failed) == (2, 2)
     assert store.infos[store_path("left")].nar_hash.nix32 not in cache.nars
 
@@ -197,6 +200,7 @@ async def test_a_path_that_is_published_otherwise_is_a_conflict(store: Temporary
     (failed,) = (event for event in told if isinstance(event, events.Failed))
     assert there in failed.error
     assert here in failed.error
+    assert failed.kind == "conflict"
     assert (summary.uploaded, summary.failed) == (3, 1)
 
 
@@ -223,6 +227,7 @@ async def test_a_nar_too_large_for_the_cache_fails_its_path(store: TemporaryStor
 
     (failed,) = (event for event in told if isinstance(event, events.Failed))
     assert "50000 bytes" in failed.error
+    assert failed.kind == "too-large"
     assert (summary.uploaded, summary.failed) == (1, 1)
 
 
