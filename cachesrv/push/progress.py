@@ -67,7 +67,7 @@ class Lines:
         match event:
             case Planned() if self._dry_run:
                 self._print(self._out, f"{event.decision:8} {event.path}  {size_text(event.nar_size)}: {event.reason}")
-            case PlanMade() if event.nars:
+            case PlanMade() if event.nars or event.realisations:
                 self._print(self._err, plan_text(event))
             case Stored():
                 sent = f"as {size_text(event.sent_bytes)}" if event.sent_bytes else "was there already"
@@ -87,10 +87,11 @@ class Lines:
 
 def plan_text(plan: PlanMade) -> str:
     """What is going to be done."""
-    return (
+    text = (
         f"{plan.upload + plan.publish} of {count_text(plan.paths, 'path')} to push, "
         f"{count_text(plan.nars, 'NAR')} of {size_text(plan.nar_bytes)}"
     )
+    return f"{text}, {count_text(plan.realisations, 'realisation')}" if plan.realisations else text
 
 
 def trouble_text(event: Failed | Retrying | Noted) -> str:

@@ -11,9 +11,11 @@ import pytest
 from cachesrv.push.events import (
     Event,
     Failed,
+    Noted,
     PlanMade,
     Planned,
     Published,
+    Realised,
     Resumed,
     Retrying,
     Sending,
@@ -71,6 +73,16 @@ def test_people_read_results_on_stdout_and_the_rest_on_stderr() -> None:
         f"resumed {A}-one  512.0 KiB of it had been sent before",
         f"sent {A}-one  10.0 MiB as 1.0 MiB",
     ]
+
+
+def test_what_goes_without_a_nar_is_told_too() -> None:
+    plan = PlanMade(
+        paths=2, upload=0, publish=1, present=1, upstream=0, conflict=0, nars=0, nar_bytes=0, realisations=1
+    )
+    realised = Realised("realisations/sha256:x!out.doi", f"{A}-one")
+    _, err = lines([plan, Noted("no record can be kept"), Published(f"{A}-one"), realised])
+
+    assert err == ["1 of 2 paths to push, 0 NARs of 0 B, 1 realisation", "note: no record can be kept"]
 
 
 def test_a_dry_run_says_of_each_path_what_and_why() -> None:
