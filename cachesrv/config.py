@@ -198,6 +198,14 @@ class Collect(msgspec.Struct, frozen=True):
     history: Duration = 365 * 86_400
 
 
+class Verify(msgspec.Struct, frozen=True):
+    """Whether the server looks from time to time that everything is there and whole."""
+
+    interval: Duration = 0
+    contents: bool = True
+    rate: Size = 20 * 2**20
+
+
 class Cache(msgspec.Struct, frozen=True):
     """One binary cache."""
 
@@ -247,6 +255,7 @@ class Config(msgspec.Struct, frozen=True):
     delivery: Delivery = Delivery()
     uploads: Uploads = Uploads()
     collect: Collect = Collect()
+    verify: Verify = Verify()
     cache: tuple[Cache, ...] = (Cache(name="main", root=True),)
     upstream: tuple[Upstream, ...] = ()
     token: tuple[Token, ...] = ()

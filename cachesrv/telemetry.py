@@ -69,6 +69,8 @@ COUNTERS = {
     "pushes_refused": "paths that were refused",
     "bucket_requests": "requests to the bucket that objects lie in",
     "bucket_failures": "requests to the bucket that failed, and may have been tried again",
+    "verifications": "verifications that this server had done",
+    "verifications_failed": "verifications that came to no end",
     "collections": "garbage collections that this server had done",
     "collections_failed": "garbage collections that came to no end",
     "paths_collected": "paths that these took away",

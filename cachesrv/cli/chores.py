@@ -14,6 +14,7 @@ import structlog
 
 from cachesrv.services.collect import COLLECTED
 from cachesrv.services.schedule import Chore
+from cachesrv.services.verify import VERIFIED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,6 +33,25 @@ def chores(config: Config, metrics: Metrics, options: Sequence[str]) -> Iterator
     """As configured; `options` are those by which a command finds the same configuration."""
     if config.collect.interval:
         yield Chore(COLLECTED, config.collect.interval, partial(_collect, metrics, options))
+    if config.verify.interval:
+        yield Chore(VERIFIED, config.verify.interval, partial(_verify, metrics, options))
+
+
+async def _verify(metrics: Metrics, options: Sequence[str]) -> None:
+    try:
+        sums = await _run("verify", "--scheduled", *options)
+    except _Failed as error:
+        _log.error("the verification failed", error=str(error))
+        metrics.add("verifications_failed")
+        return
+    if sums is None:
+        return
+    found = {key: sums[key] for key in ("paths", "nars", "bytes", "seconds")}
+    if sums["flaws"]:
+        _log.error("the verification found flaws: `cachesrv verify` names them", flaws=sums["flaws"], **found)
+    else:
+        _log.info("the verification found no flaw", **found)
+    metrics.add("verifications")
 
 
 async def _collect(metrics: Metrics, options: Sequence[str]) -> None:

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from cachesrv.web.site import Services
 
 
+_LOCK = "verification"
+"""Who verifies on a schedule holds it."""
+_NICE = 10
+
+
 def _rate(context: click.Context, _parameter: click.Parameter, text: str | None) -> int:
     from cachesrv.config import with_unit
 
@@ -40,11 +45,11 @@ class _Wish:
     chosen: tuple[str, ...]
     jobs: int
     rate: int
-    restart: bool
-    repair: bool
-    origin: str | None
-    wait: float
-    forced: bool
+    restart: bool = False
+    repair: bool = False
+    origin: str | None = None
+    wait: float = 0.0
+    forced: bool = False
 
 
 @click.command(
@@ -78,6 +83,7 @@ named, or paths were taken away.
 @click.option("--jobs", type=click.IntRange(1, 256), metavar="N", help="NARs at the same time.  [default: one a core]")
 @click.option("--rate", callback=_rate, metavar="BYTES/s", help='Read no faster, as "50 MiB".  [default: no limit]')
 @click.option("--restart", is_flag=True, help="Begin anew, wherever an earlier run was interrupted.")
+@click.option("--scheduled", is_flag=True, hidden=True, help="By the server: when it is due, out of the way of others.")
 @offline.server_options
 def command(
     *,
@@ -91,6 +97,7 @@ def command(
     jobs: int | None,
     rate: int,
     restart: bool,
+    scheduled: bool,
     config_file: Path | None,
     data_dir: str | None,
 ) -> int:
@@ -98,6 +105,9 @@ def command(
     from cachesrv.cli.verify_output import JsonLines, Lines
 
     config = offline.load(config_file, data_dir)
+    if scheduled:
+        offline.with_services(config, lambda services: _run_scheduled(config, services))
+        return 0
     wish = _Wish(
         chosen=_chosen(config, caches),
         jobs=(jobs or len(os.sched_getaffinity(0))) if contents else 0,
@@ -122,7 +132,32 @@ def _chosen(config: Config, names: Collection[str]) -> tuple[str, ...]:
     return tuple(name for name in there if not names or name in names)
 
 
-async def _run(config: Config, services: Services, wish: _Wish, output: Output) -> int:
+async def _run_scheduled(config: Config, services: Services) -> None:
+    """For a program that reads the sums; nothing is printed when there was nothing to do."""
+    import time
+
+    from cachesrv.cli.verify_output import Logged
+    from cachesrv.services.data_directory import DataDirectory
+    from cachesrv.services.maintenance import Busy, maintenance
+    from cachesrv.services.verify import FLAWS_FOUND, VERIFIED
+
+    os.nice(_NICE)
+    wish = _Wish(_chosen(config, ()), jobs=int(config.verify.contents), rate=config.verify.rate)
+    output = Logged()
+    try:
+        async with maintenance(services.catalog, lock=_LOCK):
+            last = int(await services.catalog.noted(VERIFIED) or 0)
+            if last + config.verify.interval > time.time():
+                return
+            journal = DataDirectory(config.data_dir).scheduled_verification
+            await _run(config, services, wish, output, journal=journal)
+            await services.catalog.note(FLAWS_FOUND, str(output.flaws))
+            await services.catalog.note(VERIFIED, str(int(time.time())))
+    except Busy:
+        return
+
+
+async def _run(config: Config, services: Services, wish: _Wish, output: Output, *, journal: Path | None = None) -> int:
     """Returns the exit status."""
     from cachesrv import wiring
     from cachesrv.services.data_directory import DataDirectory
@@ -131,19 +166,19 @@ async def _run(config: Config, services: Services, wish: _Wish, output: Output) 
     from cachesrv.services.verify_journal import Journal
 
     terms = {"caches": " ".join(sorted(wish.chosen)), "contents": str(bool(wish.jobs))}
-    journal = Journal(DataDirectory(config.data_dir).verification, terms, fresh=wish.restart)
+    notes = Journal(journal or DataDirectory(config.data_dir).verification, terms, fresh=wish.restart)
     contents = NarCheck(services.storage, Pace(wish.rate), jobs=wish.jobs) if wish.jobs else None
     repaired = None
     try:
-        output.begin(journal)
-        counts = await wiring.build_verify(config, services, contents).run(wish.chosen, journal, output)
+        output.begin(notes)
+        counts = await wiring.build_verify(config, services, contents).run(wish.chosen, notes, output)
         if wish.repair and counts.flaws:
-            repaired = await _repair(config, services, wish, journal, output=output, contents=contents)
-        journal.finish()
+            repaired = await _repair(config, services, wish, notes, output=output, contents=contents)
+        notes.finish()
     finally:
         if contents:
             contents.close()
-        journal.close()
+        notes.close()
     output.sum_up(counts, repaired)
     wrong = repaired["removed"] + repaired["left"] if repaired else len(counts.flaws)
     return SOME_FAILED if wrong else 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import click
 import msgspec
+import structlog
 
 from cachesrv.services import amounts
 from cachesrv.services.flaws import Kind
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 _LINE_EVERY = 60.0
 """Seconds between two lines of progress where there is no terminal."""
 _REDRAWN_EVERY = 0.2
+_LOGGED = 100
+"""Flaws that are logged of one verification; the others are counted."""
 
 
 class Output(Protocol):
@@ -124,3 +127,33 @@ class JsonLines:
         """The last line."""
         self._progress.clear()
         click.echo(json.dumps({"event": "summary", **msgspec.structs.asdict(counts), **(repaired or {})}))
+
+
+class Logged:
+    """For the log of the server that has had this done; `flaws` is how many there were."""
+
+    def __init__(self) -> None:
+        self.flaws = 0
+        self._log = structlog.get_logger()
+
+    def begin(self, journal: Journal) -> None:
+        """See Output."""
+
+    def stage(self, cache: str, stage: str, total: int | None) -> None:
+        """See Listener."""
+
+    def progress(self, counts: Counts) -> None:
+        """See Listener."""
+
+    def flaw(self, flaw: Flaw) -> None:
+        """See Listener."""
+        self.flaws += 1
+        if self.flaws <= _LOGGED:
+            self._log.error("flaw", **msgspec.structs.asdict(flaw))
+
+    def outcome(self, outcome: Outcome) -> None:
+        """Nothing is repaired."""
+
+    def sum_up(self, counts: Counts, repaired: Mapping[str, int] | None) -> None:  # noqa: ARG002  see outcome
+        """The last line."""
+        click.echo(json.dumps({"event": "summary", **msgspec.structs.asdict(counts)}))

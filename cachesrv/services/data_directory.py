@@ -55,6 +55,11 @@ class DataDirectory:
         return self.root / "verification"
 
     @property
+    def scheduled_verification(self) -> Path:
+        """The same of the one that the server has done from time to time."""
+        return self.root / "verification-scheduled"
+
+    @property
     def removed(self) -> Path:
         """Narinfos that nobody could serve, moved out of the way by a repair."""
         return self.root / "removed"

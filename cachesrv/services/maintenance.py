@@ -44,25 +44,27 @@ class Busy(StoreUnavailable):
 
 
 @asynccontextmanager
-async def maintenance(catalog: Catalog, *, patience: float = 0) -> AsyncIterator[str]:
-    """Hold the lock; its holder's name. Waits for it for `patience` seconds; raises Busy."""
+async def maintenance(catalog: Catalog, *, patience: float = 0, lock: str = MAINTENANCE) -> AsyncIterator[str]:
+    """Hold the lock, or another one that only one process should have at a time; its holder's name. Waits for it for
+    `patience` seconds; raises Busy.
+    """
     holder = _name_of_ours()
-    await _take(catalog, holder, time.monotonic() + patience)
-    prolonging = asyncio.create_task(_prolong(catalog, holder))
+    await _take(catalog, lock, holder, time.monotonic() + patience)
+    prolonging = asyncio.create_task(_prolong(catalog, lock, holder))
     try:
         yield holder
     finally:
         prolonging.cancel()
         await asyncio.wait([prolonging])
         with suppress(StoreError):
-            await catalog.unlock(MAINTENANCE, holder)
+            await catalog.unlock(lock, holder)
 
 
-async def _take(catalog: Catalog, holder: str, deadline: float) -> None:
+async def _take(catalog: Catalog, lock: str, holder: str, deadline: float) -> None:
     dead: str | None = None
     while True:
         now = int(time.time())
-        there = await catalog.lock(MAINTENANCE, holder, now=now, until=now + LIFETIME, in_place_of=dead)
+        there = await catalog.lock(lock, holder, now=now, until=now + LIFETIME, in_place_of=dead)
         if there == holder:
             return
         if there != dead and _is_dead(there):
@@ -73,12 +75,12 @@ async def _take(catalog: Catalog, holder: str, deadline: float) -> None:
         await asyncio.sleep(_LOOK_AGAIN)
 
 
-async def _prolong(catalog: Catalog, holder: str) -> None:
+async def _prolong(catalog: Catalog, lock: str, holder: str) -> None:
     while True:
         await asyncio.sleep(_PROLONG)
         now = int(time.time())
         try:
-            there = await catalog.lock(MAINTENANCE, holder, now=now, until=now + LIFETIME)
+            there = await catalog.lock(lock, holder, now=now, until=now + LIFETIME)
         except StoreError as error:
             _log.warning("the lock could not be prolonged", error=str(error))
         else:

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
+VERIFIED = "verified"
+"""The note in the catalog that says when all caches were looked at last."""
+FLAWS_FOUND = "flaws"
+"""The note that says how many flaws were found then."""
+
 PUBLISHED, STORED, INDEXED, LEFT = STAGES = ("published paths", "storage", "the index", "temporary files")
 
 _TOGETHER = 500

@@ -10,6 +10,7 @@ from aiohttp import web
 
 from cachesrv.errors import StoreError
 from cachesrv.services.collect import COLLECTED
+from cachesrv.services.verify import FLAWS_FOUND, VERIFIED
 from cachesrv.web.site import ROUTE, SITE
 
 if TYPE_CHECKING:
@@ -47,6 +48,10 @@ async def metrics(request: web.Request) -> web.Response:
     with suppress(StoreError):
         collected = float(await site.services.catalog.noted(COLLECTED) or 0)
         gauges.append(("collected_at_seconds", "When garbage was collected last, whoever did it; 0: never.", collected))
+        verified = float(await site.services.catalog.noted(VERIFIED) or 0)
+        gauges.append(("verified_at_seconds", "When all caches were verified last by a server; 0: never.", verified))
+        flaws = float(await site.services.catalog.noted(FLAWS_FOUND) or 0)
+        gauges.append(("flaws", "Flaws that this verification found.", flaws))
     text = await asyncio.to_thread(site.services.metrics.render, gauges)
     return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from tests.system.nix import CHAIN
 from tests.system.push import push
-from tests.system.server import CACHESRV
+from tests.system.server import CACHESRV, until
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tests.system.conftest import StartServer
     from tests.system.nix import Nix
     from tests.system.server import Server
 
@@ -181,3 +182,25 @@ def test_wrong_usage(cache: Server) -> None:
     elsewhere = [*CACHESRV, "verify", "--data-dir", str(cache.folder / "nothing")]
     done = subprocess.run(elsewhere, check=False, env=cache.environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, "no server has been started" in done.stderr) == (2, True)
+
+
+def test_the_server_looks_by_itself_when_it_is_asked_to(make_server: StartServer, builder: Nix) -> None:
+    environment = {"CACHESRV_SERVER__STORE_DIR": builder.store_dir, "CACHESRV_VERIFY__INTERVAL": "1"}
+    server = make_server(environment=environment | {"CACHESRV_SERVER__WORKERS": "2"}).start()
+    builder.log_in(server.token)
+    (library,) = builder.build(CHAIN, "library")
+    push(builder, server, library)
+    until(lambda: gauge(server, "verified_at_seconds") > 0, "it does not look")
+    assert gauge(server, "flaws") == 0
+    damage(nar_of(server, library))
+    until(lambda: gauge(server, "flaws") == 1, "it does not see the damage")
+    until(lambda: gauge(server, "verifications_total") >= 2, "it does not count")
+    until(lambda: "the verification found flaws" in server.log, "it does not tell")
+    assert f"{hash_part(library)}-library" in server.log
+    assert server.client().get(f"/main/{hash_part(library)}.narinfo").status == 200
+
+
+def gauge(server: Server, name: str) -> float:
+    metrics = server.client().get("/metrics").text
+    (line,) = [line for line in metrics.splitlines() if line.startswith(f"cachesrv_{name} ")]
+    return float(line.rpartition(" ")[2])
