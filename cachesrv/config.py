@@ -146,6 +146,7 @@ class Storage(msgspec.Struct, frozen=True):
     region: Region | None = None
     endpoint: Endpoint | None = None
     addressing_style: Literal["auto", "path", "virtual"] = "auto"
+    reserve: Size = 64 * 2**20
 
 
 class Catalog(msgspec.Struct, frozen=True):

@@ -85,7 +85,11 @@ class StoreError(CachesrvError):
 
 
 class StoreFull(StoreError):
-    """No room for what was to be written."""
+    """No room for what was to be written; `missing` bytes, where that is known."""
+
+    def __init__(self, message: str, *, missing: int = 0) -> None:
+        super().__init__(message)
+        self.missing = missing
 
 
 class StoreUnavailable(StoreError):

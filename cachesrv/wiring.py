@@ -25,6 +25,7 @@ from cachesrv.services.copies import FromReader, FromUpstreams, OtherCaches, Sam
 from cachesrv.services.data_directory import DataDirectory, parse_secret_key, read_secret
 from cachesrv.services.delivery import Delivery, FarAway
 from cachesrv.services.direct import Direct as DirectUploads
+from cachesrv.services.disk_room import RESERVE, DiskRoom, Place
 from cachesrv.services.fetch import Fetches
 from cachesrv.services.http_reader import HttpReader
 from cachesrv.services.ingest import Ingest
@@ -129,6 +130,20 @@ async def open_catalog(config: Config) -> Catalog:
     return await SqlCatalog.open(url, pool_size=config.catalog.pool_size)
 
 
+def open_disk_room(config: Config) -> DiskRoom:
+    """What is left on the disks of objects, catalog and index. Nothing is opened, and nothing made."""
+    data = DataDirectory(config.data_dir)
+    places = [Place(data.root, data.reserve)]
+    if _storage_is_local(config):
+        objects = Path(config.storage.path or data.objects)
+        places.append(Place(objects, objects / RESERVE, has_objects=True))
+    others = [Path(config.index.path)] if config.index.path else []
+    if config.catalog.url:
+        others.append(Path(config.catalog.url.removeprefix("sqlite:///")).parent)
+    places += [Place(folder, folder / RESERVE) for folder in others]
+    return DiskRoom(places, size=config.storage.reserve)
+
+
 @asynccontextmanager
 async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Services]:
     """All services of one process; leaving finishes what is under way."""
@@ -145,15 +160,25 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
         sources: list[Source] = [CatalogSource(catalog), BucketSource(storage, Breaker()), upstreams]
         lookup = Lookup(index, sources, negative_ttl=config.lookup.negative_ttl, timeout=config.lookup.timeout)
         stack.push_async_callback(lookup.close)
-        ingest = Ingest(storage, catalog, metrics, max_nar_size=config.server.max_nar_size, lease=config.collect.lease)
+        room = open_disk_room(config)
+        ingest = Ingest(
+            storage,
+            catalog,
+            metrics,
+            max_nar_size=config.server.max_nar_size,
+            lease=config.collect.lease,
+            room=room,
+        )
         stack.push_async_callback(ingest.close)
-        uploads = _make_uploads(config, bare, storage, ingest)
+        uploads = _make_uploads(config, bare, storage, ingest, room)
         stack.push_async_callback(uploads.close)
-        publish = Publish(storage, catalog, index, ingest, metrics, upstreams=upstreams)
+        publish = Publish(storage, catalog, index, ingest, metrics, upstreams=upstreams, room=room)
         stack.push_async_callback(publish.close)
-        packs = Packs(storage, catalog, ingest, publish, metrics, max_nar_size=config.server.max_nar_size)
+        packs = Packs(storage, catalog, ingest, publish, metrics, max_nar_size=config.server.max_nar_size, room=room)
         # What comes from upstream has threads of its own, and does not hold up pushes; the disk cache has it as it is.
-        taking_in = Ingest(bare, catalog, metrics, max_nar_size=config.server.max_nar_size, parallel=_FETCHES)
+        taking_in = Ingest(
+            bare, catalog, metrics, max_nar_size=config.server.max_nar_size, parallel=_FETCHES, room=room
+        )
         stack.push_async_callback(taking_in.close)
         fetches = Fetches(disk_cache, parallel=_FETCHES)
         stack.push_async_callback(fetches.close)
@@ -170,7 +195,7 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
         # What is in use has to look so all the time to who spares what was used within the time of a lease.
         usage = Usage(catalog, resolution=min(RESOLUTION, config.collect.lease / 4))
         stack.push_async_callback(usage.flush)
-        metadata = Metadata(storage, catalog, patience=config.lookup.timeout)
+        metadata = Metadata(storage, catalog, patience=config.lookup.timeout, room=room)
         delivery = Delivery(storage, catalog, ingest, far_away)
         leases = Leases(catalog, config.collect.lease)
         yield Services(
@@ -191,15 +216,16 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
         )
 
 
-def _make_uploads(config: Config, bare: ObjectStore, storage: ObjectStore, ingest: Ingest) -> Uploads:
+def _make_uploads(config: Config, bare: ObjectStore, storage: ObjectStore, ingest: Ingest, room: DiskRoom) -> Uploads:
     given = config.uploads
     limits = Limits(given.part_size, given.limit_size, given.limit_count, given.keep)
     parts = PartStore(storage)
     if not isinstance(bare, S3Store):
-        return Uploads(parts, ingest, limits)
+        return Uploads(parts, ingest, limits, disk_room=room)
     # Also where it is not offered (any more): what was begun is completed, or swept away.
     offered = given.direct and config.delivery.mode == "redirect"
-    return Uploads(parts, ingest, limits, DirectUploads(parts, storage, bare.direct, ingest, offered=offered))
+    direct = DirectUploads(parts, storage, bare.direct, ingest, offered=offered)
+    return Uploads(parts, ingest, limits, direct, disk_room=room)
 
 
 def policies(config: Config) -> dict[str, Policy]:

@@ -61,7 +61,7 @@ def command(
     """Remove what the caches keep no longer; of all of them, or of those that are named."""
     config = offline.load(config_file, data_dir)
     if scheduled:
-        offline.with_services(config, lambda services: _run_scheduled(config, services))
+        offline.with_services(config, lambda services: _run_scheduled(config, services), makes_room=True)
         return
     grace = 0 if now else config.collect.nar_grace
     output = _Json() if as_json else _Lines(silent=not (dry_run or verbose))
@@ -76,7 +76,7 @@ def command(
         async with maintenance(services.catalog, patience=wait) as holder:
             return await collect.run(holder, output, by="cachesrv gc", pace=_HASTY)
 
-    output.sum_up(offline.with_services(config, run), grace=grace, dry_run=dry_run)
+    output.sum_up(offline.with_services(config, run, makes_room=not dry_run), grace=grace, dry_run=dry_run)
     if not as_json:
         _hint(config, caches)
 

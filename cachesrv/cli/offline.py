@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -62,8 +63,8 @@ def with_catalog(config: Config, use: Callable[[Catalog], Awaitable[Result]]) ->
     return asyncio.run(opened())
 
 
-def with_services(config: Config, use: Callable[[Services], Awaitable[Result]]) -> Result:
-    """What `use` makes of the services on all stores."""
+def with_services(config: Config, use: Callable[[Services], Awaitable[Result]], *, makes_room: bool = False) -> Result:
+    """What `use` makes of the services on all stores. What makes room may need some: it has the reserves of disks."""
     from cachesrv import wiring
     from cachesrv.telemetry import Metrics
 
@@ -72,7 +73,8 @@ def with_services(config: Config, use: Callable[[Services], Awaitable[Result]]) 
             return await use(services)
 
     wiring.private_umask()
-    return asyncio.run(opened())
+    with wiring.open_disk_room(config).given_up_if_full() if makes_room else nullcontext():
+        return asyncio.run(opened())
 
 
 def chosen_cache(config: Config, name: str | None) -> ServedCache:

@@ -64,7 +64,7 @@ def _serve(load: Callable[[], Config], options: Sequence[str]) -> None:
     """`options` lead other commands to the same stores."""
     import asyncio
 
-    from cachesrv import systemd
+    from cachesrv import systemd, wiring
     from cachesrv.cli.chores import chores
     from cachesrv.services.data_directory import DataDirectory
     from cachesrv.telemetry import Metrics
@@ -82,7 +82,9 @@ def _serve(load: Callable[[], Config], options: Sequence[str]) -> None:
     sockets = [inherited] * count if inherited else open_sockets(config.server.listen, count)
     urls = [url_of(sock, tls=tls is not None) for sock in sockets[0]]
     metrics = Metrics(count)
-    rules = asyncio.run(_check(config, metrics, urls[0]))
+    # To open stores takes a little room; what is there is served also from a full disk.
+    with wiring.open_disk_room(config).given_up_if_full():
+        rules = asyncio.run(_check(config, metrics, urls[0]))
     click.echo(_greeting(rules, urls, data.push_token, first_start=first_start))
 
     def work(number: int) -> None:
@@ -126,7 +128,7 @@ async def _work(
             return wiring.build_rules(load(), services.catalog, url)
 
         site = Site(services, rules())
-        async with scheduled(services.catalog, chores):
+        async with scheduled(services.catalog, chores), wiring.open_disk_room(config).kept():
             await serve(site, sockets, tls=tls, shutdown_timeout=config.server.shutdown_timeout, reload=rules)
 
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 # Raised by one with every change of what keys or values mean.
 FORMAT = b"2"
 
-_FILES = ("data.mdb", "lock.mdb", "damaged")
+_LOCKS = "lock.mdb"
+_FILES = ("data.mdb", _LOCKS, "damaged")
 _MAX_READERS = 1024
 _DAMAGE = (
     lmdb.BadTxnError,  # what a lookup gives when the root of a database cannot be read
@@ -79,12 +80,15 @@ class SharedEnvironment:
 
     def _open(self, map_size: int) -> None:
         alone = self._lock()
+        if alone:
+            self._allocate_locks()
         try:
             self._open_files(map_size)
         except _Unusable as error:
             if not alone:
                 raise StoreError(f"the index is in use by others and cannot be shared: {error}") from error
             self._throw_away()
+            self._allocate_locks()
             self._open_files(map_size)
         if alone:
             os.fsync(self._folder)
@@ -97,6 +101,18 @@ class SharedEnvironment:
             fcntl.flock(self._folder, fcntl.LOCK_SH)
             return False
         return True
+
+    def _allocate_locks(self) -> None:
+        """LMDB maps a file with holes, and writes to them when there are more readers: on a full disk that kills the
+        process. Only alone: to close it would drop the locks that this process has on it.
+        """
+        descriptor = os.open(self._path / _LOCKS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            # The size that LMDB gives it, or less.
+            with suppress(OSError):
+                os.posix_fallocate(descriptor, 0, _MAX_READERS * 64)
+        finally:
+            os.close(descriptor)
 
     def _throw_away(self) -> None:
         for name in _FILES:

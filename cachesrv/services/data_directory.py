@@ -45,6 +45,11 @@ class DataDirectory:
         """NARs from afar."""
         return self.root / "nar-cache"
 
+    @property
+    def reserve(self) -> Path:
+        """What is given up when the disk is full."""
+        return self.root / "reserve"
+
     def scratch(self, job: str, cache: str) -> Path:
         """What a long job keeps while it is not done, to go on from there."""
         return self.root / job / cache

@@ -13,6 +13,7 @@ from cachesrv.catalog.base import NarRecord
 from cachesrv.errors import BadInput, BeingRemoved, Mismatch, MissingNar, TooLarge
 from cachesrv.nix.compression import SUFFIXES
 from cachesrv.services.content import check_contents
+from cachesrv.services.disk_room import DiskRoom
 from cachesrv.services.in_thread import coalesced, consumed
 from cachesrv.services.verify_nar import VerifiedNar, verify
 
@@ -30,6 +31,8 @@ _NAME = re.compile(r"(?P<hash>[0-9a-df-np-sv-z]{52})\.nar(?P<suffix>\.[a-z0-9]+)
 _COMPRESSIONS = {suffix: name for name, suffix in SUFFIXES.items() if suffix}
 DEFAULT_LEASE = 24 * 3600
 """Seconds for which a NAR stays that no path needs yet."""
+_LOOKED_AT_AGAIN = 4 * 1024 * 1024
+"""Bytes of a NAR of unknown size between two looks whether there is room."""
 _SMALL = 1024 * 1024
 """Bytes up to which a NAR is taken in whole: one hop to a thread instead of several."""
 
@@ -67,7 +70,9 @@ class Ingest:
         max_nar_size: int = 0,
         parallel: int = 32,
         lease: int = DEFAULT_LEASE,
+        room: DiskRoom | None = None,
     ) -> None:
+        self._room = room or DiskRoom.unlimited()
         self._lease = lease
         self._storage = storage
         self._catalog = catalog
@@ -85,10 +90,12 @@ class Ingest:
         """Store a NAR that comes in as `chunks`, `size` bytes in all if that was said.
 
         A NAR that is there already is left as it is; the new bytes are checked all the same, and thrown away.
-        Raises BadInput (and its kin) for what is not what it says, and StoreError; then nothing has changed.
+        Raises BadInput (and its kin) for what is not what it says, and StoreError; then nothing has changed. Where
+        there is no room for it, StoreFull is raised before anything is read.
         """
         parsed = NarName.parse(name)
         self.check_size(size or 0)
+        await self._room.for_nar(size or 0)
         key = cache.key(f"nar/{name}")
         async with self._slots:
             if size is not None and size <= _SMALL:
@@ -220,10 +227,13 @@ class Ingest:
             compression = name.compression or _guess(first)
 
             async def written() -> AsyncIterator[bytes]:
-                received = 0
+                received = looked_at = 0
                 piece = first
                 while piece:
                     received += len(piece)
+                    if size is None and received - looked_at >= _LOOKED_AT_AGAIN:
+                        looked_at = received
+                        await self._room.for_nar()
                     if self._max_nar_size and received > self._max_nar_size:
                         raise TooLarge(f"more than the {self._max_nar_size} bytes that this server takes in one NAR")
                     await writer.write(piece)

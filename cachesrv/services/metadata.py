@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cachesrv.errors import BadInput, TooLarge
 from cachesrv.nix import debuginfo, listing, realisation
 from cachesrv.nix.store_path import StorePath, is_hash_part
+from cachesrv.services.disk_room import DiskRoom
 from cachesrv.services.patience import waiting
 from cachesrv.services.realisations import Realisations
 
@@ -61,7 +62,10 @@ def kind_of(name: str) -> MetadataKind | None:
 class Metadata:
     """Keeps such objects, and finds them. `patience`: seconds until it has to be known whether one is there."""
 
-    def __init__(self, storage: ObjectStore, catalog: Catalog, *, patience: float) -> None:
+    def __init__(
+        self, storage: ObjectStore, catalog: Catalog, *, patience: float, room: DiskRoom | None = None
+    ) -> None:
+        self._room = room or DiskRoom.unlimited()
         self._storage = storage
         self._realisations = Realisations(storage, catalog)
         self._patience = patience
@@ -74,6 +78,7 @@ class Metadata:
     async def put(self, cache: ServedCache, kind: MetadataKind, name: str, data: bytes) -> None:
         """Keep an object (no log), if it is what its name says. Raises BadInput; what `Realisations.put` raises."""
         parts = _parts(kind, name)
+        await self._room.for_records()
         if kind is LISTING:
             _check_listing(parts[0], data)  # and no more: our own, made from the NAR, comes with its path
         elif kind is DEBUGINFO:
@@ -92,6 +97,7 @@ class Metadata:
     async def put_log(self, cache: ServedCache, name: str, chunks: AsyncIterable[bytes]) -> None:
         """Keep a build log, in the place of an earlier one. Raises BadInput."""
         StorePath.parse(_parts(LOG, name)[0])
+        await self._room.for_nar()
         size = 0
         async with self._storage.writer(cache.key(name)) as writer:
             async for chunk in chunks:

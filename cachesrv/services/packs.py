@@ -19,6 +19,7 @@ from cachesrv.errors import BadInput, CachesrvError, Mismatch, StoreError, TooLa
 from cachesrv.nix.compression import SUFFIXES
 from cachesrv.nix.seekable import compress_frame
 from cachesrv.pack import LIMITS
+from cachesrv.services.disk_room import DiskRoom
 from cachesrv.services.ingest import DEFAULT_LEASE
 from cachesrv.services.publish import FreshNar
 from cachesrv.services.verify_nar import verify_small
@@ -64,7 +65,9 @@ class Packs:
         max_nar_size: int = 0,
         parallel: int = 4,
         lease: int = DEFAULT_LEASE,
+        room: DiskRoom | None = None,
     ) -> None:
+        self._room = room or DiskRoom.unlimited()
         self._storage = storage
         self._catalog = catalog
         self._ingest = ingest
@@ -86,6 +89,7 @@ class Packs:
         """Store NARs, then publish paths as `Publish.many` does: the outcomes of both, in their order. Raises
         StoreError when the store fails for all of them; any of them may be there then.
         """
+        await self._room.for_nar(sum(len(sent.file) for sent in nars))
         of_paths = {path.nar_hash.nix32 for path in paths}
         judged = await asyncio.to_thread(self._judge_all, cache, nars, of_paths)
         files = {one.record.key: sent.file for sent, one in zip(nars, judged, strict=True) if isinstance(one, FreshNar)}

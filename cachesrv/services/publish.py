@@ -27,6 +27,7 @@ from cachesrv.services import admission
 from cachesrv.services.batch import Batcher
 from cachesrv.services.caches import ReferencePolicy
 from cachesrv.services.content import needs_reading
+from cachesrv.services.disk_room import DiskRoom
 from cachesrv.services.locks import NamedLocks
 from cachesrv.services.writing import Admitted, Writing
 
@@ -74,9 +75,11 @@ class Publish:
         *,
         upstreams: Upstreams | None = None,
         tries: int = _TRIES,
+        room: DiskRoom | None = None,
     ) -> None:
         """`tries`: how often what is to be published is tried while it is just being removed, a moment apart."""
         self._tries = tries
+        self._room = room or DiskRoom.unlimited()
         self._upstreams = upstreams
         self._storage = storage
         self._catalog = catalog
@@ -97,7 +100,9 @@ class Publish:
     ) -> list[Outcome]:
         """Publish paths, each after those that it refers to; one that cannot be published fails those that need it,
         and no others. `pusher` is the name of who asks; `fresh` are NARs by their hash, which need not be looked for.
+        Raises StoreFull when there is no room for any.
         """
+        await self._room.for_records()
         async with self._locks.hold(f"{cache.name}/{path.store_path.hash_part}" for path in paths):
             known, elsewhere = await self._known(cache, paths)
             nars = await self._nars_by_hash(cache, paths, fresh)

@@ -16,6 +16,7 @@ import structlog
 
 from cachesrv.api import MAX_PARTS
 from cachesrv.errors import BadInput, Conflict, NotFound, StoreError, StoreUnavailable, TooLarge
+from cachesrv.services.disk_room import DiskRoom
 from cachesrv.services.part_store import Begun, Part, PartStore, Place
 from cachesrv.services.through import Through, file_name
 from cachesrv.services.upload_room import Room
@@ -77,8 +78,17 @@ class Verifying:
 class Uploads:
     """See the module. To be used from one event loop."""
 
-    def __init__(self, store: PartStore, ingest: Ingest, limits: Limits, direct: Direct | None = None) -> None:
+    def __init__(
+        self,
+        store: PartStore,
+        ingest: Ingest,
+        limits: Limits,
+        direct: Direct | None = None,
+        *,
+        disk_room: DiskRoom | None = None,
+    ) -> None:
         self.limits = limits
+        self._disk_room = disk_room or DiskRoom.unlimited()
         self._store = store
         self._ingest = ingest
         self._through = Through(store, ingest)
@@ -98,6 +108,7 @@ class Uploads:
         self._ingest.check_size(begun.nar_size)
         if await self._ingest.known(cache, file_name(nar_hash)):
             return None
+        await self._disk_room.for_nar()
         before = await self._store.begun(place)
         if before is None:
             await self._room.for_upload()
@@ -128,6 +139,7 @@ class Uploads:
         if not await self._store.is_begun(place):
             raise NotFound(_NO_UPLOAD)
         await self._room.for_part(part.size)
+        await self._disk_room.for_nar(part.size)
         await self._through.receive(cache, place, part, chunks)
 
     async def sign(self, cache: ServedCache, upload: str, number: int, md5: bytes) -> SignedPut:

@@ -58,7 +58,8 @@ class IncomingFile:
         # First a look: a reservation that fails half-way takes the room from all other writers for a moment.
         free = self._tree.free()
         if size > free:
-            raise StoreFull(f"no room for {self.key}: {size} bytes are needed, {free} are free")
+            message = f"no room for {self.key}: {size} bytes are needed, {free} are free"
+            raise StoreFull(message, missing=size - free)
         try:
             os.posix_fallocate(self._file, 0, size)
         except OSError as error:

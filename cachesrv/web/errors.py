@@ -14,6 +14,7 @@ import structlog
 from aiohttp import web
 
 from cachesrv import errors
+from cachesrv.services import amounts
 from cachesrv.web.ranges import Unsatisfiable
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def status_of(error: errors.CachesrvError) -> int:
 def text_for_client(error: errors.CachesrvError) -> str:
     """One line that says what to do, and nothing of how things are inside."""
     if isinstance(error, errors.StoreFull):
-        return "the cache has no room left: its operator has to collect garbage or make room"
+        left = f"room for this, {amounts.size(error.missing)} are missing" if error.missing else "room left"
+        return f"the cache has no {left}: its operator has to collect garbage or make room"
     if isinstance(error, _OURS):
         return "the cache cannot answer this at present; its log says why"
     return " ".join(str(error).split())

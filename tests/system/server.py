@@ -52,6 +52,8 @@ class Server:
         self.data_dir = data_dir or folder / "data"
         self.stored = stored or Folder(self.data_dir / "objects")
         self.environment = inherited() | {"HOME": str(folder), "CACHESRV_DEBUG": "1"}
+        # The usual reserves of so many servers would fill a disk indeed.
+        self.environment |= {"CACHESRV_STORAGE__RESERVE": "1 MiB"}
         self.environment |= self.stored.settings | (environment or {})
         self.listen = listen
         self.config_file = folder / "cachesrv.toml"
@@ -63,11 +65,7 @@ class Server:
 
     def start(self, **popen: Any) -> Server:
         """Returns when it answers; `popen` goes to subprocess.Popen."""
-        command = [*CACHESRV, "serve", "--data-dir", str(self.data_dir)]
-        if self.listen:
-            command += ["--listen", self.listen]
-        if self.config_file.exists():
-            command += ["--config", str(self.config_file)]
+        command = self.command("serve", *(["--listen", self.listen] if self.listen else []))
         with (self.folder / "out").open("wb") as out, (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(command, env=self.environment, stdout=out, stderr=log, **popen)
         self.url = self._greeted()
@@ -75,6 +73,16 @@ class Server:
             self.listen = self.url.removeprefix("http://") if self.listen else ""
             assert self.client().get("/health/ready").status == 200
         return self
+
+    def command(self, name: str, *arguments: str) -> list[str]:
+        """The words of a command on the same stores."""
+        config = ["--config", str(self.config_file)] if self.config_file.exists() else []
+        return [*CACHESRV, name, "--data-dir", str(self.told_data_dir), *config, *arguments]
+
+    @property
+    def told_data_dir(self) -> Path:
+        """The data directory as commands see it."""
+        return self.data_dir
 
     def _greeted(self) -> str:
         deadline = time.monotonic() + PATIENCE

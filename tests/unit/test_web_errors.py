@@ -84,6 +84,12 @@ def test_how_things_are_inside_is_for_the_operator(kind: type[errors.CachesrvErr
     assert entry["path"] == "/main/x"
 
 
+def test_how_much_room_is_missing_is_for_the_client() -> None:
+    response = answer(make_mocked_request("PUT", "/main/nar/x"), errors.StoreFull(SECRET, missing=3 * 2**20 + 1))
+    assert "no room for this, 3.0 MiB are missing" in text(response)
+    assert "/srv" not in text(response)
+
+
 def test_what_the_client_did_is_for_the_client() -> None:
     with capture_logs() as logs:
         response = answer(make_mocked_request("GET", "/"), errors.BadInput("two\nlines\tand  blanks"))
