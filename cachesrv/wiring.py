@@ -341,7 +341,8 @@ async def _open_disk_cache(config: Config, stack: AsyncExitStack) -> ObjectCache
     if not wanted or not config.delivery.disk_cache_size:
         return NoCache()
     path = config.delivery.disk_cache_path or DataDirectory(config.data_dir).nar_cache
-    disk_cache = DiskCache(path, limit=config.delivery.disk_cache_size)
+    # A reserve, and what pushes leave beside it.
+    disk_cache = DiskCache(path, limit=config.delivery.disk_cache_size, spare=2 * config.storage.reserve)
     stack.push_async_callback(disk_cache.close)
     await disk_cache.open()
     return disk_cache

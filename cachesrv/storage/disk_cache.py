@@ -42,15 +42,16 @@ _MAX_TOUCHED = 10_000
 
 
 class DiskCache:
-    """See `cachesrv.storage.base.ObjectCache`. `path` is made when it is missing; `limit` bounds the bytes in use.
-    Raises StoreError.
+    """See `cachesrv.storage.base.ObjectCache`. `path` is made when it is missing; `limit` bounds the bytes in use, and
+    `spare` are those that are left to others on its disk. Raises StoreError.
     """
 
-    def __init__(self, path: str | Path, *, limit: int, threads: int = 4) -> None:
+    def __init__(self, path: str | Path, *, limit: int, spare: int = 0, threads: int = 4) -> None:
         with in_words("open the disk cache"):
             self._tree = Tree(Path(path))
             self._ledger = os.open(f"{self._tree.root}/{_LEDGER}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._limit = limit
+        self._spare = spare
         self._warm = WarmFiles(self._tree.descriptor)
         self._threads = Threads(threads, name="disk-cache")
         # The lock on the ledger is between processes: within this one its holders share a descriptor.
@@ -156,7 +157,7 @@ class DiskCache:
         the files counts that too. Raises StoreFull.
         """
         more = size - incoming.reserved
-        if self._read() + more > self._limit:
+        if self._read() + more > self._most(self._read()):
             self._evict(more)
         # First in the ledger: whoever is killed in between has taken too much, and not too little.
         self._add(more)
@@ -194,18 +195,23 @@ class DiskCache:
             pass
         files, on_their_way = self._count()
         used = sum(length for _, length, _ in files) + on_their_way
-        if on_their_way + size > self._limit:
+        most = self._most(used)
+        if on_their_way + size > most:
             self._write(used)
-            raise StoreFull("the disk cache is full of objects on their way")
-        if used + size > self._limit:
+            raise StoreFull("the disk cache is full of objects on their way, or its disk is of other things")
+        if used + size > most:
             doomed: list[str] = []
             for _, length, key in sorted(files):
-                if used + size <= self._limit * _LOW_WATER:
+                if used + size <= most * _LOW_WATER:
                     break
                 doomed.append(key)
                 used -= length
             self._tree.remove(doomed)
         self._write(used)
+
+    def _most(self, used: int) -> int:
+        """Bytes that may be in use."""
+        return min(self._limit, max(0, used + self._tree.free() - self._spare))
 
     def _count(self) -> tuple[list[tuple[float, int, str]], int]:
         """Of each object when it was used, its size and its key; and the bytes of files that are no objects yet."""

@@ -19,6 +19,7 @@ from cachesrv.errors import BadInput, StoreError, StoreFull
 from cachesrv.storage import disk_cache
 from cachesrv.storage.base import LocalFile
 from cachesrv.storage.disk_cache import DiskCache, Incoming
+from cachesrv.storage.tree import Tree
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -145,6 +146,23 @@ async def test_what_is_larger_than_the_cache_costs_nobody_the_place(cache: DiskC
     with pytest.raises(StoreFull, match="1001 bytes is larger than the disk cache"):
         await keep(cache, "b", bytes(LIMIT + 1))
     assert files(root) == {"a": 900}
+
+
+async def test_it_leaves_room_to_others_on_its_disk(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept goes when others fill the disk, and what does not fit then is not kept."""
+    others = 0
+    monkeypatch.setattr(Tree, "free", lambda _: 2000 - others - sum(files(root).values()))
+    cache = DiskCache(root, limit=1000, spare=500)
+    await cache.open()
+    await keep(cache, "a", bytes(300))
+    await keep(cache, "b", bytes(300))
+    others = 900
+    await keep(cache, "c", bytes(200))
+    assert files(root) == {"b": 300, "c": 200}
+    others = 1600
+    with pytest.raises(StoreFull, match="its disk is of other things"):
+        await keep(cache, "d", bytes(10))
+    await cache.close()
 
 
 async def test_objects_on_their_way_cost_nobody_the_place_in_vain(cache: DiskCache, root: Path) -> None:
