@@ -8,11 +8,9 @@ processes may write at the same time.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sqlite3
 import time
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +20,7 @@ from cachesrv.nix import listing
 from cachesrv.nix.compression import decompress
 from cachesrv.nix.seekable import compress_frame
 from cachesrv.push.inspection import SeenFile
+from cachesrv.push.record_database import connect, is_broken, set_aside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,8 +33,6 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 FILE_NAME = "pushed-1.sqlite"
-LOCK_PATIENCE = 20.0
-"""Seconds to wait for another process that writes."""
 LISTING_LEVEL = 3
 LISTING_LIMIT = 32 * 1024 * 1024
 """Bytes of a listing after decompression: far more than one of `inspection.LISTING_ENTRIES` can have."""
@@ -43,24 +40,6 @@ UNUSED_SECONDS = 24 * 3600
 """For which a NAR is kept whose path was not published: the push may go on."""
 _ROW = 500
 """Bytes that a row takes beside its contents."""
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS nars (
-    nar_hash TEXT PRIMARY KEY, at INTEGER NOT NULL, bytes INTEGER NOT NULL, listing BLOB
-);
-CREATE INDEX IF NOT EXISTS nars_by_age ON nars (at, bytes);
-CREATE TABLE IF NOT EXISTS files (
-    nar_hash TEXT NOT NULL, name TEXT NOT NULL, kind TEXT NOT NULL, size INTEGER NOT NULL, executable INTEGER NOT NULL,
-    sha256 TEXT, content BLOB, target TEXT, PRIMARY KEY (nar_hash, name)
-);
-CREATE TABLE IF NOT EXISTS paths (
-    path TEXT NOT NULL, cache TEXT NOT NULL, nar_hash TEXT NOT NULL, nar_size INTEGER NOT NULL, at INTEGER NOT NULL,
-    PRIMARY KEY (path, cache)
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS paths_by_age ON paths (at);
-CREATE INDEX IF NOT EXISTS paths_by_nar ON paths (nar_hash);
-CREATE TABLE IF NOT EXISTS reads (source TEXT PRIMARY KEY, count INTEGER NOT NULL, bytes INTEGER NOT NULL);
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +118,11 @@ class Record:
         with _our_errors(file):
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
-                db = _connect(file)
+                db = connect(file)
             except sqlite3.DatabaseError as error:
-                if not _is_broken(error):
+                if not is_broken(error):
                     raise
-                db = _set_aside(file)
+                db = set_aside(file)
             return cls(file, limits or Limits(), db)
 
     @classmethod
@@ -233,70 +212,11 @@ class Record:
             try:
                 return work(self._db)
             except sqlite3.DatabaseError as error:
-                if not _is_broken(error):
+                if not is_broken(error):
                     raise
                 self._db.close()
-                self._db = _set_aside(self.file)
+                self._db = set_aside(self.file)
             return work(self._db)
-
-
-def _connect(file: Path) -> sqlite3.Connection:
-    os.close(os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # SQLite would make it for everybody
-    db = sqlite3.connect(file, timeout=LOCK_PATIENCE, isolation_level=None, check_same_thread=False)
-    try:
-        db.execute("PRAGMA synchronous = NORMAL")
-        if not _is_made(db):
-            with _lock(file):
-                _make(db)
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-def _is_made(db: sqlite3.Connection) -> bool:
-    return bool(db.execute("SELECT 1 FROM sqlite_master WHERE name = 'reads'").fetchall())
-
-
-def _make(db: sqlite3.Connection) -> None:
-    if not _is_made(db):
-        db.execute("PRAGMA journal_mode = WAL")  # writers and readers do not wait for each other, nor for the disk
-        db.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
-
-
-@contextmanager
-def _lock(file: Path) -> Iterator[None]:
-    """One process at a time."""
-    lock = os.open(f"{file}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
-
-
-def _is_broken(error: sqlite3.DatabaseError) -> bool:
-    return getattr(error, "sqlite_errorname", "").startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB"))
-
-
-def _set_aside(file: Path) -> sqlite3.Connection:
-    """A new record in the place of a broken one, which is kept beside it; once only, however many find it broken."""
-    with _lock(file):
-        if not _is_sound(file):
-            for suffix in ("-wal", "-shm"):
-                Path(f"{file}{suffix}").unlink(missing_ok=True)
-            file.replace(f"{file}.broken")
-    return _connect(file)
-
-
-def _is_sound(file: Path) -> bool:
-    try:
-        with closing(sqlite3.connect(file, timeout=LOCK_PATIENCE)) as db:
-            return bool(db.execute("PRAGMA quick_check(1)").fetchone() == ("ok",))
-    except sqlite3.DatabaseError as error:
-        if _is_broken(error):
-            return False
-        raise
 
 
 @contextmanager

@@ -167,6 +167,11 @@ def dying(*data: bytes) -> Answer:
     return answer
 
 
+def damaged(nar: bytes) -> bytes:
+    """With one bit changed, in the middle of its file."""
+    return nar[:150_000] + bytes([nar[150_000] ^ 1]) + nar[150_001:]
+
+
 OUT_OF_MEMORY = "out of memory"
 QUESTIONS = {
     "silence": (silent(), "no answer within 1 seconds (asked for path infos)"),
@@ -207,7 +212,10 @@ NARS: dict[str, tuple[Callable[[bytes], Answer], str]] = {
         "cannot read 'file' (while sending a NAR)",
     ),
     "out of memory": (lambda nar: dying(LAST, nar[:100_000], encode_error(OUT_OF_MEMORY)), OUT_OF_MEMORY),
-    "another NAR": (lambda nar: saying(LAST, nar[:150_000] + b"!" + nar[150_001:]), "its NAR has hash"),
+    "another NAR": (
+        lambda nar: saying(LAST, nar[:150_000] + bytes([nar[150_000] ^ 1]) + nar[150_001:]),
+        "its NAR has hash",
+    ),
     "no NAR": (lambda nar: saying(LAST, bytes(len(nar))), "are not a whole NAR"),
 }
 
