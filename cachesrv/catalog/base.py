@@ -186,7 +186,7 @@ class Catalog(Retention, Protocol):
 
     async def record_conflict(self, record: ConflictRecord) -> None:
         """Remember a refused push; the same one again (cache, path, both hashes, pusher) counts once, at its latest
-        time.
+        time. Of each path the latest are kept, and of all paths a limited number.
         """
 
     async def conflicts(self, cache: str, hash_part: str | None = None) -> list[ConflictRecord]:

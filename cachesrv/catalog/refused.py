@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 MAX_REFUSALS = 10_000
 """Paths of which it is remembered that a push was refused; those that were refused the longest time ago go first."""
 
+MAX_CONFLICTS = 10_000
+"""Pushes of which it is remembered that they would have changed a path; those that were first made the longest time ago
+go first.
+"""
+MAX_CONFLICTS_OF_PATH = 20
+
 _SAME = select(conflicts.c.id, conflicts.c.at).where(
     conflicts.c.cache == bindparam("cache"),
     conflicts.c.hash_part == bindparam("hash_part"),
@@ -43,6 +49,19 @@ _FORGET_OLD = delete(refusals).where(refusals.c.id <= bindparam("of"))
 _REFUSAL = select(*(column for column in refusals.c if column is not refusals.c.id)).where(
     refusals.c.cache == bindparam("cache"), refusals.c.hash_part == bindparam("hash_part")
 )
+_KEPT_OF_PATH = (
+    select(conflicts.c.id)
+    .where(conflicts.c.cache == bindparam("of_cache"), conflicts.c.hash_part == bindparam("of_hash_part"))
+    .order_by(conflicts.c.at.desc(), conflicts.c.id.desc())
+    .limit(bindparam("kept"))
+)
+_FORGET_OF_PATH = delete(conflicts).where(
+    conflicts.c.cache == bindparam("of_cache"),
+    conflicts.c.hash_part == bindparam("of_hash_part"),
+    conflicts.c.id.not_in(_KEPT_OF_PATH),
+)
+_LATEST_CONFLICT = select(func.max(conflicts.c.id))
+_FORGET_CONFLICTS = delete(conflicts).where(conflicts.c.id <= bindparam("of"))
 _OF_PATH = _LATEST_FIRST.where(conflicts.c.hash_part == bindparam("hash_part"))
 
 
@@ -51,6 +70,9 @@ def record_conflict(connection: Connection, record: ConflictRecord) -> None:
     same = connection.execute(_SAME, asdict(record)).one_or_none()
     if same is None:
         connection.execute(_INSERT, asdict(record))
+        path = {"of_cache": record.cache, "of_hash_part": record.hash_part, "kept": MAX_CONFLICTS_OF_PATH}
+        connection.execute(_FORGET_OF_PATH, path)
+        connection.execute(_FORGET_CONFLICTS, {"of": (connection.scalar(_LATEST_CONFLICT) or 0) - MAX_CONFLICTS})
     elif same.at < record.at:
         connection.execute(_AGAIN, {"of": same.id, "latest": record.at})
 

@@ -59,6 +59,7 @@ Examples:
   cachesrv verify --contents --rate "50 MiB" main
   cachesrv verify --json --config /etc/cachesrv.toml > report
   cachesrv verify --repair --from https://cache.example.org
+  cachesrv verify --determinism ./result
 
 Each narinfo in storage is read and its signatures are checked; its NAR has to be there with the right size, and what it
 refers to as well; catalog, index and storage have to agree. With --contents each NAR is unpacked and hashed. The server
@@ -68,17 +69,22 @@ Without --repair nothing is changed. With it, what is wrong is mended from anoth
 --from, of the local Nix store, of an upstream. A copy is verified before it replaces anything. Where there is none, the
 path is taken out of sight with all that need it; `cachesrv why` remembers that.
 
+With --determinism, PATHs (store paths, or links to them) are compared with what the cache has of them, or the one that
+--from names: whether both builds came to the same, and if not, which files differ.
+
 \b
 Exit status: 0 all is well or was mended, 1 it could not be told, 2 wrong usage or configuration, 3 flaws were found and
 named, or paths were taken away.
 """
 )
-@click.argument("caches", nargs=-1, metavar="[CACHE]...")
+@click.argument("names", nargs=-1, metavar="[CACHE | PATH]...")
 @click.option("--contents", is_flag=True, help="Unpack and hash every NAR.")
 @click.option("--repair", is_flag=True, help="Mend what is wrong, or take it out of sight.")
 @click.option("--from", "origin", metavar="URL", help="A cache that may have other copies; also a folder.")
 @click.option("--force", "forced", is_flag=True, help="Take away more than a tenth of a cache, if it has to be.")
 @click.option("--wait", default=0.0, metavar="SECONDS", help="How long --repair waits while others delete.")
+@click.option("--determinism", is_flag=True, help="Compare PATHs of the local Nix store with those of the cache.")
+@offline.cache_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, the last with the sums.")
 @click.option("--jobs", type=click.IntRange(1, 256), metavar="N", help="NARs at the same time.  [default: one a core]")
 @click.option("--rate", callback=_rate, metavar="BYTES/s", help='Read no faster, as "50 MiB".  [default: no limit]')
@@ -87,8 +93,10 @@ named, or paths were taken away.
 @offline.server_options
 def command(
     *,
-    caches: tuple[str, ...],
+    names: tuple[str, ...],
     contents: bool,
+    determinism: bool,
+    cache: str | None,
     repair: bool,
     origin: str | None,
     forced: bool,
@@ -108,8 +116,15 @@ def command(
     if scheduled:
         offline.with_services(config, lambda services: _run_scheduled(config, services))
         return 0
+    if determinism:
+        from cachesrv.cli import determinism as comparing
+
+        of = offline.chosen_cache(config, cache)
+        return offline.with_services(
+            config, lambda services: comparing.run(services, of, names, origin=origin, as_json=as_json)
+        )
     wish = _Wish(
-        chosen=_chosen(config, caches),
+        chosen=_chosen(config, names),
         jobs=(jobs or len(os.sched_getaffinity(0))) if contents else 0,
         rate=rate,
         restart=restart,

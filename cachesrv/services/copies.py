@@ -75,6 +75,23 @@ class SameNar:
         return None
 
 
+class OwnCache:
+    """The cache itself."""
+
+    def __init__(self, storage: ObjectStore, catalog: Catalog) -> None:
+        self._storage = storage
+        self._catalog = catalog
+
+    async def find(self, wanted: Wanted) -> Copy | None:
+        """See Copies. Raises BadInput for a narinfo that is none."""
+        record = await self._catalog.path(wanted.cache.name, wanted.hash_part)
+        if record is None:
+            return None
+        info = narinfo.parse(record.narinfo)
+        read = partial(self._storage.read, record.nar_key)
+        return Copy(f"the cache {wanted.cache.name}", record.nar_hash, info.compression, read, info)
+
+
 class OtherCaches:
     """The other caches of this server."""
 

@@ -360,6 +360,19 @@ class RefusalContract(Fixtures):
         await catalog.record_conflict(refusal(1, pusher="laptop", at=NOW + 1))
         assert [record.pusher for record in await catalog.conflicts("main")] == ["laptop", "builder"]
 
+    async def test_conflicts_are_remembered_in_limited_number(
+        self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(refused, "MAX_CONFLICTS_OF_PATH", 3)
+        monkeypatch.setattr(refused, "MAX_CONFLICTS", 5)
+        for number in range(6):
+            await catalog.record_conflict(refusal(1, refused_nar_hash=nar_hash(number), at=NOW + number))
+        assert [record.at - NOW for record in await catalog.conflicts("main", hash_part(1))] == [5, 4, 3]
+        for number in range(2, 6):
+            await catalog.record_conflict(refusal(number))
+        assert len(await catalog.conflicts("main")) == 5
+        assert [record.at - NOW for record in await catalog.conflicts("main", hash_part(1))] == [5]
+
     async def test_of_a_path_that_was_refused_the_last_time_is_remembered(self, catalog: Catalog) -> None:
         first = RefusalRecord("main", hash_part(1), "package-1", "no signature", "ci", NOW)
         later = replace(first, reason="no NAR", pusher="ann", at=NOW + 1)

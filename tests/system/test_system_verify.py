@@ -9,6 +9,7 @@ import subprocess
 import time
 from typing import TYPE_CHECKING, Any
 
+from cachesrv.nix.hashes import Hash
 from tests.system.nix import CHAIN
 from tests.system.push import push
 from tests.system.server import CACHESRV, until
@@ -16,7 +17,7 @@ from tests.system.server import CACHESRV, until
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.system.conftest import StartServer
+    from tests.system.conftest import MakeNix, StartServer
     from tests.system.nix import Nix
     from tests.system.server import Server
 
@@ -204,3 +205,56 @@ def gauge(server: Server, name: str) -> float:
     metrics = server.client().get("/metrics").text
     (line,) = [line for line in metrics.splitlines() if line.startswith(f"cachesrv_{name} ")]
     return float(line.rpartition(" ")[2])
+
+
+UNSTEADY = """
+    derivation {
+      name = "unsteady";
+      system = builtins.currentSystem;
+      builder = "/bin/sh";
+      args = [ "-c" "PATH=/usr/bin:/bin; mkdir $out; echo $$ > $out/pid; echo steady > $out/steady; touch $out/empty" ];
+    }
+"""
+
+
+def test_what_was_built_otherwise_is_remembered_and_shown(make_nix: MakeNix, make_server: StartServer) -> None:
+    """By both ways to push."""
+    first = make_nix(builds=True)
+    server = make_server(environment={"CACHESRV_SERVER__STORE_DIR": first.store_dir}).start()
+    first.log_in(server.token)
+    (path,) = first.build(UNSTEADY)
+    push(first, server, path)
+    local = {name: first.environment[name] for name in ("NIX_STORE_DIR", "NIX_STATE_DIR", "NIX_CONF_DIR")}
+    server.environment |= local
+    done = run(server, "verify", "--determinism", path)
+    assert (done.returncode, done.stdout.splitlines()[0].partition(": ")[2][:8]) == (0, "the same")
+    published = next(iter(first.hashes(path).values()))
+    first.run("nix-store", "--delete", path)
+    assert first.build(UNSTEADY) == [path]
+    again = next(iter(first.hashes(path).values()))
+    assert again != published
+    refused = first.attempt(*CACHESRV, "push", "--to", server.main, "--token-file", str(server.token_file), path)
+    assert refused.returncode == 3, refused.stderr
+    url = f"/main/{hash_part(path)}.narinfo"
+    text = server.client().get(url).text
+    other = "\n".join(f"NarHash: sha256:{'1' * 52}" if "NarHash" in line else line for line in text.split("\n"))
+    assert server.pusher.put(url, other.encode()).status == 409
+    done = run(server, "verify", "--determinism", path)
+    assert done.returncode == 3
+    first_line, difference, *remembered, last = done.stdout.splitlines()
+    assert first_line.startswith(f"{path}: here sha256:")
+    assert difference.startswith("  pid: here ")
+    assert all(", published by push-token" in line for line in remembered)
+    assert {line.partition("push-token pushed it with ")[2].partition(",")[0] for line in remembered} == {
+        Hash.parse(again).nix32,
+        f"sha256:{'1' * 52}",
+    }
+    assert last == "1 paths compared: 0 are the same, 1 differ, 0 cannot be compared"
+    done = run(server, "verify", "--determinism", "--json", "--from", str(server.objects), path)
+    compared, summary = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["name"] for one in compared["differences"]] == ["pid"]
+    assert compared["differences"][0]["here"]["type"] == "regular"
+    assert (summary["different"], summary["same"]) == (1, 0)
+    done = run(server, "verify", "--determinism", f"{first.store_dir}/{'0' * 32}-nothing")
+    assert done.returncode == 3
+    assert "is not valid in the local Nix store" in done.stdout
