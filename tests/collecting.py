@@ -120,7 +120,7 @@ class Gate:
 
     WRITES = frozenset(
         {
-            *("put", "put_many", "put_absent", "delete", "doom", "settle"),
+            *("put", "put_many", "put_in_order", "put_absent", "delete", "doom", "settle"),
             *("publish", "put_nar", "put_nars", "remove", "remove_unneeded"),
         }
     )

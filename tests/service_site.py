@@ -167,7 +167,19 @@ class Steps:
     """
 
     WRITES = frozenset(
-        {"put", "put_many", "put_absent", "writer", "delete", "sweep", "publish", "put_nar", "put_nars", "remove"}
+        {
+            "put",
+            "put_many",
+            "put_in_order",
+            "put_absent",
+            "writer",
+            "delete",
+            "sweep",
+            "publish",
+            "put_nar",
+            "put_nars",
+            "remove",
+        }
         | {"remove_unneeded", "release_strays", "doom_damaged", "doom_unpublished", "settle"}
     )
 

@@ -67,9 +67,7 @@ class Writing:
         objects = [key for path in batch for key in (path.narinfo_key, path.listing_key)]
         fence = await self._catalog.fence(objects)
         await self._describe({path.cache.name: path.cache for path in batch})
-        await self._storage.put_many({path.listing_key: path.listing for path in batch if path.listing})
-        for records in _levels(batch):
-            await self._write_narinfos(records)
+        await self._write_objects(batch)
         await self._doubt(batch)
         epoch = self._index.epoch()
         reliance = Reliance(_by_cache(batch), objects)
@@ -129,11 +127,15 @@ class Writing:
                 await self._storage.put(cache.key("nix-cache-info"), cache.info, replace=True)
                 self._described[cache.name] = cache.info
 
-    async def _write_narinfos(self, records: dict[str, PathRecord]) -> None:
-        """Create them. One that is there already is replaced when it is of the same NAR (it gains signatures), or is no
-        narinfo. One of another NAR, which the catalog does not know, was left by a crash or put there by somebody else.
+    async def _write_objects(self, batch: Sequence[Admitted]) -> None:
+        """Create listings and narinfos. A narinfo that is there already is replaced when it is of the same NAR (it
+        gains signatures), or is no narinfo. One of another NAR, which the catalog does not know, was left by a crash or
+        put there by somebody else.
         """
-        created = await self._storage.put_many({key: record.narinfo for key, record in records.items()})
+        listings = {path.listing_key: path.listing for path in batch if path.listing}
+        records = {path.narinfo_key: path.record for path in batch}
+        levels = ({key: records[key].narinfo for key in level} for level in _levels(batch))
+        created = await self._storage.put_in_order([listings, *levels])
         for key in records.keys() - created:
             there = await self._storage.get(key, limit=narinfo.DEFAULT_LIMIT)
             if there is None:
@@ -149,22 +151,22 @@ class Writing:
             await self._storage.put(key, records[key].narinfo, replace=True)
 
 
-def _levels(batch: Sequence[Admitted]) -> list[dict[str, PathRecord]]:
-    """Narinfos by key: those that need no other one of the batch, those that need only these, and so on. Storage writes
-    many in any order; by levels, a crash between two leaves none without those that it refers to.
+def _levels(batch: Sequence[Admitted]) -> list[list[str]]:
+    """Keys of narinfos: those that need no other one of the batch, those that need only these, and so on. Written in
+    this order, a crash leaves none without those that it refers to.
 
     In the batch each path comes after those that it refers to.
     """
     depths: dict[str, int] = {}
-    levels: list[dict[str, PathRecord]] = []
+    levels: list[list[str]] = []
     for path in batch:
         needed = (path.cache.narinfo_key(reference[:HASH_PART_LENGTH]) for reference in path.record.references)
         depth = max((depths[key] + 1 for key in needed if key in depths), default=0)
         key = path.cache.narinfo_key(path.record.hash_part)
         depths[key] = depth
         if depth == len(levels):
-            levels.append({})
-        levels[depth][key] = path.record
+            levels.append([])
+        levels[depth].append(key)
     return levels
 
 

@@ -153,6 +153,9 @@ class ObjectStore(Protocol):
         replaced. When it raises, any of them may have been written.
         """
 
+    async def put_in_order(self, groups: Sequence[Mapping[str, bytes]]) -> set[str]:
+        """As `put_many`, replacing nothing; who sees an object of a group sees all those of the groups before it."""
+
     async def get(self, key: str, *, limit: int) -> bytes | None:
         """The whole object, or None when it is not there. Raises TooLarge when it exceeds `limit` bytes."""
 

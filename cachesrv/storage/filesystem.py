@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, TypeVar
 from cachesrv.errors import BadInput, Mismatch, NotFound, StoreError, TooLarge
 from cachesrv.storage import incoming
 from cachesrv.storage.base import MAX_KEY_LENGTH, LocalFile, ObjectInfo, is_segment, validate_key, validate_prefix
-from cachesrv.storage.incoming import IncomingFile
+from cachesrv.storage.incoming import IncomingFile, Together, sync
+from cachesrv.storage.syncing import Syncing
 from cachesrv.storage.threads import Threads, in_words
 from cachesrv.storage.tree import Tree, split
 from cachesrv.storage.warm import WarmFiles
@@ -30,11 +31,12 @@ if TYPE_CHECKING:
     from cachesrv.storage.base import ByteRange, ObjectWriter
 
 T = TypeVar("T")
+Incoming = TypeVar("Incoming", IncomingFile, Together)
 
 _WRITTEN_TOGETHER = 2**20
 _READ_TOGETHER = 2**19
 _WALKED_TOGETHER = 500
-_PUT_TOGETHER = 64
+_PUT_TOGETHER = 256
 _PUT_THREADS = 4
 
 
@@ -48,51 +50,59 @@ class FilesystemStore:
             self._tree = Tree(Path(root))
         self._warm = WarmFiles(self._tree.descriptor)
         self._threads = Threads(threads, name="objects")
-        self._open: set[IncomingFile] = set()
+        self._syncing = Syncing(self._tree.descriptor)
+        self._open: set[IncomingFile | Together] = set()
 
     def writer(self, key: str, *, size: int | None = None) -> AbstractAsyncContextManager[ObjectWriter]:
         return self._writer(validate_key(key), size)
 
     @asynccontextmanager
     async def _writer(self, key: str, size: int | None) -> AsyncIterator[ObjectWriter]:
-        async with self._incoming([key]) as (file,):
+        async with self._incoming(IncomingFile(self._tree, key)) as file:
             await self._threads.run(f"write {key}", file.create, size)
             yield _FileWriter(self._threads, file, size)
 
     @asynccontextmanager
-    async def _incoming(self, keys: Iterable[str]) -> AsyncIterator[list[IncomingFile]]:
-        files = [IncomingFile(self._tree, key) for key in keys]
-        self._open.update(files)
+    async def _incoming(self, incoming: Incoming) -> AsyncIterator[Incoming]:
+        self._open.add(incoming)
         try:
-            yield files
+            yield incoming
         finally:
             # `close` discards those that it finds open.
             if not self._threads.closed:
-                self._open.difference_update(files)
-                await self._threads.run("clean up", incoming.discard, files)
+                self._open.discard(incoming)
+                await self._threads.run("clean up", incoming.discard)
 
     async def put(self, key: str, data: bytes, *, replace: bool = False) -> bool:
         file = IncomingFile(self._tree, validate_key(key))
         return await self._threads.run(f"write {key}", incoming.put, file, data, replace=replace)
 
     async def put_many(self, objects: Mapping[str, bytes], *, replace: bool = False) -> set[str]:
+        # Those of one folder stand together: it is then synced once for all of them.
+        return await self._put({key: objects[key] for key in sorted(objects, key=split)}, replace=replace)
+
+    async def put_in_order(self, groups: Sequence[Mapping[str, bytes]]) -> set[str]:
+        return await self._put({key: data for group in groups for key, data in group.items()}, replace=False)
+
+    async def _put(self, objects: Mapping[str, bytes], *, replace: bool) -> set[str]:
         for key in objects:
             validate_key(key)
         created: set[str] = set()
-        # Those of one folder stand together: it is then synced once for all of them.
-        keys = iter(sorted(objects, key=split))
-        while together := [*islice(keys, _PUT_TOGETHER)]:
-            async with self._incoming(together) as files:
-                await self._fill(files, objects)
-                created |= await self._threads.run("write objects", incoming.reveal, files, replace=replace)
+        left = iter(objects.items())
+        while some := dict(islice(left, _PUT_TOGETHER)):
+            async with self._incoming(Together(self._tree, some)) as together:
+                await self._threads.run("write objects", together.fill)
+                await self._sync(together.files)
+                created |= await self._threads.run("write objects", together.reveal, replace=replace)
         return created
 
-    async def _fill(self, files: Sequence[IncomingFile], objects: Mapping[str, bytes]) -> None:
-        shares = (files[first::_PUT_THREADS] for first in range(_PUT_THREADS))
+    async def _sync(self, files: Sequence[IncomingFile]) -> None:
+        if await self._threads.run("write objects", self._syncing.together, len(files)):
+            return
+        shares = (files[first::_PUT_THREADS] for first in range(min(_PUT_THREADS, len(files))))
         # All are waited for, also when one fails: their files are closed next.
         outcomes = await asyncio.gather(
-            *(self._threads.run("write objects", incoming.fill, share, objects) for share in shares),
-            return_exceptions=True,
+            *(self._threads.run("write objects", sync, share) for share in shares), return_exceptions=True
         )
         for outcome in outcomes:
             if outcome is not None:
@@ -172,7 +182,7 @@ class FilesystemStore:
         if self._threads.closed:
             return
         await self._threads.close()
-        await asyncio.to_thread(incoming.discard, self._open)
+        await asyncio.to_thread(_discard, self._open)
         self._warm.close()
         self._tree.close()
 
@@ -213,6 +223,11 @@ class _FileWriter:
 
 
 # What follows blocks, and runs in threads.
+
+
+def _discard(open_: Iterable[IncomingFile | Together]) -> None:
+    for one in open_:
+        one.discard()
 
 
 def _open(tree: Tree, key: str, opened: ExitStack) -> tuple[int, int]:

@@ -14,8 +14,7 @@ import fcntl
 import os
 import secrets
 import time
-from contextlib import suppress
-from itertools import groupby
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from cachesrv.errors import StoreError, StoreFull
@@ -44,9 +43,11 @@ class IncomingFile:
         self._folder = -1
         self._file = -1
 
-    def create(self, size: int | None) -> None:
-        """Make the file, and reserve `size` bytes for it if that is known. Raises StoreFull."""
-        self._folder = self._tree.make_folder(self.folder_path)
+    def create(self, size: int | None, folder: int | None = None) -> None:
+        """Make the file, and reserve `size` bytes for it if that is known; `folder` is a descriptor of the one that it
+        is in, where there is one already. Raises StoreFull.
+        """
+        self._folder = self._tree.make_folder(self.folder_path) if folder is None else os.dup(folder)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         self._file = os.open(self._temporary, flags, _MODE, dir_fd=self._folder)
         _lock(self._file)
@@ -136,29 +137,45 @@ def put(file: IncomingFile, data: bytes, *, replace: bool) -> bool:
         file.discard()
 
 
-def fill(files: Iterable[IncomingFile], objects: Mapping[str, bytes]) -> None:
-    """Have the contents of several on disk, still under their temporary names."""
+class Together:
+    """Files that are put in one go, made durable together; for one thread at a time. `discard` it in any case."""
+
+    def __init__(self, tree: Tree, objects: Mapping[str, bytes]) -> None:
+        self._tree = tree
+        self._objects = objects
+        self.files = [IncomingFile(tree, key) for key in objects]
+
+    def fill(self) -> None:
+        """Write the contents, still under their temporary names. Raises StoreFull."""
+        size, free = sum(map(len, self._objects.values())), self._tree.free()
+        if size > free:
+            raise StoreFull(f"no room for {len(self.files)} objects: {size} bytes are needed, {free} are free")
+        with ExitStack() as stack:
+            folders: dict[str, int] = {}
+            for file in self.files:
+                if file.folder_path not in folders:
+                    folders[file.folder_path] = self._tree.make_folder(file.folder_path)
+                    stack.callback(os.close, folders[file.folder_path])
+                file.create(None, folders[file.folder_path])
+                file.write(self._objects[file.key])
+
+    def reveal(self, *, replace: bool) -> set[str]:
+        """Give them their names, in their order; the keys of those that got them. Each folder is synced once."""
+        revealed = {file.key for file in self.files if file.reveal(replace=replace)}
+        for file in {file.folder_path: file for file in self.files}.values():
+            file.sync_folder()
+        return revealed
+
+    def discard(self) -> None:
+        """Let go of all of them."""
+        for file in self.files:
+            file.discard()
+
+
+def sync(files: Iterable[IncomingFile]) -> None:
+    """Have the contents of each on disk."""
     for file in files:
-        data = objects[file.key]
-        file.create(len(data))
-        file.write(data)
         file.sync()
-
-
-def reveal(files: Iterable[IncomingFile], *, replace: bool) -> set[str]:
-    """Give several their names, those of one folder standing together; the keys of those that got them."""
-    revealed: set[str] = set()
-    for _, together in groupby(files, key=lambda file: file.folder_path):
-        for file in together:
-            if file.reveal(replace=replace):
-                revealed.add(file.key)
-        file.sync_folder()
-    return revealed
-
-
-def discard(files: Iterable[IncomingFile]) -> None:
-    for file in files:
-        file.discard()
 
 
 def abandoned(tree: Tree, *, older_than: float, remove: bool) -> Generator[ObjectInfo | None, None, None]:

@@ -65,10 +65,18 @@ class KeepingStore:
 
     async def put_many(self, objects: Mapping[str, bytes], *, replace: bool = False) -> set[str]:
         created = await self._store.put_many(objects, replace=replace)
-        for key in created:
-            if self._keeps(key):
-                await self._keep(key, objects[key])
+        await self._keep_all({key: objects[key] for key in created})
         return created
+
+    async def put_in_order(self, groups: Sequence[Mapping[str, bytes]]) -> set[str]:
+        created = await self._store.put_in_order(groups)
+        await self._keep_all({key: data for group in groups for key, data in group.items() if key in created})
+        return created
+
+    async def _keep_all(self, objects: Mapping[str, bytes]) -> None:
+        for key, data in objects.items():
+            if self._keeps(key):
+                await self._keep(key, data)
 
     async def get(self, key: str, *, limit: int) -> bytes | None:
         return await self._store.get(key, limit=limit)

@@ -51,6 +51,9 @@ class MemoryStore:
             validate_key(key)
         return {key for key, data in objects.items() if await self.put(key, data, replace=replace)}
 
+    async def put_in_order(self, groups: Sequence[Mapping[str, bytes]]) -> set[str]:
+        return await self.put_many({key: data for group in groups for key, data in group.items()})
+
     async def get(self, key: str, *, limit: int) -> bytes | None:
         data = self._find(key)
         if data is not None and len(data) > limit:

@@ -114,6 +114,14 @@ class S3Store:
         await _together(objects, put)
         return created
 
+    async def put_in_order(self, groups: Sequence[Mapping[str, bytes]]) -> set[str]:
+        for key in (key for group in groups for key in group):
+            validate_key(key)
+        created: set[str] = set()
+        for group in groups:
+            created |= await self.put_many(group)
+        return created
+
     async def get(self, key: str, *, limit: int) -> bytes | None:
         try:
             async with Download(self._client, self._name(key)) as body:

@@ -180,6 +180,16 @@ class StorageContract:
         assert await store.get("main/0/99", limit=LIMIT) == b"99"
         assert await store.put_many({}) == set()
 
+    async def test_groups_are_put_in_order(self, store: ObjectStore) -> None:
+        await store.put("main/1", b"old")
+        groups = [{f"main/{n}": b"%d" % n for n in range(start, start + 100)} for start in (300, 100, 0, 200)]
+        assert await store.put_in_order(groups) == {f"main/{n}" for n in range(400)} - {"main/1"}
+        assert await store.get("main/1", limit=LIMIT) == b"old"
+        assert await store.get("main/399", limit=LIMIT) == b"399"
+        assert await store.put_in_order([]) == await store.put_in_order([{}, {"main/1": b"new"}]) == set()
+        with pytest.raises(BadInput):
+            await store.put_in_order([{"main/x": b""}, {"../up": b""}])
+
     async def test_many_leave_what_is_there_unless_told_to_replace(self, store: ObjectStore) -> None:
         await store.put("main/a", b"old")
         assert await store.put_many({"main/a": b"new", "main/b": b"new"}) == {"main/b"}

@@ -259,7 +259,7 @@ async def push(site: Site, as_: Callable[[Sample], Candidate]) -> None:
 async def test_cut_short_at_every_step(tmp_path: Path, as_: Callable[[Sample], Candidate], late: bool) -> None:
     """Whichever write was the last one: nothing is visible too early, and the same push completes it."""
     taken = await number_of_steps(tmp_path / "whole")
-    assert taken.index("put_many") > taken.index("put_nar")
+    assert taken.index("put_in_order") > taken.index("put_nar")
     assert taken[-2:] == ["publish", "put"], "the index comes last, after the catalog"
     async with open_site(tmp_path / "empty"):
         pass

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cachesrv.errors import StoreError, StoreFull
+from cachesrv.storage import syncing
 from cachesrv.storage.base import LocalFile
 from cachesrv.storage.filesystem import FilesystemStore
 
@@ -142,7 +143,7 @@ async def test_folders_that_others_made_are_synced_too(root: Path, store: Filesy
     assert ("sync", ".") in trace.calls
 
 
-async def test_of_many_objects_each_file_is_synced_and_each_folder_once(store: FilesystemStore, trace: Trace) -> None:
+async def test_of_a_few_objects_each_file_is_synced_and_each_folder_once(store: FilesystemStore, trace: Trace) -> None:
     await store.put_many({"main/x": b"", "main/nar/x": b""})
     trace.calls.clear()
     await store.put_many({f"main/{name}": b"" for name in ("a", "nar/b", "c", "nar/d", "e")})
@@ -150,6 +151,45 @@ async def test_of_many_objects_each_file_is_synced_and_each_folder_once(store: F
     assert sorted(trace.calls[5:]) == sorted(
         [("link", name) for name in "abcde"] + [("sync", "main"), ("sync", "main/nar")]
     )
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_many_objects_are_synced_together_and_appear_in_order(
+    store: FilesystemStore, trace: Trace, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    """But each by itself while much else waits to be written."""
+    await store.put("main/x", b"")
+    trace.calls.clear()
+    monkeypatch.setattr(syncing, "waiting", lambda: 0 if together else 2**40)
+    real = syncing.syncfs
+
+    def syncfs(descriptor: int) -> None:
+        trace.calls.append(("sync", "everything"))
+        real(descriptor)
+
+    monkeypatch.setattr(syncing, "syncfs", syncfs)
+    names = [f"{number:02}" for number in range(20)]
+    groups = [{f"main/{name}": b"" for name in names[start : start + 5]} for start in (15, 10, 5, 0)]
+    await store.put_in_order(groups)
+
+    before = [("sync", "everything")] if together else [("sync", "a file")] * 20
+    links = [("link", key.removeprefix("main/")) for group in groups for key in group]
+    assert trace.calls == [*before, *links, ("sync", "main")]
+
+
+async def test_a_disk_that_fails_is_told(store: FilesystemStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def syncfs(descriptor: int) -> None:
+        raise OSError(errno.EIO, "as told")
+
+    monkeypatch.setattr(syncing, "syncfs", syncfs)
+    monkeypatch.setattr(syncing, "waiting", lambda: 0)
+    with pytest.raises(StoreError, match="as told"):
+        await store.put_many({f"main/{number}": b"" for number in range(20)})
+    assert [info async for info in store.list("")] == []
+
+
+def test_how_much_waits_to_be_written() -> None:
+    assert 0 <= syncing.waiting() < 2**50
 
 
 async def test_a_deletion_is_synced_once_a_folder(store: FilesystemStore, trace: Trace) -> None:
@@ -205,7 +245,8 @@ async def test_what_fails_on_the_way_is_told_and_leaves_nothing(
         patched.setattr(os, call, fail)
         for attempt in (
             store.put("main/a", b"a"),
-            store.put_many({f"main/{n}": b"a" for n in range(9)}),
+            # neither of these two reserves room
+            *([store.put_many({f"main/{n}": b"a" for n in range(5)})] if call != "posix_fallocate" else []),
             *([write_large(store, "main/b")] if call != "posix_fallocate" else []),
         ):
             with pytest.raises(StoreError, match=os.strerror(error)) as caught:
