@@ -151,6 +151,40 @@ def retry(*, paths: tuple[str, ...], queue: str | None) -> int:
     return SOME_FAILED if number < len(set(paths)) else 0
 
 
+@command.command(
+    epilog="""\b
+Examples:
+  cachesrv queue units
+  cachesrv queue units --output /etc/systemd/system
+
+The service pushes what is queued, all the time or, with the socket beside it, when there is something.
+"""
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    metavar="DIR",
+    help="Write them there, in place of older ones.",
+)
+def units(*, output: Path | None) -> None:
+    """Print the units of systemd that run the queue."""
+    from cachesrv.push.queue import units as shipped
+
+    if output is None:
+        for name, text in shipped.units().items():
+            click.echo(f"# ---- {name}\n{text}")
+        return
+    for file in shipped.write_units(output):
+        click.echo(file)
+    click.echo(
+        "\nWrite /etc/cachesrv/queue.env and /etc/cachesrv/push-token as the service's first lines say, then:\n\n"
+        "    systemctl daemon-reload\n"
+        "    systemctl enable --now cachesrv-queue.service                          # all the time\n"
+        "    systemctl enable --now cachesrv-queue.socket cachesrv-queue.service    # when there is something",
+        err=True,
+    )
+
+
 def _drain(choice: Choice, queue: str | None, metrics: Path | None) -> int:
     from cachesrv.push.queue.directory import queue_directory
     from cachesrv.push.queue.process import Queue

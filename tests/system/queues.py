@@ -69,13 +69,13 @@ class Queue:
         return (status.waiting, status.in_flight, status.failed) == (0, 0, 0)
 
     @contextmanager
-    def runs(self, *options: str) -> Iterator[Runs]:
-        """A service, killed at the end if it still runs."""
+    def runs(self, *options: str, by: tuple[str, ...] = (), **variables: str) -> Iterator[Runs]:
+        """A service, killed at the end if it still runs; `by` is a command that starts it, with more variables."""
         self._logs += 1
         log = self._nix.folder / f"queue-{self._logs}.log"
         with log.open("wb") as stream:
-            command = [*CACHESRV, "queue", "run", *self._way, *options]
-            process = subprocess.Popen(command, env=self.environment, stdout=stream, stderr=stream)
+            command = [*by, *CACHESRV, "queue", "run", *self._way, *options]
+            process = subprocess.Popen(command, env=self.environment | variables, stdout=stream, stderr=stream)
         try:
             yield Runs(process, log)
         finally:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import select
 import signal
+import socket
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -122,6 +125,29 @@ def test_killed_in_the_middle_it_goes_on(nix: Nix, server: Server, after: int) -
         until(queue.is_empty, "the queue does not become empty")
 
     assert published(server) == set(paths)
+
+
+def test_started_by_a_hook_it_ends_when_all_is_done(nix: Nix, server: Server) -> None:
+    """As systemd starts it, that waits for the FIFO to be written to."""
+    path = nix.add("one", "one")
+    queue = Queue(nix, server)
+    queue.directory.mkdir(mode=0o700)
+    os.mkfifo(queue.directory / "wake")
+    fifo = os.open(queue.directory / "wake", os.O_RDWR | os.O_NONBLOCK)
+    hooks_at_once(queue, [path])
+    assert select.select([fifo], [], [], 0)[0]
+    start = 'exec 3<>"$CACHESRV_QUEUE_DIR/wake"; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
+    name = f"cachesrv-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(f"\0{name}")
+        systemd.settimeout(PATIENCE)
+        with queue.runs("--idle", "0.1", by=("bash", "-c", start, "bash"), NOTIFY_SOCKET=f"@{name}") as service:
+            assert service.process.wait(PATIENCE) == 0
+        assert systemd.recv(1000) == b"READY=1"
+
+    assert published(server) == {path}
+    assert not select.select([fifo], [], [], 0)[0]
+    os.close(fifo)
 
 
 def test_a_drain_pushes_all_and_says_what_it_could_not(nix: Nix, server: Server, make_nix: MakeNix) -> None:

@@ -168,7 +168,8 @@ def _woken_by(fifos: Sequence[int], changes: Changes) -> Iterator[None]:
 
     def read(fifo: int) -> None:
         with suppress(BlockingIOError):
-            os.read(fifo, 4096)
+            if not os.read(fifo, 4096):  # nobody writes to it any more
+                loop.remove_reader(fifo)
         changes.wake()
 
     for fifo in fifos:
