@@ -304,3 +304,11 @@ FAULTS = (
         | {("dangling-index-entry", sample.path.hash_part) for sample in CHAIN},
     ),
 )
+
+LOST = {
+    "bit flip in a compressed NAR": {"tool", "program"},
+    "bit flip in a NAR": {"other"},
+    "truncated NAR": {"library", "tool", "program"},
+    "missing NAR": {"library", "tool", "program"},
+}
+"""What cannot be had again without another copy."""

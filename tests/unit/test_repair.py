@@ -18,6 +18,7 @@ from tests.planted import (
     CHAIN,
     FAULTS,
     LIBRARY,
+    LOST,
     OTHER,
     PROGRAM,
     TOOL,
@@ -57,15 +58,6 @@ def journal(tmp_path: Path) -> Path:
 
 async def names(site: Site) -> set[str]:
     return {record.name async for record in site.catalog.scan("main")}
-
-
-LOST = {
-    "bit flip in a compressed NAR": {"tool", "program"},
-    "bit flip in a NAR": {"other"},
-    "truncated NAR": {"library", "tool", "program"},
-    "missing NAR": {"library", "tool", "program"},
-}
-"""What cannot be had again without another copy."""
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
