@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import tempfile
+import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -120,7 +121,7 @@ class Gate:
 
     WRITES = frozenset(
         {
-            *("put", "put_many", "put_in_order", "put_absent", "delete", "doom", "settle"),
+            *("put", "put_many", "put_in_order", "put_absent", "delete", "hold", "doom", "settle"),
             *("publish", "put_nar", "put_nars", "remove", "remove_unneeded"),
         }
     )
@@ -237,7 +238,7 @@ async def _chunks(data: bytes) -> AsyncIterator[bytes]:
 async def open_stores() -> AsyncIterator[Stores]:
     """All of it in memory: what has to be on disk has tests of its own."""
     with tempfile.TemporaryDirectory(prefix="cachesrv-test-", dir="/dev/shm") as folder:
-        storage, index = MemoryStore(), MemoryIndex()
+        storage, index = MemoryStore(), MemoryIndex(clock=lambda: time.time())  # noqa: PLW0108  it is patched later
         catalog = await SqlCatalog.open(f"sqlite:///{folder}/catalog.sqlite")
         try:
             yield Stores(storage, catalog, index)

@@ -10,6 +10,9 @@ again. What every implementation promises:
 - **What was deleted does not come back.** `delete` and `clear` move the epoch on, in the same transaction. Who learns
   something somewhere else in order to store it gets the epoch first and stores with it: nothing is stored when
   something was deleted meanwhile. So what was read before a path was removed is not stored after that.
+- **What is about to be removed is looked up where it lies.** While a key is held (`hold`) nothing is stored under it,
+  by whomever. So no answer comes back into the index between the moment that it was deleted there and the one that
+  the path is removed: paths that are removed together are seen to go together.
 - Absences are bounded in number: over the limit, those that end first go first (of those that end together, in the
   order of their keys). An absence that has ended reads as unknown.
 - All worker processes of one host share it; what one has put, the next `get` of any of them sees.
@@ -156,9 +159,15 @@ class Index(Protocol):
         Where there is no room, fewer are remembered. False as for `put`. Raises BadInput, StoreError.
         """
 
+    def hold(self, keys: Iterable[tuple[str, str]], until: int) -> None:
+        """Delete what is known of (cache, hash part), and have nothing stored there until then (seconds since the
+        epoch) or until the next `delete` of it: `put` and `put_absent` pass over it. In one transaction; moves the
+        epoch. Raises BadInput, StoreError.
+        """
+
     def delete(self, keys: Iterable[tuple[str, str]]) -> None:
-        """Forget all that is known of (cache, hash part), in one transaction; moves the epoch. Raises BadInput,
-        StoreError.
+        """Forget all that is known of (cache, hash part), and that it is held, in one transaction; moves the epoch.
+        Raises BadInput, StoreError.
         """
 
     def clear(self, cache: str) -> None:

@@ -59,8 +59,8 @@ class _Unusable(Exception):
 
 
 class SharedEnvironment:
-    """An open environment of three databases: `entries`, `absences` and one about itself. Open it after a fork, never
-    across one; one process can open a folder only once at a time. The files are for their owner only.
+    """An open environment of four databases: `entries`, `absences`, `held` and one about itself. Open it after a fork,
+    never across one; one process can open a folder only once at a time. The files are for their owner only.
 
     `fresh` says that there was nothing of use in the folder, so that everything has to be learnt anew. Raises
     StoreError, also for files that are unusable while others have them open.
@@ -126,7 +126,7 @@ class SharedEnvironment:
             self.env = lmdb.open(
                 str(self._path),
                 map_size=map_size,
-                max_dbs=3,
+                max_dbs=4,
                 max_readers=_MAX_READERS,
                 # The next lookup takes up the ended transaction of the last: no lock, no search for a reader's slot.
                 max_spare_txns=1,
@@ -160,6 +160,7 @@ class SharedEnvironment:
                     raise _Unusable("its format is another")
                 self.entries = env.open_db(b"entries", txn, create=self.fresh)
                 self.absences = env.open_db(b"absences", txn, create=self.fresh)
+                self.held = env.open_db(b"held", txn)
         except (lmdb.NotFoundError, *_DAMAGE) as error:
             raise _Unusable(str(error)) from error
 

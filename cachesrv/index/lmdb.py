@@ -5,6 +5,7 @@ for each other. Databases of the environment:
 
 - `entries`: `<cache>/<hash part>` to the stored value (see `cachesrv.index.base`);
 - `absences`: the end of an absence (u64, big-endian) and its key, to nothing: what to evict, in order;
+- `held`: keys under which nothing is stored for a while, to the end of that (u64, big-endian);
 - `about`: `format`, the version of all this; `epoch`, how often something was deleted (u64, big-endian).
 
 Open it after a fork, never across one. LMDB needs a local disk, not a network's.
@@ -77,6 +78,7 @@ class LmdbIndex:
         self._env = self._shared.env
         self._entries = self._shared.entries
         self._absences = self._shared.absences
+        self._held = self._shared.held
         self._negative_limit = negative_limit
         self._size_limit = size_limit
         self._clock = clock
@@ -115,6 +117,8 @@ class LmdbIndex:
                 return False
             for key, value in sorted(items.items()):
                 old = txn.get(key)
+                if self._is_held(txn, key):
+                    continue
                 if replace or old is None or old[0] == ABSENT:
                     txn.put(key, value)
                     self._unlist_absence(txn, key, old)
@@ -133,7 +137,7 @@ class LmdbIndex:
                 return False
             for key in sorted(keys):
                 old = txn.get(key)
-                if old is not None and old[0] != ABSENT:
+                if (old is not None and old[0] != ABSENT) or self._is_held(txn, key):
                     continue
                 self._unlist_absence(txn, key, old)
                 txn.put(key, value)
@@ -145,14 +149,21 @@ class LmdbIndex:
 
         return self._write(store)
 
+    def hold(self, keys: Iterable[tuple[str, str]], until: int) -> None:
+        self._delete([storage_key(cache, hash_part) for cache, hash_part in keys], held_until=_END.pack(until))
+
     def delete(self, keys: Iterable[tuple[str, str]]) -> None:
         self._delete([storage_key(cache, hash_part) for cache, hash_part in keys])
 
-    def _delete(self, keys: list[bytes]) -> None:
+    def _delete(self, keys: list[bytes], *, held_until: bytes | None = None) -> None:
         def forget(txn: lmdb.Transaction[bytes]) -> None:
             txn.put(_EPOCH, _END.pack(self._epoch(txn) + 1), db=self._shared.about)
             for key in keys:
                 self._unlist_absence(txn, key, txn.pop(key))
+                if held_until is None:
+                    txn.delete(key, db=self._held)
+                else:
+                    txn.put(key, held_until, db=self._held)
 
         self._write(forget)
 
@@ -218,6 +229,10 @@ class LmdbIndex:
     def _epoch(self, txn: lmdb.Transaction[bytes]) -> int:
         epoch: int = _END.unpack(txn.get(_EPOCH, db=self._shared.about) or bytes(_END.size))[0]
         return epoch
+
+    def _is_held(self, txn: lmdb.Transaction[bytes], key: bytes) -> bool:
+        end = txn.get(key, db=self._held)
+        return end is not None and bool(_END.unpack(end)[0] > self._clock())
 
     def _unlist_absence(self, txn: lmdb.Transaction[bytes], key: bytes, old: bytes | None) -> None:
         if old is not None and old[0] == ABSENT:

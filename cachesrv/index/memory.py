@@ -31,6 +31,7 @@ class MemoryIndex:
         self._clock = clock
         self._values: dict[bytes, bytes] = {}
         self._absences: set[bytes] = set()
+        self._held: dict[bytes, int] = {}
         # Readers take no lock: a single look into a dictionary is atomic.
         self._writing = threading.Lock()
         self._epoch = 0
@@ -54,6 +55,7 @@ class MemoryIndex:
         with self._writing:
             if epoch not in (None, self._epoch):
                 return False
+            new = {key: value for key, value in new.items() if not self._is_held(key)}
             if not replace:
                 new = {key: value for key, value in new.items() if key not in self._values or key in self._absences}
             self._values.update(new)
@@ -68,7 +70,7 @@ class MemoryIndex:
             if epoch not in (None, self._epoch):
                 return False
             for key in keys:
-                if key not in self._values or key in self._absences:
+                if (key not in self._values or key in self._absences) and not self._is_held(key):
                     self._values[key] = value
                     self._absences.add(key)
             self._evict()
@@ -82,6 +84,14 @@ class MemoryIndex:
             first_to_end = sorted(self._absences, key=lambda key: (self._values[key], key))[:excess]
             self._forget(first_to_end)
 
+    def hold(self, keys: Iterable[tuple[str, str]], until: int) -> None:
+        held = [storage_key(cache, hash_part) for cache, hash_part in keys]
+        with self._writing:
+            self._epoch += 1
+            self._forget(held)
+            self._held.update(dict.fromkeys(held, until))
+            self._version += 1
+
     def delete(self, keys: Iterable[tuple[str, str]]) -> None:
         doomed = [storage_key(cache, hash_part) for cache, hash_part in keys]
         with self._writing:
@@ -89,10 +99,14 @@ class MemoryIndex:
             self._forget(doomed)
             self._version += 1
 
+    def _is_held(self, key: bytes) -> bool:
+        return self._held.get(key, 0) > self._clock()
+
     def _forget(self, keys: Iterable[bytes]) -> None:
         for key in keys:
             self._values.pop(key, None)
             self._absences.discard(key)
+            self._held.pop(key, None)
 
     def clear(self, cache: str) -> None:
         prefix = scan_key(cache)

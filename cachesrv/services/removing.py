@@ -7,6 +7,7 @@ catalog knows which, and whoever deletes next removes them (`finish`).
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING
 
 from cachesrv.nix.store_path import is_hash_part
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from cachesrv.storage.base import ObjectStore
 
 _NARINFO = ".narinfo"
+_HELD = 300
+"""Seconds for which the index does not answer for paths that are being removed, if nobody says that they are."""
 
 
 def objects_of(cache: ServedCache, hash_part: str) -> tuple[str, str]:
@@ -51,9 +54,13 @@ class Removing:
 
     async def paths(self, removal: Removal, paths: Mapping[int, str]) -> Removed:
         """Remove paths, given by their numbers with their hash parts, but for those that something keeps."""
-        await self._forget([(removal.cache, hash_part) for hash_part in paths.values()])
+        # Otherwise one of them that is looked up just now would still be there when others are not that it refers to.
+        held = [(removal.cache, hash_part) for hash_part in paths.values()]
+        await asyncio.to_thread(self._index.hold, held, int(time.time()) + _HELD)
         removed = await self._catalog.remove_unneeded(removal, paths)
-        await self._delete(removed.doomed, [(removal.cache, summary.hash_part) for summary in removed.gone])
+        gone = [(removal.cache, summary.hash_part) for summary in removed.gone]
+        await self._forget(sorted(set(held).difference(gone)))
+        await self._delete(removed.doomed, gone)
         return removed
 
     async def nars(self, keys: Collection[str], *, holder: str, before: int, now: int) -> list[str]:

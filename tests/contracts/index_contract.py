@@ -100,6 +100,37 @@ class IndexContract:
         assert index.put([entry(HASH)]) is True
         assert index.get("main", HASH) == ANSWER
 
+    def test_nothing_is_stored_of_what_is_held(self, index: Index, clock: Clock) -> None:
+        held, other = ("main", HASH), ("main", "b" * 32)
+        index.put([entry(HASH), entry("b" * 32)])
+        before = index.epoch()
+        index.hold([held], LATER)
+        assert index.epoch() > before
+        assert index.get(*held) is None
+        assert index.get(*other) == ANSWER
+        for replace in (True, False):
+            assert index.put([entry(HASH), entry("b" * 32, OTHER)], replace=replace) is True
+        assert index.put_absent([held], LATER) is True
+        assert index.get(*held) is None
+        assert index.get(*other) == OTHER
+        assert index.count() == (1, 0)
+        index.delete([held])
+        index.put([entry(HASH)])
+        assert index.get(*held) == ANSWER
+
+    def test_a_hold_ends_by_itself(self, index: Index, clock: Clock) -> None:
+        index.put_absent([("main", HASH)], LATER + 5)
+        index.hold([("main", HASH), ("main", "b" * 32)], LATER)
+        index.hold([("main", "b" * 32)], LATER + 2)
+        assert index.count() == (0, 0)
+        clock.now = LATER
+        index.put([entry(HASH), entry("b" * 32)])
+        assert index.get("main", HASH) == ANSWER
+        assert index.get("main", "b" * 32) is None
+        clock.now = LATER + 2
+        index.put_absent([("main", "b" * 32)], LATER + 5)
+        assert index.get("main", "b" * 32) == Absent(LATER + 5)
+
     def test_put_replaces(self, index: Index) -> None:
         index.put([entry(HASH)])
         index.put([entry(HASH, OTHER)])
@@ -274,6 +305,7 @@ class IndexContract:
             lambda: index.put([entry(HASH, OTHER)]),
             lambda: index.put_absent([("main", "b" * 32)], LATER),
             lambda: index.delete([("main", HASH)]),
+            lambda: index.hold([("main", HASH)], LATER),
             lambda: index.clear("main"),
         ):
             change()
@@ -319,29 +351,43 @@ class IndexMachine(RuleBasedStateMachine):
         self.clock = Clock()
         self.index = self.open_index(negative_limit=NEGATIVE_LIMIT, clock=self.clock)
         self.model: dict[tuple[str, str], Present | Absent] = {}
+        self.held: dict[tuple[str, str], int] = {}
+
+    def free(self, keys: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Those under which something can be stored."""
+        return [key for key in keys if self.held.get(key, 0) <= self.clock.now]
 
     @rule(keys=KEYS, body=st.binary(max_size=5))
     def put(self, keys: list[tuple[str, str]], body: bytes) -> None:
         answer = Present(b"Head: yes\r\n\r\n", body * 1000)
         self.index.put(IndexEntry(cache, name, answer) for cache, name in keys)
-        self.model.update(dict.fromkeys(keys, answer))
+        self.model.update(dict.fromkeys(self.free(keys), answer))
 
     @rule(keys=KEYS, seconds=st.integers(-5, 50))
     def put_absent(self, keys: list[tuple[str, str]], seconds: int) -> None:
         until = int(self.clock.now) + seconds
         self.index.put_absent(keys, until)
-        for key in keys:
+        for key in self.free(keys):
             if not isinstance(self.model.get(key), Present):
                 self.model[key] = Absent(until)
         absences = sorted((value.until, key) for key, value in self.model.items() if isinstance(value, Absent))
         for _, key in absences[: max(0, len(absences) - NEGATIVE_LIMIT)]:
             del self.model[key]
 
+    @rule(keys=KEYS, seconds=st.integers(0, 20))
+    def hold(self, keys: list[tuple[str, str]], seconds: int) -> None:
+        until = int(self.clock.now) + seconds
+        self.index.hold(keys, until)
+        for key in keys:
+            self.model.pop(key, None)
+            self.held[key] = until
+
     @rule(keys=KEYS)
     def delete(self, keys: list[tuple[str, str]]) -> None:
         self.index.delete(keys)
         for key in keys:
             self.model.pop(key, None)
+            self.held.pop(key, None)
 
     @rule(cache=st.sampled_from(["main", "other", "third"]))
     def clear(self, cache: str) -> None:

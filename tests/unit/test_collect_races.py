@@ -5,6 +5,7 @@ What is visible is whole at every moment, and what was acknowledged is there aft
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -219,6 +220,38 @@ async def test_a_collection_in_the_middle_of_something(
         await check(stores, acknowledged)
         if at >= len(gate.writes):
             break
+
+
+class Watched(Gate):
+    """Something is done before and after each write."""
+
+    async def pass_(self, name: str, *, after: bool) -> None:
+        self.writes.append(name)
+        await self._then()
+
+
+@pytest.mark.parametrize("prepare", [old, unindexed])
+async def test_who_looks_up_all_along_never_sees_a_path_without_what_it_needs(
+    stores: Stores, clock: Clock, prepare: Prepare
+) -> None:
+    """What was looked up before it went does not hide that it has gone."""
+    await prepare(stores, clock)
+    seen: list[tuple[bool, bool]] = []
+    process = Process(stores)
+
+    async def look() -> None:
+        tool = await process.find(MAIN, TOOL) is not None
+        # As long as it is published nobody asks for it, so that the index does not know it.
+        library = "library" in await names_in(stores, MAIN) or await process.find(MAIN, LIBRARY) is not None
+        seen.append((tool, library))
+        await asyncio.gather(*process._lookup._learning)
+
+    watched = Watched(0, look)
+    await collect(stores.through(watched))
+    await process.end()
+    assert (True, False) not in seen, watched.writes
+    assert seen[0] == (True, True)
+    assert seen[-1] == (False, False)
 
 
 async def test_a_collection_in_the_middle_of_a_lookup(stores: Stores, clock: Clock) -> None:
