@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -112,17 +112,15 @@ class ByFile:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._numbers = count()
 
     def measure(self, store: Store, *, there: bool) -> Taken:
         store.nix.forget()
-        target = self._folder / "copied"
-        try:
-            command = ["nix", "copy", "--to", f"file://{target}?{COMPRESSION}", *store.paths]
-            if there:
-                run(store, command)
-            return run(store, command)
-        finally:
-            shutil.rmtree(target, ignore_errors=True)
+        target = self._folder / f"copied-{next(self._numbers)}"
+        command = ["nix", "copy", "--to", f"file://{target}?{COMPRESSION}", *store.paths]
+        if there:
+            run(store, command)
+        return run(store, command)
 
 
 class _Servers:
@@ -132,13 +130,12 @@ class _Servers:
 
     @contextmanager
     def fresh(self) -> Iterator[Server]:
-        folder = self._folder / f"server-{os.getpid()}-{next(self._numbers)}"
+        folder = self._folder / f"server-{next(self._numbers)}"
         server = Server(folder)
         try:
             yield server.start()
         finally:
             server.dispose()
-            shutil.rmtree(folder)
 
 
 def run(store: Store, command: Sequence[str], server: Server | None = None) -> Taken:
@@ -194,8 +191,18 @@ def _row(question: str, ours: str, name: str, taken: dict[str, list[Taken]]) -> 
 
 def fill(options: argparse.Namespace, question: str, store: Store, *, there: bool = False) -> list[tuple[str, ...]]:
     """A row of those that fill a cache."""
-    ways = [way(options.data) for way in (ByPush, ByFile, ByCopy) if way.name not in options.without]
-    return ask(question, options.rounds, {way.name: _measuring(way, store, there=there) for way in ways})
+    with filled(options) as folder:
+        ways = [way(folder / way.__name__) for way in (ByPush, ByFile, ByCopy) if way.name not in options.without]
+        return ask(question, options.rounds, {way.name: _measuring(way, store, there=there) for way in ways})
+
+
+@contextmanager
+def filled(options: argparse.Namespace) -> Iterator[Path]:
+    """Where caches are made, which go when all is measured: ext4 takes its time over inodes that have just been freed,
+    and whoever comes next would pay for it.
+    """
+    with tempfile.TemporaryDirectory(prefix="filled-", dir=options.data) as folder:
+        yield Path(folder)
 
 
 def _measuring(way: Way, store: Store, *, there: bool) -> Callable[[], Taken]:
@@ -205,7 +212,7 @@ def _measuring(way: Way, store: Store, *, there: bool) -> Callable[[], Taken]:
 def start(options: argparse.Namespace) -> list[tuple[str, ...]]:
     """One small path that is there."""
     store = stores.small(options.data, 1)
-    with _Servers(options.data).fresh() as server:
+    with filled(options) as folder, _Servers(folder).fresh() as server:
         to = ["--to", server.main, "--token-file", str(server.token_file), "--store", store.nix.store]
         command = [*CACHESRV, "push", *to, *store.paths]
         run(store, command)
