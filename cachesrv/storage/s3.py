@@ -11,13 +11,13 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from botocore.exceptions import ClientError
 
 from cachesrv.errors import BadInput, NotFound, StoreError, TooLarge
 from cachesrv.nix.compression import content_coding, decompress
-from cachesrv.storage import s3_errors, s3_probe
+from cachesrv.storage import s3_errors, s3_listing, s3_probe
 from cachesrv.storage.base import (
     MAX_KEY_LENGTH,
     STAGING,
@@ -30,6 +30,7 @@ from cachesrv.storage.base import (
     validate_prefix,
 )
 from cachesrv.storage.decorators import TryAgain
+from cachesrv.storage.s3_claims import Claims
 from cachesrv.storage.s3_client import S3Client
 from cachesrv.storage.s3_direct import S3Direct
 from cachesrv.storage.s3_download import Download, codings
@@ -38,12 +39,12 @@ from cachesrv.storage.s3_sweep import abandoned
 from cachesrv.storage.s3_upload import Uploads
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from botocore.session import Session
     from types_boto3_s3 import S3Client as Sdk
-    from types_boto3_s3.type_defs import HeadObjectOutputTypeDef, ListObjectsV2OutputTypeDef
+    from types_boto3_s3.type_defs import HeadObjectOutputTypeDef
 
     from cachesrv.storage.base import ObjectWriter
     from cachesrv.storage.decorators import Requests
@@ -88,13 +89,13 @@ class S3Store:
             threads=threads,
             session=session,
         )
-        self._uploads = Uploads(self._client, self._metadata, self._conditional_put, least=part_size, parts=parts)
+        abilities = s3_probe.Abilities(self._client, self._prefix)
+        self._claims = Claims(self._client, self._prefix)
+        self._uploads = Uploads(self._client, self._metadata, abilities, self._claims, least=part_size, parts=parts)
         self.direct = S3Direct(
             self._client, self._uploads, self._head, prefix=self._prefix, presign_seconds=presign_seconds
         )
         """For clients that write to the bucket themselves."""
-        self._conditional: bool | None = None
-        self._finding_out = asyncio.Lock()
 
     def writer(self, key: str, *, size: int | None = None) -> AbstractAsyncContextManager[ObjectWriter]:
         return self._uploads.begin(self._name(key), size)
@@ -192,21 +193,7 @@ class S3Store:
         return self._list(self._prefix + validate_prefix(prefix))
 
     async def _list(self, prefix: str) -> AsyncIterator[ObjectInfo]:
-        position: dict[str, Any] = {}
-        while True:
-
-            def ask(sdk: Sdk, position: dict[str, Any] = position) -> ListObjectsV2OutputTypeDef:
-                return sdk.list_objects_v2(Bucket=self._client.bucket, Prefix=prefix, **position)
-
-            page = await self._client.call("ListObjectsV2", prefix, ask)
-            for info in self._infos(page):
-                yield info
-            if not page["IsTruncated"]:
-                return
-            position = {"ContinuationToken": page["NextContinuationToken"]}
-
-    def _infos(self, page: ListObjectsV2OutputTypeDef) -> Iterator[ObjectInfo]:
-        for found in page.get("Contents", []):
+        async for found in s3_listing.objects(self._client, prefix):
             key = found["Key"].removeprefix(self._prefix)
             if len(key) <= MAX_KEY_LENGTH and all(map(is_segment, key.split("/"))):
                 yield ObjectInfo(key, found["Size"], found["LastModified"].timestamp())
@@ -223,10 +210,13 @@ class S3Store:
     async def sweep(self, *, older_than: float) -> int:
         return len([info async for info in self._abandoned(older_than, remove=True)])
 
-    def _abandoned(self, older_than: float, *, remove: bool) -> AsyncIterator[ObjectInfo]:
+    async def _abandoned(self, older_than: float, *, remove: bool) -> AsyncIterator[ObjectInfo]:
         before, spare = time.time() - older_than, self._uploads.ids
         # What clients write themselves has a sweep of its own.
-        return abandoned(self._client, self._prefix, before=before, remove=remove, spare=spare, but=STAGING)
+        async for info in abandoned(self._client, self._prefix, before=before, remove=remove, spare=spare, but=STAGING):
+            yield info
+        async for info in self._claims.abandoned(before=before, remove=remove):
+            yield info
 
     async def probe(self) -> Sequence[str]:
         """What is wrong, one line each, found out by trying all kinds of requests."""
@@ -270,12 +260,6 @@ class S3Store:
             return False
         response.close()
         return False
-
-    async def _conditional_put(self) -> bool:
-        async with self._finding_out:
-            if self._conditional is None:
-                self._conditional = await s3_probe.honours_conditions(self._client, self._prefix)
-        return self._conditional
 
 
 async def _together(keys: Iterable[str], work: Callable[[str], Awaitable[None]]) -> None:

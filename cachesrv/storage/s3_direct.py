@@ -13,11 +13,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from cachesrv.errors import NotFound
-from cachesrv.storage import s3_sweep
+from cachesrv.storage import s3_listing, s3_sweep
 from cachesrv.storage.base import STAGING, ArrivedPart, SignedPut, validate_key
 from cachesrv.storage.decorators import TryAgain
 from cachesrv.storage.s3_errors import UploadGone
-from cachesrv.storage.s3_upload import MAX_PARTS, MIN_PART_SIZE
+from cachesrv.storage.s3_parts import MAX_PARTS, MIN_PART_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -76,7 +76,7 @@ class S3Direct:
         try:
             return [
                 ArrivedPart(part["PartNumber"], part["Size"], part["ETag"].strip('"'), part["LastModified"].timestamp())
-                async for part in s3_sweep.parts(self._client, self._name(key), upload)
+                async for part in s3_listing.parts(self._client, self._name(key), upload)
             ]
         except (UploadGone, NotFound):
             return None

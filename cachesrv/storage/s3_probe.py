@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from cachesrv.errors import BadInput, NotFound, StoreError
+from cachesrv.storage import s3_sweep
 from cachesrv.storage.decorators import TryAgain
 from cachesrv.storage.s3_errors import Denied, Exists
-from cachesrv.storage.s3_upload import content_md5
+from cachesrv.storage.s3_parts import content_md5
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -41,6 +44,66 @@ async def honours_conditions(client: S3Client, prefix: str) -> bool:
         # Some refuse a condition that they do not know. If it is something else that they refuse, this says it.
         await client.put("PutObject", key, _TEXT, ContentMD5=md5)
     return False
+
+
+async def honours_conditions_on_completion(client: S3Client, prefix: str) -> bool:
+    """The same of the completion of a multipart upload; the probe object is there. Raises StoreError."""
+    bucket, key = client.bucket, probe_key(prefix)
+
+    def begin(sdk: Sdk) -> str:
+        return sdk.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+
+    upload = await client.call("CreateMultipartUpload", key, begin, changes=True)
+    md5 = await content_md5(_TEXT)
+    try:
+        tag = await client.put("UploadPart", key, _TEXT, UploadId=upload, PartNumber=1, ContentMD5=md5)
+        parts: Any = {"Parts": [{"PartNumber": 1, "ETag": tag}]}
+
+        def complete(sdk: Sdk) -> None:
+            sdk.complete_multipart_upload(
+                Bucket=bucket, Key=key, UploadId=upload, MultipartUpload=parts, IfNoneMatch="*"
+            )
+
+        await client.call("CompleteMultipartUpload", key, complete, changes=True)
+    except Exists:
+        return True
+    except TryAgain:
+        raise
+    except StoreError:
+        # Some refuse a condition that they do not know.
+        return False
+    else:
+        return False
+    finally:
+        with suppress(StoreError, NotFound):
+            await s3_sweep.abort(client, key, upload)
+
+
+class Abilities:
+    """What the endpoint can do; found out when it is first needed."""
+
+    def __init__(self, client: S3Client, prefix: str) -> None:
+        self._client = client
+        self._prefix = prefix
+        self._put: bool | None = None
+        self._completion: bool | None = None
+        self._finding_out = asyncio.Lock()
+
+    async def conditional_put(self) -> bool:
+        """Whether it honours `If-None-Match: *` on a PUT. Raises StoreError."""
+        async with self._finding_out:
+            if self._put is None:
+                self._put = await honours_conditions(self._client, self._prefix)
+        return self._put
+
+    async def conditional_completion(self) -> bool:
+        """Whether it does so on the completion of a multipart upload. Raises StoreError."""
+        if not await self.conditional_put():
+            return False
+        async with self._finding_out:
+            if self._completion is None:
+                self._completion = await honours_conditions_on_completion(self._client, self._prefix)
+        return self._completion
 
 
 async def problems(client: S3Client, prefix: str) -> list[str]:

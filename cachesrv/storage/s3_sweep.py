@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cachesrv.errors import NotFound
 from cachesrv.storage.base import ObjectInfo
 from cachesrv.storage.s3_errors import UploadGone
+from cachesrv.storage.s3_listing import parts, uploads
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection
 
     from types_boto3_s3 import S3Client as Sdk
-    from types_boto3_s3.type_defs import (
-        ListMultipartUploadsOutputTypeDef,
-        ListPartsOutputTypeDef,
-        MultipartUploadTypeDef,
-        PartTypeDef,
-    )
 
     from cachesrv.storage.s3_client import S3Client
 
@@ -36,7 +31,7 @@ async def abandoned(
     since `before`, in seconds since the epoch; they may be aborted on the way. Those whose ids are in `spare` are left
     alone. Raises StoreError.
     """
-    async for upload in _uploads(client, prefix):
+    async for upload in uploads(client, prefix):
         if but is not None and upload["Key"].startswith(prefix + but):
             continue
         if upload["UploadId"] in spare or upload["Initiated"].timestamp() >= before:
@@ -49,37 +44,6 @@ async def abandoned(
                 if remove:
                     await abort(client, upload["Key"], upload["UploadId"])
                 yield ObjectInfo(upload["Key"].removeprefix(prefix), size, last or upload["Initiated"].timestamp())
-
-
-async def _uploads(client: S3Client, prefix: str) -> AsyncIterator[MultipartUploadTypeDef]:
-    position: dict[str, Any] = {}
-    while True:
-
-        def ask(sdk: Sdk, position: dict[str, Any] = position) -> ListMultipartUploadsOutputTypeDef:
-            return sdk.list_multipart_uploads(Bucket=client.bucket, Prefix=prefix, **position)
-
-        page = await client.call("ListMultipartUploads", prefix, ask)
-        for upload in page.get("Uploads", []):
-            yield upload
-        if not page["IsTruncated"]:
-            return
-        position = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
-
-
-async def parts(client: S3Client, key: str, upload: str) -> AsyncIterator[PartTypeDef]:
-    """The parts of an upload that have arrived, by number. Raises UploadGone (Ceph: NotFound), StoreError."""
-    position: dict[str, Any] = {}
-    while True:
-
-        def ask(sdk: Sdk, position: dict[str, Any] = position) -> ListPartsOutputTypeDef:
-            return sdk.list_parts(Bucket=client.bucket, Key=key, UploadId=upload, **position)
-
-        page = await client.call("ListParts", key, ask)
-        for part in page.get("Parts", []):
-            yield part
-        if not page["IsTruncated"]:
-            return
-        position = {"PartNumberMarker": page["NextPartNumberMarker"]}
 
 
 async def abort(client: S3Client, key: str, upload: str) -> None:

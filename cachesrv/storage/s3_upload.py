@@ -1,12 +1,14 @@
 """Objects on their way into a bucket: what fits into one part by a single PUT, the rest by multipart upload.
 
-At most one object is created under a key, and none is overwritten, as far as the endpoint helps:
+At most one object is created under a key, and none is overwritten, as far as the endpoint helps
+(`cachesrv.storage.s3_probe` finds out whether it does):
 
 - Where `If-None-Match: *` is honoured, it decides, for a PUT and for the completion of a multipart upload.
-- Where it is not, the key is asked for first, and of the writers of one process one goes at a time. What remains is
-  that writers of two processes can complete the same key within the time between question and completion. Each of
-  them then answers True, and the later object stays, whole. (Ceph 16 honours the condition on PUT and ignores it on
-  completion.) NARs are named by their hash: equal names are equal contents.
+- Where it is honoured for a PUT alone, as by Ceph 16, uploads are completed by one writer at a time, of all processes
+  (`cachesrv.storage.s3_claims`), who asks for the key first.
+- Where it is not honoured at all, the key is asked for first, and of the writers of one process one goes at a time.
+  What remains is that writers of two processes can create the same key within the time between question and creation.
+  Each of them then answers True, and the later object stays, whole.
 
 Each object carries a mark of the write that made it, as metadata. A write whose answer was lost, and which then finds
 an object, knows by the mark whether it is its own.
@@ -15,86 +17,44 @@ an object, knows by the mark whether it is its own.
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from cachesrv.errors import Mismatch, StoreError, StoreFull
-from cachesrv.storage.s3_errors import Exists, NotImplementedThere, UploadGone
+from cachesrv.errors import Mismatch, NotFound, StoreError, StoreFull, StoreUnavailable
+from cachesrv.storage import s3_sweep
+from cachesrv.storage.decorators import TryAgain
+from cachesrv.storage.s3_errors import Exists, UploadGone
+from cachesrv.storage.s3_parts import MAX_OBJECT_SIZE, MAX_PARTS, content_md5, content_type, part_size
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 
     from types_boto3_s3 import S3Client as Sdk
 
+    from cachesrv.storage.s3_claims import Claims
     from cachesrv.storage.s3_client import S3Client
-
-MAX_PARTS = 10_000
-MIN_PART_SIZE = 5 * 2**20
-MAX_PART_SIZE = 5 * 2**30
-MAX_OBJECT_SIZE = 5 * 2**40
-"""Limits of S3, in bytes but for the first ("Amazon S3 multipart upload limits")."""
+    from cachesrv.storage.s3_probe import Abilities
 
 _COPIED_TOGETHER = 256 * 2**20
 """Bytes that the store copies in one request: in less time than an answer is waited for."""
 
-_GROW_AFTER = 5_000
-_GROW_EVERY = 450
-_HASHED_AT_ONCE = 2**16
 _MARK = "cachesrv-write"
 
 
-def part_size(number: int, size: int | None, least: int) -> int:
-    """Bytes of part `number` (from 1) of an object of `size` bytes, so that 10,000 parts are enough. All but the last
-    are equally large, as some endpoints demand. Of an object of unknown size that holds for the first 5,000; then they
-    double every 450, which comes to more than an object may have.
-    """
-    if size is not None:
-        return max(least, -(-size // MAX_PARTS))
-    doublings = max(0, -(-(number - _GROW_AFTER) // _GROW_EVERY))
-    return min(MAX_PART_SIZE, least << doublings)
-
-
-async def content_md5(data: bytes | bytearray) -> str:
-    """The value of Content-MD5, by which the server verifies what has arrived."""
-    if len(data) <= _HASHED_AT_ONCE:
-        return _md5(data)
-    return await asyncio.to_thread(_md5, data)
-
-
-def _md5(data: bytes | bytearray) -> str:
-    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
-
-
-def content_type(key: str) -> str:
-    """What Nix itself says when it writes to a bucket."""
-    folder, _, name = f"/{key}".rpartition("/")
-    if name.endswith(".narinfo"):
-        return "text/x-nix-narinfo"
-    if name == "nix-cache-info":
-        return "text/x-nix-cache-info"
-    if folder.endswith("/nar"):
-        return "application/x-nix-nar"
-    if folder.endswith("/log"):
-        return "text/plain; charset=utf-8"
-    return "application/json"
-
-
 class Uploads:
-    """What all uploads into one bucket share. `metadata` gives those of an object, or None when it is not there;
-    `conditional_put` says whether the endpoint honours `If-None-Match: *` on a PUT. At most `parts` parts are in
-    memory on their way; each writer holds another one that fills.
+    """What all uploads into one bucket share. `metadata` gives those of an object, or None when it is not there.
+    At most `parts` parts are in memory on their way; each writer holds another one that fills.
     """
 
     def __init__(
         self,
         client: S3Client,
         metadata: Callable[[str], Awaitable[Mapping[str, str] | None]],
-        conditional_put: Callable[[], Awaitable[bool]],
+        abilities: Abilities,
+        claims: Claims,
         *,
         least: int,
         parts: int,
@@ -103,7 +63,8 @@ class Uploads:
         self.metadata = metadata
         self.least = least
         self.slots = asyncio.Semaphore(parts)
-        self._conditional_put = conditional_put
+        self._abilities = abilities
+        self._claims = claims
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._open: set[Upload] = set()
 
@@ -136,25 +97,47 @@ class Uploads:
         if replace:
             await put()
             return True
-        if await self._conditional_put():
+        if await self._abilities.conditional_put():
             try:
                 await put(IfNoneMatch="*")
             except Exists:
                 return await self.is_marked(key, mark)
             return True
-        async with self.lock(key):
-            if await self.metadata(key) is not None:
+        async with self._lock(key):
+            if await self.is_there(key):
                 return False
             await put()
             return True
+
+    async def complete(self, key: str, upload: str, complete: Callable[..., Awaitable[bool]]) -> bool:
+        """Create an object by what completes an upload and takes a condition, unless it is there; False when it is."""
+        try:
+            return await self._complete(key, upload, complete)
+        except (UploadGone, TryAgain) as error:
+            if await self.is_there(key):
+                return False
+            raise StoreUnavailable(f"{key}: another writer may have taken over: {error}") from error
+
+    async def _complete(self, key: str, upload: str, complete: Callable[..., Awaitable[bool]]) -> bool:
+        if await self._abilities.conditional_completion():
+            return await complete(IfNoneMatch="*")
+        is_there = partial(self.is_there, key)
+        async with self._lock(key):
+            if not await self._abilities.conditional_put():
+                return not await is_there() and await complete()
+            async with self._claims.held(key, upload, is_there) as held:
+                return held and await complete()
+
+    async def is_there(self, key: str) -> bool:
+        return await self.metadata(key) is not None
 
     async def is_marked(self, key: str, mark: str) -> bool:
         """Whether the object was made by the write with this mark."""
         metadata = await self.metadata(key)
         return metadata is not None and metadata.get(_MARK) == mark
 
-    def lock(self, key: str) -> asyncio.Lock:
-        """For those who have to go one at a time."""
+    def _lock(self, key: str) -> asyncio.Lock:
+        """For those of this process who have to go one at a time."""
         return self._locks.setdefault(key, asyncio.Lock())
 
     @property
@@ -215,16 +198,8 @@ class Upload:
             return await self._uploads.put(self._key, self._pending, replace=replace)
         if self._pending:
             await self._send_part()
-        tags = await asyncio.gather(*self._sending)
-        if replace:
-            return await self._complete(tags)
-        async with self._uploads.lock(self._key):
-            if await self._uploads.metadata(self._key) is not None:
-                return False
-            try:
-                return await self._complete(tags, IfNoneMatch="*")
-            except NotImplementedThere:
-                return await self._complete(tags)
+        complete = partial(self._complete, await asyncio.gather(*self._sending))
+        return await complete() if replace else await self._uploads.complete(self._key, self.id, complete)
 
     async def abort(self) -> None:
         """Stop, and remove what has been sent of an object that was not completed."""
@@ -236,13 +211,9 @@ class Upload:
         self._pending = bytearray()
         upload, self.id = self.id, ""
         if upload and not self._client.closed:
-
-            def ask(sdk: Sdk) -> None:
-                sdk.abort_multipart_upload(Bucket=self._client.bucket, Key=self._key, UploadId=upload)
-
             # What stays because this fails is found by the next sweep.
-            with suppress(StoreError):
-                await self._client.call("AbortMultipartUpload", self._key, ask, changes=True)
+            with suppress(StoreError, NotFound):
+                await s3_sweep.abort(self._client, self._key, upload)
 
     def _part_size(self) -> int:
         return part_size(len(self._sending) + 1, self._size, self._uploads.least)
@@ -324,10 +295,9 @@ class Upload:
             await self._client.call("CompleteMultipartUpload", self._key, ask, changes=True)
         except Exists:
             return await self._uploads.is_marked(self._key, self._mark)
-        except UploadGone:
-            if await self._uploads.is_marked(self._key, self._mark):
-                self.id = ""
-                return True
-            raise
+        except (UploadGone, TryAgain):
+            # It may have been completed by an attempt whose answer was lost; Ceph says for minutes that it is at it.
+            if not await self._uploads.is_marked(self._key, self._mark):
+                raise
         self.id = ""
         return True

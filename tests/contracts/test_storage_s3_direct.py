@@ -17,7 +17,7 @@ from cachesrv.errors import BadInput, NotFound, StoreError
 from cachesrv.storage import s3_upload
 from cachesrv.storage.decorators import Direct, Retrying
 from cachesrv.storage.s3 import S3Store
-from cachesrv.storage.s3_upload import MIN_PART_SIZE
+from cachesrv.storage.s3_parts import MIN_PART_SIZE
 from tests.contracts.storage_contract import whole
 
 if TYPE_CHECKING:

@@ -61,6 +61,13 @@ class Delay:
 
 
 @dataclass(frozen=True)
+class Hold:
+    """The request is passed on when this is set."""
+
+    until: threading.Event
+
+
+@dataclass(frozen=True)
 class Truncate:
     """The answer ends after so many bytes of its body; with `half`, the proxy goes on listening."""
 
@@ -96,7 +103,7 @@ class AlterRequest:
     at: int
 
 
-Fault = Answer | Drop | LoseAnswer | Hang | Delay | Truncate | Stall | Alter | AlterRequest | CutRequest
+Fault = Answer | Drop | LoseAnswer | Hang | Delay | Hold | Truncate | Stall | Alter | AlterRequest | CutRequest
 
 
 @dataclass(frozen=True)
@@ -236,6 +243,8 @@ class FaultProxy:
                 return _hang_up(request)
             case Delay(seconds):
                 await asyncio.sleep(seconds)
+            case Hold(until):
+                await asyncio.to_thread(until.wait)
             case AlterRequest(at):
                 body[at] ^= 1
         return await self._pass_on(request, url, body, fault)

@@ -15,7 +15,7 @@ from cachesrv.storage import s3_client
 from cachesrv.storage.base import ByteRange
 from cachesrv.storage.decorators import Direct, Guarded, Limited, Retrying
 from cachesrv.storage.s3 import S3Store
-from cachesrv.storage.s3_upload import MIN_PART_SIZE
+from cachesrv.storage.s3_parts import MIN_PART_SIZE
 from tests.system import fault_proxy
 from tests.system.fault_proxy import SLOW_DOWN, FaultProxy
 
@@ -310,11 +310,9 @@ IGNORANT = {
 async def test_without_the_help_of_the_endpoint(
     store: S3Store, proxy: FaultProxy, answers: list[fault_proxy.Fault]
 ) -> None:
-    """If-None-Match on PUT and on completion is of no use here; the writers of one process manage all the same."""
+    """If-None-Match on PUT is of no use here; the writers of one process manage all the same."""
     for answer in answers:
         proxy.plan(answer, method="PUT", path="/.cachesrv/probe")
-    not_implemented = fault_proxy.Answer(501, b"<Error><Code>NotImplemented</Code></Error>")
-    proxy.plan(not_implemented, method="POST", query="uploadId")
     assert await store.put("main/a", b"a")
     assert not await store.put("main/a", b"b")
     assert await store.get("main/a", limit=LIMIT) == b"a"
@@ -327,6 +325,27 @@ async def test_without_the_help_of_the_endpoint(
     assert await store.get("main/c", limit=LIMIT) == contents[created.index(True)]
     assert not proxy.waiting
     assert not any("If-None-Match" in seen.headers for seen in proxy.seen if seen.path.endswith(("main/a", "main/b")))
+
+
+@pytest.mark.parametrize("status", [400, 501])
+async def test_a_completion_that_takes_no_condition(store: S3Store, proxy: FaultProxy, status: int) -> None:
+    proxy.plan(fault_proxy.Answer(status), method="POST", query="uploadId", path="/.cachesrv/probe")
+    contents = [bytes([n]) * (MIN_PART_SIZE + 1) for n in range(3)]
+    created = await asyncio.gather(*(upload(store, "main/a", content) for content in contents))
+    assert created.count(True) == 1
+    assert await store.get("main/a", limit=LIMIT) == contents[created.index(True)]
+    assert not proxy.waiting
+
+
+async def test_a_completion_that_takes_a_condition(store: S3Store, proxy: FaultProxy) -> None:
+    """Where it does, nobody else has to be asked."""
+    refused = fault_proxy.Answer(412, b"<Error><Code>PreconditionFailed</Code></Error>")
+    proxy.plan(refused, method="POST", query="uploadId", path="/.cachesrv/probe")
+    assert await upload(store, "main/a")
+    assert not proxy.count(path="/.cachesrv/claims/")
+    proxy.plan(refused, method="POST", query="uploadId", path="/main/a")
+    assert not await upload(store, "main/a", SMALL + LARGE)
+    assert await store.get("main/a", limit=LIMIT) == LARGE
 
 
 async def test_whether_the_endpoint_helps_is_found_out_once(

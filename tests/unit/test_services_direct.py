@@ -22,7 +22,7 @@ from cachesrv.services.part_store import Begun, Part, PartStore
 from cachesrv.services.uploads import DirectParts, Limits, Missing, Uploads, Verifying
 from cachesrv.storage import decorators
 from cachesrv.storage.s3 import S3Store
-from cachesrv.storage.s3_upload import MIN_PART_SIZE
+from cachesrv.storage.s3_parts import MIN_PART_SIZE
 from tests.samples import Sample
 from tests.service_site import Site, chunks, open_site
 
