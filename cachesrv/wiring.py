@@ -21,6 +21,7 @@ from cachesrv.services.breaker import Breaker
 from cachesrv.services.bucket import BucketSource
 from cachesrv.services.caches import DeclaredUpstream, ReferencePolicy, ServedCache
 from cachesrv.services.collect import Collect, Terms
+from cachesrv.services.completeness import Completeness
 from cachesrv.services.copies import FromReader, FromUpstreams, OtherCaches, SameNar
 from cachesrv.services.data_directory import DataDirectory, parse_secret_key, read_secret
 from cachesrv.services.delivery import Delivery, FarAway
@@ -41,6 +42,7 @@ from cachesrv.services.pull_through import PullThrough
 from cachesrv.services.repair import Means, Repair
 from cachesrv.services.spool import Spool
 from cachesrv.services.store_reader import StoreReader
+from cachesrv.services.taking import Taking
 from cachesrv.services.uploads import Limits, Uploads
 from cachesrv.services.upstream import Upstream, Upstreams
 from cachesrv.services.usage import RESOLUTION, Usage
@@ -157,7 +159,9 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
         index = open_index(config)
         stack.callback(index.close)
         upstreams = await _open_upstreams(config, stack)
-        sources: list[Source] = [CatalogSource(catalog), BucketSource(storage, Breaker()), upstreams]
+        completeness = Completeness(storage, catalog)
+        bucket = BucketSource(storage, Breaker(), completeness)
+        sources: list[Source] = [CatalogSource(catalog), bucket, upstreams]
         lookup = Lookup(index, sources, negative_ttl=config.lookup.negative_ttl, timeout=config.lookup.timeout)
         stack.push_async_callback(lookup.close)
         room = open_disk_room(config)
@@ -172,7 +176,8 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
         stack.push_async_callback(ingest.close)
         uploads = _make_uploads(config, bare, storage, ingest, room)
         stack.push_async_callback(uploads.close)
-        publish = Publish(storage, catalog, index, ingest, metrics, upstreams=upstreams, room=room)
+        taking = Taking(storage, catalog, index, completeness)
+        publish = Publish(storage, catalog, index, ingest, metrics, upstreams=upstreams, room=room, taking=taking)
         stack.push_async_callback(publish.close)
         packs = Packs(storage, catalog, ingest, publish, metrics, max_nar_size=config.server.max_nar_size, room=room)
         # What comes from upstream has threads of its own, and does not hold up pushes; the disk cache has it as it is.
@@ -212,6 +217,8 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
             usage,
             leases,
             upstreams,
+            completeness,
+            taking,
             metrics,
         )
 

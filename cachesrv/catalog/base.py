@@ -126,10 +126,13 @@ class Catalog(Retention, Protocol):
         The listings of their NARs have been written to storage by now, and are kept here no longer.
         """
 
-    async def restore(self, records: Sequence[PathRecord], *, used_at: int) -> dict[str, PathRecord]:
+    async def restore(
+        self, records: Sequence[PathRecord], *, used_at: int, objects: Collection[str] = ()
+    ) -> dict[str, PathRecord]:
         """Make paths of one cache known that are not known, as if they were used last at that time. What is published
         stays as it is; where that is something else than the record says (who published it and when does not count),
-        it is returned, by hash part. Raises as `publish` does, but no Conflict with what is published.
+        it is returned, by hash part. Raises as `publish` does, but no Conflict with what is published, and BeingRemoved
+        also for these `objects`.
         """
 
     async def path(self, cache: str, hash_part: str) -> PathRecord | None:

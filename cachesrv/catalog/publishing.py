@@ -75,13 +75,15 @@ def publish(connection: Connection, records: Sequence[PathRecord], reliance: Rel
     return fence(connection)
 
 
-def restore(connection: Connection, records: Sequence[PathRecord], used_at: int) -> dict[str, PathRecord]:
+def restore(
+    connection: Connection, records: Sequence[PathRecord], used_at: int, objects: Collection[str]
+) -> dict[str, PathRecord]:
     """See `Catalog.restore`."""
     if not records:
         return {}
     distinct = _distinct(records)
     cache = distinct[0].cache
-    demand_undoomed(connection, {record.nar_key for record in distinct})
+    demand_undoomed(connection, {record.nar_key for record in distinct}.union(objects))
     published = find(connection, cache, [record.hash_part for record in distinct])
     new = [record for record in distinct if record.hash_part not in published]
     references = _references(new)

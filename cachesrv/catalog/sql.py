@@ -35,8 +35,10 @@ class SqlCatalog(SqlRetention):
     async def publish(self, records: Sequence[PathRecord], reliance: Reliance | None = None) -> int:
         return await self._database.write(publishing.publish, records, reliance)
 
-    async def restore(self, records: Sequence[PathRecord], *, used_at: int) -> dict[str, PathRecord]:
-        return await self._database.write(publishing.restore, records, used_at)
+    async def restore(
+        self, records: Sequence[PathRecord], *, used_at: int, objects: Collection[str] = ()
+    ) -> dict[str, PathRecord]:
+        return await self._database.write(publishing.restore, records, used_at, objects)
 
     async def path(self, cache: str, hash_part: str) -> PathRecord | None:
         return (await self.paths(cache, [hash_part])).get(hash_part)

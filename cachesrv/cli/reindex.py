@@ -89,8 +89,10 @@ async def _reindex(
     async with wiring.open_services(config, Metrics()) as services, maintenance(services.catalog, patience=wait):
         # What another one was about to delete when it died is not to be published.
         await Removing(services.storage, services.catalog, services.index).finish(wiring.served_caches(config))
+        await services.completeness.find_out(caches)
         for cache in caches:
             await _reindex_one(config, services, _Listener(cache, output), sign=sign)
+            await services.completeness.reached(cache)
 
 
 async def _reindex_one(config: Config, services: Services, listener: _Listener, *, sign: bool) -> None:

@@ -101,10 +101,15 @@ def _serve(load: Callable[[], Config], options: Sequence[str]) -> None:
 
 async def _check(config: Config, metrics: Metrics, url: str) -> Rules:
     """Open everything once, so that what is wrong is found, and migrated, before anything is served."""
+    import structlog
+
     from cachesrv import wiring
 
     async with wiring.open_services(config, metrics) as services:
-        return wiring.build_rules(config, services.catalog, url)
+        rules = wiring.build_rules(config, services.catalog, url)
+        if incomplete := await services.completeness.find_out(rules.caches.values()):
+            structlog.get_logger().warning("the catalog is incomplete: run `cachesrv reindex`", caches=incomplete)
+        return rules
 
 
 async def _work(

@@ -14,21 +14,26 @@ if TYPE_CHECKING:
 
     from cachesrv.services.breaker import Breaker
     from cachesrv.services.caches import ServedCache
+    from cachesrv.services.completeness import Completeness
     from cachesrv.storage.base import ObjectStore
 
 _NAR_URL = re.compile(r"nar/[^/?]+\Z")
 
 
 class BucketSource:
-    """Asks storage, for the caches whose authority it is; see `cachesrv.services.lookup.Source`."""
+    """Asks storage, for caches whose authority it is, and for those whose catalog does not know everything; see
+    `cachesrv.services.lookup.Source`.
+    """
 
-    def __init__(self, storage: ObjectStore, breaker: Breaker) -> None:
+    def __init__(self, storage: ObjectStore, breaker: Breaker, completeness: Completeness | None = None) -> None:
+        """Without `completeness`, catalogs are taken to be complete."""
+        self._completeness = completeness
         self._storage = storage
         self._breaker = breaker
 
     async def narinfo(self, cache: ServedCache, hash_part: str) -> bytes | None:
         """See Source. One request for what is not there, two for what is."""
-        if not cache.bucket_is_authority:
+        if not cache.bucket_is_authority and (not self._completeness or await self._completeness.holds(cache)):
             return None
         if not self._breaker.allows():
             raise StoreUnavailable("the bucket did not answer a moment ago")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from cachesrv.catalog.retention import Keeper, Removal
 from cachesrv.services import amounts
+from cachesrv.services.completeness import Completeness
 from cachesrv.services.marking import Marking, Policy
 from cachesrv.services.removing import Removing, objects_of, siblings_of
 from cachesrv.services.sweeping import TOGETHER, Sweep
@@ -92,6 +93,7 @@ class Collect:
         only: Collection[str] = (),
     ) -> None:
         self._catalog = catalog
+        self._storage = storage
         self._removing = Removing(storage, catalog, index)
         self._caches = caches
         self._chosen = [cache for name, cache in caches.items() if not only or name in only]
@@ -100,9 +102,11 @@ class Collect:
 
     async def run(self, holder: str, listener: Listener, *, by: str, pace: float = 1.0) -> Report:
         """Collect; `holder` has the lock of `cachesrv.services.maintenance`, `by` is remembered. After each step there
-        is a rest, `pace` times as long, so that others get their turn. Raises LockLost, StoreError.
+        is a rest, `pace` times as long, so that others get their turn. Raises LockLost, StoreError; StoreUnavailable
+        where a catalog does not know who else may need what it knows.
         """
         report = Report()
+        await Completeness(self._storage, self._catalog).demand(self._caches.values())
         await self._removing.finish(self._caches)
         async for cache, plan in self._plans():
             reason = partial(_reason, self._policies[cache.name], plan)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from cachesrv.catalog.base import PathRecord
 from cachesrv.errors import BadInput
 from cachesrv.nix import narinfo
 from cachesrv.nix.narinfo_scan import Scanned, scan
@@ -67,6 +68,24 @@ def with_nar(finding: Finding, size: int | None) -> Finding:
 def flawed(narinfo: Listed | Finding, kind: Kind, why: str) -> Finding:
     """The finding that it cannot be served."""
     return Finding(narinfo.size, narinfo.modified, flaw=kind.label, why=why)
+
+
+def record_of(cache: ServedCache, hash_part: str, path: FoundPath) -> PathRecord:
+    """As the catalog is to know it."""
+    return PathRecord(
+        cache=cache.name,
+        hash_part=hash_part,
+        name=path.name,
+        narinfo=path.narinfo,
+        nar_key=cache.key(f"nar/{path.nar}"),
+        nar_hash=path.nar_hash,
+        nar_size=path.nar_size,
+        file_size=path.file_size,
+        references=path.references,
+        deriver=path.deriver,
+        ca=path.ca,
+        registered_at=path.modified,
+    )
 
 
 def flaw_of(cache: ServedCache, hash_part: str, kind: Kind, what: str) -> Flaw:

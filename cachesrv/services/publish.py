@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from cachesrv.services.caches import ServedCache
     from cachesrv.services.candidate import Candidate
     from cachesrv.services.ingest import Ingest
+    from cachesrv.services.taking import Taking
     from cachesrv.services.upstream import Upstreams
     from cachesrv.storage.base import ObjectStore
     from cachesrv.telemetry import Metrics
@@ -76,10 +77,12 @@ class Publish:
         upstreams: Upstreams | None = None,
         tries: int = _TRIES,
         room: DiskRoom | None = None,
+        taking: Taking | None = None,
     ) -> None:
         """`tries`: how often what is to be published is tried while it is just being removed, a moment apart."""
         self._tries = tries
         self._room = room or DiskRoom.unlimited()
+        self._taking = taking
         self._upstreams = upstreams
         self._storage = storage
         self._catalog = catalog
@@ -150,6 +153,8 @@ class Publish:
         wanted = set().union(*map(_references, paths)) - own
         records: dict[str, PathRecord | None] = {**await self._catalog.paths(cache.name, own)}
         resolved = await self._catalog.present(cache.name, wanted)
+        if self._taking:
+            resolved |= await self._taking.take(cache, wanted - resolved)
         elsewhere: set[str] = set()
         if self._upstreams and cache.references is ReferencePolicy.UPSTREAM:
             elsewhere = await self._upstreams.resolve(cache, wanted - resolved)

@@ -14,14 +14,13 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from cachesrv.catalog.base import PathRecord
 from cachesrv.errors import Conflict, StoreUnavailable
 from cachesrv.index.base import IndexEntry, Present
 from cachesrv.services.answer import present
 from cachesrv.services.caches import ReferencePolicy
 from cachesrv.services.findings import Findings
 from cachesrv.services.flaws import Flaw, Kind
-from cachesrv.services.judging import flaw_of
+from cachesrv.services.judging import flaw_of, record_of
 from cachesrv.services.reference_order import ReferenceOrder
 from cachesrv.services.survey import Survey, as_found
 from cachesrv.services.withdrawal import Withdrawal
@@ -29,11 +28,11 @@ from cachesrv.services.withdrawal import Withdrawal
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cachesrv.catalog.base import Catalog
+    from cachesrv.catalog.base import Catalog, PathRecord
     from cachesrv.index.base import Index
     from cachesrv.index.scratch import Scratch
     from cachesrv.services.caches import ServedCache
-    from cachesrv.services.findings import Finding, FoundPath
+    from cachesrv.services.findings import Finding
     from cachesrv.services.survey import Improve
     from cachesrv.storage.base import ObjectStore
 
@@ -153,7 +152,7 @@ class _Run:
             if step.unknown:
                 # They may have been published after storage was listed.
                 order.learn(step.unknown, await self._catalog.present(self._cache.name, step.unknown))
-            await self._take([_record(self._cache, hash_part, path) for hash_part, path in step.paths])
+            await self._take([record_of(self._cache, hash_part, path) for hash_part, path in step.paths])
             self._listener.progress(self._report)
 
     async def _take(self, records: Sequence[PathRecord]) -> None:
@@ -189,13 +188,13 @@ class _Run:
             finding = await self._survey.again(record.hash_part)
             if finding is None or finding.path is None or finding.path.narinfo == record.narinfo:
                 return
-            record = _record(self._cache, record.hash_part, finding.path)
+            record = record_of(self._cache, record.hash_part, finding.path)
         raise StoreUnavailable(f"{self._cache.narinfo_key(record.hash_part)} changes all the time")
 
     async def _take_again(self, hash_part: str) -> None:
         finding = await self._survey.again(hash_part)
         if finding and finding.path:
-            await self._take([_record(self._cache, hash_part, finding.path)])
+            await self._take([record_of(self._cache, hash_part, finding.path)])
 
     async def _withdraw(self) -> None:
         published, _ = await self._catalog.count(self._cache.name)
@@ -222,20 +221,3 @@ class _Run:
 
 def _entry(record: PathRecord) -> IndexEntry:
     return IndexEntry(record.cache, record.hash_part, present(record.narinfo))
-
-
-def _record(cache: ServedCache, hash_part: str, path: FoundPath) -> PathRecord:
-    return PathRecord(
-        cache=cache.name,
-        hash_part=hash_part,
-        name=path.name,
-        narinfo=path.narinfo,
-        nar_key=cache.key(f"nar/{path.nar}"),
-        nar_hash=path.nar_hash,
-        nar_size=path.nar_size,
-        file_size=path.file_size,
-        references=path.references,
-        deriver=path.deriver,
-        ca=path.ca,
-        registered_at=path.modified,
-    )

@@ -11,6 +11,7 @@ from cachesrv.services.findings import Finding, Listed
 from cachesrv.services.flaws import Kind
 from cachesrv.services.judging import flawed, judge, with_nar
 from cachesrv.services.several import several
+from cachesrv.services.taking import found
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -77,18 +78,14 @@ class Survey:
             new = [listed for listed, known in batch if known is None]
             texts = await self._texts(new)
             self.known += len(batch) - len(new)
-            found = await self._improve(await self._with_nars(await asyncio.to_thread(self._judged, batch, texts)))
-            await asyncio.to_thread(self._findings.put, found)
-            yield found
+            judged = await asyncio.to_thread(self._judged, batch, texts)
+            findings = await self._improve(await self._with_nars(judged))
+            await asyncio.to_thread(self._findings.put, findings)
+            yield findings
 
     async def again(self, hash_part: str) -> Finding | None:
         """What is found of one path now; None when there is no narinfo. Raises StoreError."""
-        info = await self._storage.head(self._cache.narinfo_key(hash_part))
-        if info is None:
-            return None
-        listed = Listed(hash_part, info.size, info.modified)
-        found = await self._with_nars(self._judged([(listed, None)], {hash_part: await self._text(hash_part)}))
-        return found[0][1]
+        return await found(self._storage, self._cache, hash_part)
 
     async def _texts(self, listed: Sequence[Listed]) -> dict[str, bytes | CachesrvError | None]:
         """Narinfos by hash part; for those that cannot be read, why; None for those that are gone."""

@@ -74,7 +74,10 @@ async def missing(request: web.Request) -> web.Response:
     services = request.app[SITE].services
     wanted = {StorePath.parse(path.path): Hash.parse(path.nar_hash).nix32 for path in asked.paths}
     await services.leases.grant(cache, {path.hash_part for path in wanted}, set(wanted.values()))
-    published = await visible.published(services.catalog, services.index, cache, {path.hash_part for path in wanted})
+    hash_parts = {path.hash_part for path in wanted}
+    published = await visible.published(services.catalog, services.index, cache, hash_parts)
+    if taken := await services.taking.take(cache, hash_parts - published.keys()):
+        published |= await visible.published(services.catalog, services.index, cache, taken)
     absent = {path: nar_hash for path, nar_hash in wanted.items() if path.hash_part not in published}
     stored = await services.catalog.nars_by_hash(cache.prefix, set(absent.values()))
     conflicts = {

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cachesrv.index.base import Index
     from cachesrv.services.access import Access, Principal
     from cachesrv.services.caches import ServedCache
+    from cachesrv.services.completeness import Completeness
     from cachesrv.services.delivery import Delivery
     from cachesrv.services.ingest import Ingest
     from cachesrv.services.leases import Leases
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from cachesrv.services.metadata import Metadata
     from cachesrv.services.packs import Packs
     from cachesrv.services.publish import Publish
+    from cachesrv.services.taking import Taking
     from cachesrv.services.uploads import Uploads
     from cachesrv.services.upstream import Upstreams
     from cachesrv.services.usage import Usage
@@ -47,6 +49,8 @@ class Services:
     usage: Usage
     leases: Leases
     upstreams: Upstreams
+    completeness: Completeness
+    taking: Taking
     metrics: Metrics
 
 
