@@ -16,8 +16,9 @@ from tests.system.server import CACHESRV, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
-    from tests.system.conftest import StartServer
+    from tests.system.conftest import MakeBucket, StartServer
     from tests.system.server import Server
 
 MANY = 4500
@@ -34,11 +35,15 @@ def family(number: int) -> list[Sample]:
 
 def lay(server: Server, samples: Sequence[Sample]) -> None:
     """Put paths where the server keeps its objects, as another program would."""
-    (server.objects / "nar").mkdir(parents=True, exist_ok=True)
+    write(server.objects, samples)
+
+
+def write(folder: Path, samples: Sequence[Sample]) -> None:
+    (folder / "nar").mkdir(parents=True, exist_ok=True)
     for sample in samples:
-        (server.objects / f"{sample.path.hash_part}.narinfo").write_bytes(sample.narinfo())
+        (folder / f"{sample.path.hash_part}.narinfo").write_bytes(sample.narinfo())
     for name, file in {sample.nar_name: sample.file for sample in samples}.items():
-        (server.objects / "nar" / name).write_bytes(file)
+        (folder / "nar" / name).write_bytes(file)
 
 
 def command(server: Server, *arguments: str) -> list[str]:
@@ -183,6 +188,23 @@ def test_what_is_broken_is_named_with_what_to_do(make_server: StartServer) -> No
     }
     assert all(flaw["advice"] and flaw["what"] for flaw in done["found"])
     assert (done["paths"], done["flaws"]) == (0, 2)
+
+
+def test_a_bucket_that_others_have_filled(make_server: StartServer, make_bucket: MakeBucket, tmp_path: Path) -> None:
+    """Taken as it lies there; signed by us as well, there and in the answers, when that is asked for."""
+    server = make_server(stored=make_bucket("redirect"))
+    there = family(100)
+    write(tmp_path / "others", there)
+    server.stored.fill(tmp_path / "others")
+    done = reindex(server)
+    assert (done["paths"], done["flaws"]) == (100, 0)
+    server.start()
+    assert server.client().get(there[0].narinfo_url).body == there[0].narinfo()
+    assert reindex(server, "--sign")["signed"] == 100
+    for sample in there[::20]:
+        text = server.client().get(sample.narinfo_url).body
+        assert b"\nSig: main-1:" in text
+        assert server.stored.read(f"{sample.path.hash_part}.narinfo") == text
 
 
 def test_a_cache_that_there_is_not(make_server: StartServer) -> None:
