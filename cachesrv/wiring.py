@@ -24,6 +24,7 @@ from cachesrv.services.collect import Collect, Terms
 from cachesrv.services.completeness import Completeness
 from cachesrv.services.copies import FromReader, FromUpstreams, OtherCaches, SameNar
 from cachesrv.services.data_directory import DataDirectory, parse_secret_key, read_secret
+from cachesrv.services.deleting import Delete
 from cachesrv.services.delivery import Delivery, FarAway
 from cachesrv.services.direct import Direct as DirectUploads
 from cachesrv.services.disk_room import RESERVE, DiskRoom, Place
@@ -242,6 +243,12 @@ def policies(config: Config) -> dict[str, Policy]:
         for cache in config.cache
         if cache.retention_age or cache.retention_size
     }
+
+
+def build_delete(config: Config, services: Services, cache: str) -> Delete:
+    """Deletion from this cache. Raises ConfigError."""
+    caches = served_caches(config)
+    return Delete(services.storage, services.catalog, services.index, cache=caches[cache], caches=caches)
 
 
 def build_collect(

@@ -21,7 +21,7 @@ from cachesrv.nix.hashes import Hash
 from cachesrv.nix.signing import SecretKey
 from cachesrv.services.caches import ReferencePolicy, ServedCache
 from cachesrv.services.candidate import Candidate
-from cachesrv.services.collect import Collect, Report, Terms
+from cachesrv.services.collect import Collect, Terms
 from cachesrv.services.ingest import Ingest
 from cachesrv.services.leases import Leases
 from cachesrv.services.lookup import CatalogSource, Lookup
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from cachesrv.catalog.base import Catalog
     from cachesrv.catalog.retention import PathSummary, UnusedNar
     from cachesrv.index.base import Index
+    from cachesrv.services.removal_report import Report
     from cachesrv.storage.base import ObjectStore
     from tests.samples import Sample
 

@@ -53,6 +53,7 @@ class OfflineServer:
     def __init__(self, folder: Path, text: str = "") -> None:
         self.data = DataDirectory(folder / "data")
         self.data.make()
+        self.data.token()
         self.config_file = folder / "cachesrv.toml"
         self.configure(text)
         self.use(self._nothing)

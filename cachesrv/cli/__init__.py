@@ -37,6 +37,7 @@ COMMANDS: Mapping[str, str] = {
     "token": "Say who may read, push and delete.",
     "pin": "Keep paths by name, whatever else is collected.",
     "gc": "Remove what the caches keep no longer.",
+    "delete": "Delete paths from a cache.",
     "why": "Say what keeps a path, or where it has gone.",
     "reindex": "Rebuild catalog and index from storage.",
     "verify": "Look whether everything is there, whole and signed.",

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from cachesrv.cli import offline
+from cachesrv.cli.removal_output import Json, Lines
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from cachesrv.catalog.retention import PathSummary, UnusedNar
     from cachesrv.config import Config
-    from cachesrv.services.collect import Report
+    from cachesrv.services.removal_report import Report
     from cachesrv.web.site import Services
 
-_HASTY = 0.2
-"""Rest after each step, in parts of the time that the step took, when somebody waits for it."""
 _NICE = 10
 
 
@@ -64,7 +60,7 @@ def command(
         offline.with_services(config, lambda services: _run_scheduled(config, services), makes_room=True)
         return
     grace = 0 if now else config.collect.nar_grace
-    output = _Json() if as_json else _Lines(silent=not (dry_run or verbose))
+    output = Json() if as_json else Lines(silent=not (dry_run or verbose))
 
     async def run(services: Services) -> Report:
         from cachesrv import wiring
@@ -74,7 +70,7 @@ def command(
         if dry_run:
             return await collect.rehearse(output)
         async with maintenance(services.catalog, patience=wait) as holder:
-            return await collect.run(holder, output, by="cachesrv gc", pace=_HASTY)
+            return await collect.run(holder, output, by="cachesrv gc", pace=offline.HASTY)
 
     output.sum_up(offline.with_services(config, run, makes_room=not dry_run), grace=grace, dry_run=dry_run)
     if not as_json:
@@ -87,8 +83,9 @@ async def _run_scheduled(config: Config, services: Services) -> None:
     import time
 
     from cachesrv import wiring
-    from cachesrv.services.collect import COLLECTED, Silent
+    from cachesrv.services.collect import COLLECTED
     from cachesrv.services.maintenance import Busy, maintenance
+    from cachesrv.services.removal_report import Silent
 
     os.nice(_NICE)
     try:
@@ -99,62 +96,7 @@ async def _run_scheduled(config: Config, services: Services) -> None:
             report = await wiring.build_collect(config, services).run(holder, Silent(), by="the schedule")
     except Busy:
         return
-    _Json().sum_up(report, grace=config.collect.nar_grace, dry_run=False)
-
-
-class _Lines:
-    """For people."""
-
-    def __init__(self, *, silent: bool) -> None:
-        self._silent = silent
-
-    def path(self, cache: str, path: PathSummary, reason: str) -> None:
-        """See Listener."""
-        from cachesrv.services import amounts
-
-        if not self._silent:
-            click.echo(f"{cache}: {path.base_name}, {amounts.size(path.file_size)}: {reason}")
-
-    def nar(self, nar: UnusedNar) -> None:
-        """See Listener."""
-        from cachesrv.services import amounts
-
-        if not self._silent:
-            since = amounts.date(nar.unused_since)
-            click.echo(f"{nar.key}, {amounts.size(nar.file_size)}: needed by no path since {since}")
-
-    def sum_up(self, report: Report, *, grace: int, dry_run: bool) -> None:
-        """The last lines."""
-        from cachesrv.services import amounts
-
-        go, are = ("would go", "would be deleted") if dry_run else ("have gone", "have been deleted")
-        size = amounts.size(report.path_bytes)
-        stay = f"stay for {amounts.time(grace)}" if grace else "go at once" if dry_run else "have gone at once"
-        click.echo(f"paths: {report.paths} {go}; their NARs, {size}, {stay}")
-        click.echo(f"NARs: {report.nars} {are}, which gives {amounts.size(report.nar_bytes)} back")
-        if report.kept:
-            click.echo(f"{report.kept} paths stay that were needed again meanwhile")
-
-
-class _Json:
-    """For programs."""
-
-    def path(self, cache: str, path: PathSummary, reason: str) -> None:
-        """See Listener."""
-        summary = {"path": path.base_name, "size": path.file_size, "used_at": path.used_at}
-        _echo({"event": "path", "cache": cache, **summary, "reason": reason})
-
-    def nar(self, nar: UnusedNar) -> None:
-        """See Listener."""
-        _echo({"event": "nar", "key": nar.key, "size": nar.file_size, "unused_since": nar.unused_since})
-
-    def sum_up(self, report: Report, *, grace: int, dry_run: bool) -> None:
-        """The last line."""
-        _echo({"event": "summary", "dry_run": dry_run, "nar_grace": grace, **asdict(report)})
-
-
-def _echo(event: dict[str, object]) -> None:
-    click.echo(json.dumps(event))
+    Json().sum_up(report, grace=config.collect.nar_grace, dry_run=False)
 
 
 def _hint(config: Config, caches: tuple[str, ...]) -> None:

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+HASTY = 0.2
+"""Rest after each step that others may have to wait for, in parts of the time that it took, when somebody waits for the
+end.
+"""
+
 
 def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--config` and `--data-dir`, which say whose stores these are."""

@@ -9,23 +9,25 @@ import asyncio
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from cachesrv.catalog.retention import Keeper, Removal
+from cachesrv.catalog.retention import Removal
 from cachesrv.services import amounts
 from cachesrv.services.completeness import Completeness
 from cachesrv.services.marking import Marking, Policy
+from cachesrv.services.removal_report import Report
 from cachesrv.services.removing import Removing, objects_of, siblings_of
 from cachesrv.services.sweeping import TOGETHER, Sweep
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection, Mapping
+    from collections.abc import AsyncIterator, Collection, Mapping
 
     from cachesrv.catalog.base import Catalog
-    from cachesrv.catalog.retention import PathSummary, Removed, UnusedNar
+    from cachesrv.catalog.retention import PathSummary, UnusedNar
     from cachesrv.index.base import Index
     from cachesrv.services.caches import ServedCache
     from cachesrv.services.marking import Plan
+    from cachesrv.services.removal_report import Listener
     from cachesrv.storage.base import ObjectStore
 
 
@@ -41,39 +43,6 @@ class Terms:
 
     nar_grace: int
     history: int
-
-
-@dataclass(slots=True)
-class Report:
-    """What went, or would go: paths, and NARs with their bytes. `path_bytes` are those of the NARs that no path needs
-    any more; they stay for a while. `kept`: paths that were to go, and were needed again when it came to that.
-    """
-
-    paths: int = 0
-    path_bytes: int = 0
-    nars: int = 0
-    nar_bytes: int = 0
-    kept: int = 0
-
-
-class Listener(Protocol):
-    """Who is told of each path and each NAR that goes."""
-
-    def path(self, cache: str, path: PathSummary, reason: str) -> None:
-        """A path goes."""
-
-    def nar(self, nar: UnusedNar) -> None:
-        """A NAR goes."""
-
-
-class Silent:
-    """A Listener that keeps it to itself."""
-
-    def path(self, cache: str, path: PathSummary, reason: str) -> None:
-        """See Listener."""
-
-    def nar(self, nar: UnusedNar) -> None:
-        """See Listener."""
 
 
 class Collect:
@@ -120,7 +89,7 @@ class Collect:
                 siblings=siblings_of(cache, self._caches),
                 used_before=plan.used_before,
             )
-            tell = partial(_tell, listener, report, cache.name, reason)
+            tell = partial(report.removed, listener, cache.name, reason=reason)
             await Sweep(self._catalog, self._removing, removal, plan).run(tell, pace=pace)
             report.path_bytes += plan.size
         await self._collect_nars(holder, listener, report, pace)
@@ -139,7 +108,7 @@ class Collect:
             report.paths += plan.count
             report.path_bytes += plan.size
         async for nars in self._unused():
-            _tell_nars(listener, report, nars)
+            report.deleted(listener, nars)
         return report
 
     async def _plans(self) -> AsyncIterator[tuple[ServedCache, Plan]]:
@@ -154,7 +123,7 @@ class Collect:
             started = time.monotonic()
             by_key = {nar.key: nar for nar in nars}
             gone = await self._removing.nars(by_key, holder=holder, before=self._unused_before, now=int(time.time()))
-            _tell_nars(listener, report, [by_key[key] for key in gone])
+            report.deleted(listener, (by_key[key] for key in gone))
             await asyncio.sleep(pace * (time.monotonic() - started))
 
     async def _unused(self) -> AsyncIterator[list[UnusedNar]]:
@@ -176,19 +145,3 @@ def _reason(policy: Policy, plan: Plan, path: PathSummary) -> str:
     if policy.max_size is not None and path.used_at >= plan.oldest:
         return f"no room within retention_size = {amounts.size(policy.max_size)}, {used}"
     return f"not used for more than retention_age = {amounts.time(policy.max_age or 0)}, {used}"
-
-
-def _tell(
-    listener: Listener, report: Report, cache: str, reason: Callable[[PathSummary], str], removed: Removed
-) -> None:
-    report.paths += len(removed.gone)
-    report.kept += sum(1 for why in removed.kept.values() if why is not Keeper.REFERRER)
-    for path in removed.gone:
-        listener.path(cache, path, reason(path))
-
-
-def _tell_nars(listener: Listener, report: Report, nars: list[UnusedNar]) -> None:
-    report.nars += len(nars)
-    for nar in nars:
-        report.nar_bytes += nar.file_size
-        listener.nar(nar)

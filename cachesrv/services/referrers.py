@@ -1,31 +1,33 @@
-"""All paths that lead to one path by their references: who needs it, however indirectly."""
+"""All paths that lead to some paths by their references: who needs them, however indirectly."""
 
 from __future__ import annotations
 
 from array import array
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from cachesrv.services.marking import Bitmap
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from cachesrv.catalog.base import Catalog
 
 _TOGETHER = 2_000
 
 
 class Referrers:
-    """By their numbers, and by how many references away they are. The path itself is among them, with none."""
+    """By their numbers, and by how many references away they are. The paths themselves are among them, with none."""
 
-    def __init__(self, catalog: Catalog, number: int) -> None:
+    def __init__(self, catalog: Catalog, numbers: Iterable[int]) -> None:
         self._catalog = catalog
-        self._levels = [array("q", [number])]
         self._known = Bitmap()
-        self._known.add_new([number])
+        self._levels = [array("q", self._known.add_new(numbers))]
 
     @classmethod
-    async def of(cls, catalog: Catalog, number: int) -> Referrers:
-        """Those of the path with this number."""
-        found = cls(catalog, number)
+    async def of(cls, catalog: Catalog, numbers: Iterable[int]) -> Referrers:
+        """Those of the paths with these numbers."""
+        found = cls(catalog, numbers)
         while found._levels[-1]:
             found._levels.append(await found._next())
         return found
@@ -41,25 +43,25 @@ class Referrers:
 
     @property
     def numbers(self) -> array[int]:
-        """It and all that need it, in order."""
-        return array("q", sorted(number for level in self._levels for number in level))
+        """They and all that need them, in ascending order."""
+        return array("q", sorted(chain.from_iterable(self._levels)))
 
     @property
-    def direct(self) -> int:
-        """How many other paths refer to it."""
-        return len(self._levels[1])
+    def direct(self) -> array[int]:
+        """Other paths that refer to one of them."""
+        return self._levels[1]
 
     @property
     def count(self) -> int:
-        """How many other paths need it."""
+        """How many other paths need them."""
         return sum(map(len, self._levels[1:]))
 
-    async def chain(self, number: int) -> list[int]:
-        """A shortest way from one of them to the path, both included."""
+    async def way(self, number: int) -> list[int]:
+        """A shortest way from one of them to the paths, both ends included."""
         level = next(level for level, members in enumerate(self._levels) if number in members)
-        chain = [number]
+        way = [number]
         for members in reversed(self._levels[:level]):
-            referred = await self._catalog.referred([chain[-1]])
+            referred = await self._catalog.referred([way[-1]])
             # What has gone since then leads nowhere.
-            chain += [other for other in sorted(referred) if other in members][:1]
-        return chain
+            way += [other for other in sorted(referred) if other in members][:1]
+        return way

@@ -56,7 +56,7 @@ class TakingAway:
         number = (await self._catalog.numbers(cache.name, [hash_part])).get(hash_part)
         if number is None:
             return []
-        going = (await Referrers.of(self._catalog, number)).numbers
+        going = (await Referrers.of(self._catalog, [number])).numbers
         room = await self._room(cache)
         if len(going) > room:
             return None

@@ -69,7 +69,7 @@ class Why:
         number = (await self._catalog.numbers(self._cache.name, [hash_part])).get(hash_part)
         if record is None or number is None:
             return await self._absent(hash_part)
-        referrers = await Referrers.of(self._catalog, number)
+        referrers = await Referrers.of(self._catalog, [number])
         uses = await self._uses(number, referrers, now)
         if uses is None:
             return await self._absent(hash_part)
@@ -164,7 +164,7 @@ class Why:
         own = f"used last {amounts.date(uses.own.used_at)}"
         if not referrers.count:
             return [Reason("use", f"{own}; no other path refers to it")]
-        text = f"{own}; needed by {referrers.count} paths, {referrers.direct} of which refer to it themselves"
+        text = f"{own}; needed by {referrers.count} paths, {len(referrers.direct)} of which refer to it themselves"
         if uses.latest.number == uses.own.number:
             return [Reason("use", f"{text}, and were not used later")]
         chain = await self._chain(referrers, uses.latest.number)
@@ -192,7 +192,7 @@ class Why:
         return [Reason("policy", f"there is room for it within retention_size = {amounts.size(policy.max_size)}")]
 
     async def _chain(self, referrers: Referrers, number: int) -> str:
-        chain = await referrers.chain(number)
+        chain = await referrers.way(number)
         names = {path.number: path.name for path in await self._catalog.summaries(self._cache.name, chain)}
         links = [names.get(link, "…") for link in chain]
         if len(links) > _LINKS:

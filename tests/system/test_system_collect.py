@@ -12,7 +12,7 @@ import pytest
 from tests.offline import DAY, pass_time
 from tests.system.nix import CHAIN
 from tests.system.push import both_ways, push
-from tests.system.server import CACHESRV
+from tests.system.server import CACHESRV, until
 
 if TYPE_CHECKING:
     from tests.system.conftest import StartServer
@@ -39,8 +39,8 @@ def cache(builder: Nix, make_server: StartServer) -> Server:
     return server
 
 
-def maintain(server: Server, *arguments: str, status: int = 0) -> str:
-    """Run a command beside the server; what it prints."""
+def maintain(server: Server, *arguments: str, status: int = 0, errors: bool = False) -> str:
+    """Run a command beside the server; what it prints, or says of its `errors`."""
     done = subprocess.run(
         [*CACHESRV, *arguments, "--data-dir", str(server.data_dir), "--config", str(server.config_file)],
         check=False,
@@ -50,7 +50,7 @@ def maintain(server: Server, *arguments: str, status: int = 0) -> str:
         timeout=120,
     )
     assert done.returncode == status, f"{arguments} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
-    return done.stdout
+    return done.stderr if errors else done.stdout
 
 
 def told(server: Server, *arguments: str) -> list[dict[str, Any]]:
@@ -160,5 +160,26 @@ def test_what_went_can_come_back_without_being_sent(builder: Nix, cache: Server,
     assert told(cache, "gc")[-1]["paths"] == 3
     again = push(builder, cache, program)
     assert (again["uploaded"], again["sent_bytes"]) == (3, 0)
+    client.run("nix", "copy", "--from", cache.main, program)
+    assert client.hashes(program) == builder.hashes(program)
+
+
+def test_what_is_deleted_is_gone_at_once(builder: Nix, cache: Server, client: Nix) -> None:
+    """From all that a client can ask, and with its bytes if that is wanted; and can come back."""
+    program, tool, library = builder.build(CHAIN, "program", "tool", "library")
+    push(builder, cache, program)
+    urls = {path: nar_url(cache, path) for path in (program, tool, library)}
+    assert "program, tool refer to these paths" in maintain(cache, "delete", library, status=1, errors=True)
+    *events, summary = told(cache, "delete", tool, "--with-referrers", "--now", "--reason", "a secret in it")
+    assert [event["path"] for event in events if event["event"] == "path"] == [Path(program).name, Path(tool).name]
+    assert (summary["paths"], summary["nars"], summary["kept"]) == (2, 2, 0)
+    for _ in range(4):  # whichever worker is asked
+        assert [status(cache, path) for path in urls] == [404, 404, 200]
+    until(lambda: [nar_status(cache, url) for url in urls.values()] == [404, 404, 200], "the NARs are still there")
+    assert {f"nar/{file.name}" for file in (cache.objects / "nar").iterdir()} == {urls[library]}
+    assert "with cachesrv delete: deleted: a secret in it" in maintain(cache, "why", tool, status=1)
+    assert client.attempt("nix", "copy", "--from", cache.main, program).returncode != 0
+    push(builder, cache, program)
+    client.forget()
     client.run("nix", "copy", "--from", cache.main, program)
     assert client.hashes(program) == builder.hashes(program)
