@@ -63,6 +63,8 @@ class StoreLocation:
         of whether the store path is valid. Raises `NotFound` for a file that is not there, `BadInput` for one
         that is not in this store.
         """
+        if (told := self.resolve_name(path)) is not None:
+            return told
         here = ""  # as far as links are resolved, without a slash at the end
         pending = deque(_names(str(Path.cwd() / path)))
         links = 0
@@ -81,6 +83,11 @@ class StoreLocation:
             else:
                 raise BadInput(f"{path!r} leads through more than {MAX_LINKS} symlinks")
         raise BadInput(f"{path!r} is not in the store {self.store_dir}")
+
+    def resolve_name(self, path: str) -> StorePath | None:
+        """As `resolve`, for what is a path in the store by its name alone: no file is looked at. None for all else."""
+        name = self._name_in_store(f"/{'/'.join(_names(path))}") if path.startswith("/") else None
+        return None if name is None else StorePath.parse(name)
 
     def _name_in_store(self, path: str) -> str | None:
         for directory in (self.store_dir, self.real_store_dir):

@@ -39,7 +39,9 @@ GATHER = 0.2
 """Seconds from the first path that is ready to the request that publishes it: others join it meanwhile."""
 
 PACKS_AT_ONCE = 2
-"""While one is on its way, the next one is made."""
+"""While one is on its way, the next one is made. They are sent one after the other: so nearly every path can go with
+its NAR, since all that it refers to is published by then.
+"""
 
 PACKED_PATHS = 1000
 PACKED_REFERENCES = 10_000
@@ -85,6 +87,7 @@ class Upload:
         self._sent_again: set[Hash] = set()
         self._changed = asyncio.Event()
         self._all_sent = asyncio.Event()
+        self._pack_under_way = asyncio.Lock()
         to_send = {info.store_path for nar in plan.nars for info in nar.infos}
         self._nar_is_there(info for info in infos if info.store_path not in to_send)
 
@@ -129,7 +132,8 @@ class Upload:
                 continue
             async with packing.packed([nar for nar in map(self._open_part, group) if nar.infos]) as pack:
                 self._settle((), pack.failed)
-                left = await self._send_pack(packing, pack) if pack.ready else []
+                async with self._pack_under_way:
+                    left = await self._send_pack(packing, pack) if pack.ready else []
             await self._send([*left, *pack.others])
 
     def _open_part(self, nar: Nar) -> Nar:

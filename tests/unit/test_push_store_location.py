@@ -259,3 +259,12 @@ def test_what_can_be_read_here(chroot: StoreLocation, monkeypatch: pytest.Monkey
     assert chroot.real_path(StorePath("3" * 32, "none")) is None
     monkeypatch.setattr(os, "access", lambda _, wanted: not wanted & os.X_OK)
     assert chroot.real_path(HELLO) is None
+
+
+def test_what_the_name_alone_tells() -> None:
+    """No file is looked at: none of these directories exists."""
+    assert ROOT.resolve_name(f"/nix/store/{HELLO}") == ROOT.resolve_name(f"/r/nix//store/./{HELLO}/bin/x") == HELLO
+    for other in (f"nix/store/{HELLO}", f"/elsewhere/{HELLO}", "/nix/store", "/nix/store/..", "./result", ""):
+        assert ROOT.resolve_name(other) is None
+    with pytest.raises(BadInput):
+        ROOT.resolve_name("/nix/store/no-path")
