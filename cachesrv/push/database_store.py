@@ -35,7 +35,8 @@ class DatabaseStore:
         return cls(location, database)
 
     async def resolve(self, path: str) -> StorePath:
-        return self._location.resolve_name(path) or await asyncio.to_thread(self._location.resolve, path)
+        told = self._location.resolve_name(path)
+        return await asyncio.to_thread(self._location.resolve, path) if told is None else told
 
     def real_path(self, path: StorePath) -> str | None:
         return self._location.real_path(path)
