@@ -212,7 +212,7 @@ class Delete:
 
     async def _some(self, numbers: Iterable[int]) -> str:
         paths = await self._catalog.summaries(self._cache.name, list(numbers)[: _NAMED + 1])
-        return _listed([path.name for path in paths])
+        return _listed(sorted(path.name for path in paths))
 
 
 def _matches(path: PathSummary, pattern: str) -> bool:
