@@ -11,10 +11,11 @@ from cachesrv.index.base import Present
 from cachesrv.services.breaker import Breaker
 from cachesrv.services.bucket import BucketSource
 from cachesrv.services.caches import ReferencePolicy
-from cachesrv.services.collect import Collect, Silent, Terms
+from cachesrv.services.collect import Collect, Terms
 from cachesrv.services.completeness import Completeness
 from cachesrv.services.maintenance import maintenance
 from cachesrv.services.publish import Publish
+from cachesrv.services.removal_report import Silent
 from cachesrv.services.taking import Taking
 from tests.samples import Sample, path_of
 from tests.service_site import Site, by_api, open_site, served_cache
