@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from cachesrv.catalog.retention import Removal, UnusedNar
 from cachesrv.errors import BadInput, NotFound, Refused
 from cachesrv.nix.store_path import HASH_PART_LENGTH
+from cachesrv.services.completeness import Completeness
 from cachesrv.services.marking import Bitmap, Plan
 from cachesrv.services.referrers import Referrers
 from cachesrv.services.removal_report import Report
@@ -75,16 +76,19 @@ class Delete:
         caches: Mapping[str, ServedCache],
     ) -> None:
         self._catalog = catalog
+        self._completeness = Completeness(storage, catalog)
         self._removing = Removing(storage, catalog, index)
         self._cache = cache
         self._caches = caches
 
     async def choose(self, wish: Wish) -> Chosen:
-        """What it takes to fulfil a wish. Raises BadInput, NotFound, and Refused when something needs these paths or
-        they are pinned.
+        """What it takes to fulfil a wish. Raises BadInput, NotFound, Refused when something needs these paths or they
+        are pinned, and StoreUnavailable when the catalog does not know what may need them.
         """
         if self._cache.bucket_is_authority:
             raise BadInput(f"others write to the bucket of {self._cache.name}: delete it where it is written")
+        same_objects = [cache for cache in self._caches.values() if cache.prefix == self._cache.prefix]
+        await self._completeness.demand(same_objects)
         wished = await self._wished(wish)
         referrers = await Referrers.of(self._catalog, wished)
         if referrers.count and not wish.with_referrers:

@@ -183,6 +183,12 @@ def test_a_bucket_that_others_write_to(server: OfflineServer, capsys: Capture) -
     assert "others write to the bucket of main" in capsys.readouterr().err
 
 
+def test_a_catalog_that_does_not_know_what_there_is(server: OfflineServer, capsys: Capture) -> None:
+    server.use(lambda services: services.catalog.note("complete main", "no"))
+    assert server.command("delete", TWIN.path.base_name) == 1
+    assert "run `cachesrv reindex` first" in capsys.readouterr().err
+
+
 def test_one_at_a_time(server: OfflineServer, capsys: Capture) -> None:
     async def busy() -> int:
         catalog = await wiring.open_catalog(server.config)
