@@ -97,9 +97,9 @@ class Lines:
     def sum_up(self, counts: Counts, repaired: Mapping[str, int] | None) -> None:
         """The last lines."""
         self._progress.clear()
-        read = f", {counts.nars} NARs of {amounts.size(counts.bytes)} read" if counts.nars else ""
+        read = f", NARs read: {counts.nars} ({amounts.size(counts.bytes)})" if counts.nars else ""
         total = sum(counts.flaws.values())
-        click.echo(f"{counts.paths} paths looked at{read}, {f'{total} flaws' if total else 'all is well'}")
+        click.echo(f"paths looked at: {counts.paths}{read}; {f'flaws: {total}' if total else 'all is well'}")
         for label, number in sorted(counts.flaws.items()):
             click.echo(f"  {number} {label}" + ("" if repaired else f": {Kind.of(label).advice}"))
         if repaired:

@@ -100,7 +100,7 @@ def test_what_is_wrong_is_found_beside_a_running_server(builder: Nix, cache: Ser
     assert done.returncode == 3
     url = nar_of(cache, program).relative_to(cache.objects)
     assert f"main: {hash_part(program)}-program: its NAR {url} has 10 bytes, its narinfo says " in done.stdout
-    assert "3 paths looked at, 4 flaws\n" in done.stdout
+    assert "paths looked at: 3; flaws: 4\n" in done.stdout
     assert "  1 wrong-size: `cachesrv verify --repair`" in done.stdout
     assert "main: published paths, 3\n" in done.stderr
 
