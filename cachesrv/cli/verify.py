@@ -134,7 +134,7 @@ def command(
         forced=forced,
     )
     output: Output = JsonLines() if as_json else Lines()
-    return offline.with_services(config, lambda services: _run(config, services, wish, output))
+    return offline.with_services(config, lambda services: _run(config, services, wish, output), makes_room=repair)
 
 
 def _chosen(config: Config, names: Collection[str]) -> tuple[str, ...]:
