@@ -1,4 +1,4 @@
-"""Garbage collection beside a running server, with real clients; time passes in the catalog."""
+"""Garbage collection and deletion beside a running server, with real clients; time passes in the catalog."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.offline import DAY, pass_time
+from tests.system.conftest import both_storages
 from tests.system.nix import CHAIN
 from tests.system.push import both_ways, push
 from tests.system.server import CACHESRV, until
@@ -27,6 +28,9 @@ nar_grace = "10 d"
 name = "main"
 root = true
 retention_age = "90 d"
+[[cache]]
+name = "twin"
+prefix = "main"
 """
 
 
@@ -62,8 +66,11 @@ def status(server: Server, path: str) -> int:
     return server.client().get(f"/main/{Path(path).name[:32]}.narinfo").status
 
 
-def nar_status(server: Server, url: str) -> int:
-    return server.client().get(f"/main/{url}").status
+def nars_there(server: Server, *urls: str) -> list[bool]:
+    """Which of these NARs clients get, or are sent to."""
+    statuses = [server.client().get(f"/main/{url}").status for url in urls]
+    assert set(statuses) <= {200, 307, 404}
+    return [status != 404 for status in statuses]
 
 
 def nar_url(server: Server, path: str) -> str:
@@ -78,6 +85,7 @@ def age(server: Server, seconds: int) -> None:
     pass_time(server.data_dir / "catalog.sqlite", seconds)
 
 
+@both_storages
 @both_ways
 def test_what_nobody_needs_goes_and_closures_stay_whole(builder: Nix, cache: Server, client: Nix, fill: Fill) -> None:
     program, tool, library = builder.build(CHAIN, "program", "tool", "library")
@@ -87,7 +95,7 @@ def test_what_nobody_needs_goes_and_closures_stay_whole(builder: Nix, cache: Ser
     age(cache, 91 * DAY)
 
     path, summary = told(cache, "gc", "--dry-run")
-    size = (cache.objects / url).stat().st_size
+    size = len(cache.stored.read(url))
     assert (path["path"], path["size"]) == (Path(program).name, size)
     assert "not used for more than retention_age = 90 d, last used 20" in path["reason"]
     assert (summary["paths"], summary["path_bytes"], summary["nars"]) == (1, size, 0)
@@ -100,20 +108,21 @@ def test_what_nobody_needs_goes_and_closures_stay_whole(builder: Nix, cache: Ser
     for _ in range(4):  # whichever worker is asked
         assert [status(cache, each) for each in (program, tool, library)] == [404, 200, 200]
     # who has seen the narinfo before can still have the NAR
-    assert nar_status(cache, url) == 200
+    assert nars_there(cache, url) == [True]
     client.run("nix", "store", "verify", "-r", "--store", cache.main, "--sigs-needed", "1", tool)
     client.run("nix", "copy", "--from", cache.main, tool)
     assert client.hashes(tool) == builder.hashes(tool)
     cache.stop()
-    client.run("nix", "store", "verify", "-r", "--store", f"file://{cache.objects}", "--sigs-needed", "1", tool)
-    assert client.attempt("nix", "path-info", "--store", f"file://{cache.objects}", program).returncode != 0
+    objects = f"file://{cache.stored.copy()}"
+    client.run("nix", "store", "verify", "-r", "--store", objects, "--sigs-needed", "1", tool)
+    assert client.attempt("nix", "path-info", "--store", objects, program).returncode != 0
     cache.start()
 
     age(cache, 11 * DAY)
     (nar, summary) = told(cache, "gc")
     assert (nar["key"], summary["nar_bytes"]) == (f"main/{url}", size)
-    assert not (cache.objects / url).exists()
-    assert nar_status(cache, url) == 404
+    assert url not in cache.stored.names()
+    assert nars_there(cache, url) == [False]
     assert status(cache, tool) == 200
     # it can come back, once its pusher does not remember that it is there
     builder.forget()
@@ -132,7 +141,7 @@ def test_what_clients_ask_for_stays(builder: Nix, cache: Server, client: Nix) ->
     cache.start()
     age(cache, 91 * DAY)
     client.run("nix", "path-info", "--store", cache.main, paths[0])
-    assert nar_status(cache, url) == 200
+    assert nars_there(cache, url) == [True]
     client.run("nix", "copy", "--from", cache.main, paths[2])
     cache.stop()
     cache.start()
@@ -164,6 +173,7 @@ def test_what_went_can_come_back_without_being_sent(builder: Nix, cache: Server,
     assert client.hashes(program) == builder.hashes(program)
 
 
+@both_storages
 def test_what_is_deleted_is_gone_at_once(builder: Nix, cache: Server, client: Nix) -> None:
     """From all that a client can ask, and with its bytes if that is wanted; and can come back."""
     program, tool, library = builder.build(CHAIN, "program", "tool", "library")
@@ -175,11 +185,34 @@ def test_what_is_deleted_is_gone_at_once(builder: Nix, cache: Server, client: Ni
     assert (summary["paths"], summary["nars"], summary["kept"]) == (2, 2, 0)
     for _ in range(4):  # whichever worker is asked
         assert [status(cache, path) for path in urls] == [404, 404, 200]
-    until(lambda: [nar_status(cache, url) for url in urls.values()] == [404, 404, 200], "the NARs are still there")
-    assert {f"nar/{file.name}" for file in (cache.objects / "nar").iterdir()} == {urls[library]}
+    until(lambda: nars_there(cache, *urls.values()) == [False, False, True], "the NARs are still there")
+    assert cache.stored.names("nar/") == {urls[library]}
     assert "with cachesrv delete: deleted: a secret in it" in maintain(cache, "why", tool, status=1)
     assert client.attempt("nix", "copy", "--from", cache.main, program).returncode != 0
     push(builder, cache, program)
     client.forget()
     client.run("nix", "copy", "--from", cache.main, program)
     assert client.hashes(program) == builder.hashes(program)
+
+
+@both_storages
+def test_equal_nars_are_stored_once_and_stay_for_the_last_path(builder: Nix, cache: Server, client: Nix) -> None:
+    """Under two names in one cache, and in another one that has the same objects."""
+    first, second = builder.add("first", "the same"), builder.add("second", "the same")
+    builder.run("nix", "copy", "--to", cache.main, first)
+    push(builder, cache, second)
+    builder.run("nix", "copy", "--to", f"{cache.url}/twin", first)
+    urls = {nar_url(cache, path) for path in (first, second)}
+    assert len(urls) == 1
+    assert cache.stored.names("nar/") == urls
+    maintain(cache, "delete", first, "--now")
+    age(cache, 91 * DAY)
+    assert told(cache, "gc")[-1]["paths"] == 1
+    age(cache, 11 * DAY)
+    assert told(cache, "gc")[-1]["nars"] == 0
+    assert [status(cache, path) for path in (first, second)] == [404, 404]
+    client.run("nix", "copy", "--from", f"{cache.url}/twin", first)
+    maintain(cache, "delete", "--all", "--cache", "twin")
+    age(cache, 11 * DAY)
+    assert told(cache, "gc")[-1]["nars"] == 1
+    assert cache.stored.names() == {"nix-cache-info"}
