@@ -1,4 +1,4 @@
-"""How long it takes to decide what may go: `python bench/collect.py [--paths 1000000] [--references 10]`.
+"""How long it takes to decide what may go: `python -m bench.collect [--paths 1000000]`.
 
 Makes a catalog of that size (in /var/tmp, some minutes; it is kept and used again) and marks it by age and by size, on
 one core.
