@@ -29,6 +29,8 @@ COMMANDS: Mapping[str, str] = {
     "push": "Push store paths to a cache.",
     "hook": "Queue what Nix has just built (its post-build-hook).",
     "queue": "Push what hooks have queued, and see how it goes.",
+    "watch-store": "Push what becomes valid in the local store, from now on.",
+    "watch-exec": "Run a command, and push what it builds.",
     "pushed": "Tell what was pushed from here.",
     "ls": "List what is in a store path, here or in a cache.",
     "cat": "Print a file in a store path, here or in a cache.",

@@ -64,6 +64,7 @@ OUTPUTS = (
     "SELECT CAST(path AS TEXT), CAST(deriver AS TEXT) FROM ValidPaths"
     " WHERE deriver IN (SELECT value FROM json_each(?)) ORDER BY id"
 )
+REGISTERED = "SELECT id, CAST(path AS TEXT) FROM ValidPaths WHERE id > ? ORDER BY id LIMIT ?"
 BUILD_TRACE = (
     "SELECT drvPath, outputName, outputPath, signatures FROM BuildTraceV3"
     " WHERE outputPath IN (SELECT value FROM json_each(?))"
@@ -113,6 +114,17 @@ class StoreDatabase:
             for path, deriver in db.execute(OUTPUTS, (names,)):
                 found[self._path(deriver)].append(self._path(path))
         return found
+
+    def newest(self) -> int:
+        """The greatest number that a path has been given so far, 0 before the first."""
+        with self._reading() as db:
+            row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'ValidPaths'").fetchone()
+            return int(row[0]) if row else 0
+
+    def registered_after(self, number: int, most: int) -> list[tuple[int, str]]:
+        """Valid paths, in full, with greater numbers: the first of them, in the order in which they became valid."""
+        with self._reading() as db:
+            return db.execute(REGISTERED, (number, most)).fetchall()
 
     def realisations(self, paths: Iterable[StorePath]) -> dict[OutputId | TracedOutput, Realisation]:
         """What outputs of content-addressed derivations are known to have come out as one of `paths`."""

@@ -54,8 +54,19 @@ class Queue:
             timeout=PATIENCE,
         )
 
+    def command(self, name: str, *arguments: str) -> list[str]:
+        """A command that pushes from the machine to the server."""
+        return [*CACHESRV, *name.split(), *self._way, *arguments]
+
     def drains(self) -> subprocess.CompletedProcess[str]:
-        return self.says("drain", *self._way)
+        return subprocess.run(
+            self.command("queue drain"),
+            check=False,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
 
     @property
     def status(self) -> Status:
@@ -69,12 +80,14 @@ class Queue:
         return (status.waiting, status.in_flight, status.failed) == (0, 0, 0)
 
     @contextmanager
-    def runs(self, *options: str, by: tuple[str, ...] = (), **variables: str) -> Iterator[Runs]:
+    def runs(
+        self, *options: str, name: str = "queue run", by: tuple[str, ...] = (), **variables: str
+    ) -> Iterator[Runs]:
         """A service, killed at the end if it still runs; `by` is a command that starts it, with more variables."""
         self._logs += 1
         log = self._nix.folder / f"queue-{self._logs}.log"
         with log.open("wb") as stream:
-            command = [*by, *CACHESRV, "queue", "run", *self._way, *options]
+            command = [*by, *self.command(name, *options)]
             process = subprocess.Popen(command, env=self.environment | variables, stdout=stream, stderr=stream)
         try:
             yield Runs(process, log)
@@ -82,6 +95,12 @@ class Queue:
             process.kill()
             process.wait(PATIENCE)
         assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def published(server: Server) -> set[str]:
+    """The store paths in its caches."""
+    rows = server.query("select n.hash_part || '-' || n.name from paths p join names n on n.id = p.id")
+    return {f"/nix/store/{name}" for (name,) in rows}
 
 
 class Runs:

@@ -16,7 +16,7 @@ import pytest
 
 from tests.system.nix import CHAIN
 from tests.system.push import push
-from tests.system.queues import Queue
+from tests.system.queues import Queue, published
 from tests.system.server import PATIENCE, until
 
 if TYPE_CHECKING:
@@ -62,12 +62,6 @@ def hooks_at_once(queue: Queue, paths: list[str]) -> None:
         timeout=PATIENCE,
     )
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def published(server: Server) -> set[str]:
-    """The store paths in the cache."""
-    rows = server.query("select n.hash_part || '-' || n.name from paths p join names n on n.id = p.id")
-    return {f"/nix/store/{name}" for (name,) in rows}
 
 
 def nars_stored(server: Server) -> int:

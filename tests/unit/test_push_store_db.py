@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,26 @@ def test_a_path_that_is_not_valid_is_named(store: Store) -> None:
     for ask in (lambda: store.database.path_info(path(7)), lambda: store.database.closure([path(1), path(7)])):
         with pytest.raises(NotFound, match=rf"^/nix/store/{path(7)} is not valid: {store.file} does not know it$"):
             ask()
+
+
+def test_what_came_out_of_derivations(store: Store) -> None:
+    infos = [replace(info(number), deriver=StorePath("d" * 32, f"{number % 2}.drv")) for number in range(4)]
+    store.add([*infos, info(9)])
+    zero, one, none = (StorePath("d" * 32, f"{name}.drv") for name in ("0", "1", "none"))
+
+    assert store.database.outputs([zero, one, none]) == {zero: [path(0), path(2)], one: [path(1), path(3)], none: []}
+    assert store.database.outputs([]) == {}
+
+
+def test_paths_in_the_order_in_which_they_became_valid(store: Store) -> None:
+    assert store.database.newest() == 0
+    store.add(info(number) for number in (3, 1, 2))
+    assert store.database.newest() == 3
+    assert store.database.registered_after(1, 10) == [(2, f"/nix/store/{path(1)}"), (3, f"/nix/store/{path(2)}")]
+    assert store.database.registered_after(0, 1) == [(1, f"/nix/store/{path(3)}")]
+
+    store.execute("DELETE FROM ValidPaths")
+    assert store.database.newest() == 3
 
 
 def test_what_a_running_nix_has_just_committed_is_seen(store: Store) -> None:

@@ -52,10 +52,10 @@ class Queue:
     figures: Path | None = None
     more: Sequence[Source] = ()
 
-    def serve(self, *, idle: float | None = None) -> None:
+    def serve(self, *, idle: float | None = None, gather: float = 0.0) -> None:
         """Until SIGTERM; SIGINT raises KeyboardInterrupt. If another process serves it, wait for that to end. `idle`
         is for how many seconds there has to be nothing to do, to end by itself; started by systemd because of a hook,
-        it has a default.
+        it has a default. What is new is looked at `gather` seconds after there was a sign of it.
         """
         self.way.check()
         fifos = systemd.inherited_descriptors(os.environ)
@@ -67,7 +67,7 @@ class Queue:
                 systemd.notify("STATUS=Waiting for another process to end", os.environ)
                 lock.take()
             with self._work() as work, suppress(asyncio.CancelledError):
-                asyncio.run(_serve(Service(work, idle=idle), fifos))
+                asyncio.run(_serve(Service(work, idle=idle, gather=gather), fifos))
 
     def drain(self) -> list[Entry]:
         """Push all there is, or wait until another process has; what could not be pushed is returned, and stays."""

@@ -45,12 +45,17 @@ class Trouble(msgspec.Struct, frozen=True):
 
 
 class Service:
-    """Runs until it is cancelled, or `idle` seconds after there is nothing left to do."""
+    """Runs until it is cancelled or told to end, or `idle` seconds after there is nothing left to do. What wakes it is
+    looked at `gather` seconds later.
+    """
 
-    def __init__(self, work: Work, *, idle: float | None = None) -> None:
+    def __init__(self, work: Work, *, idle: float | None = None, gather: float = 0.0) -> None:
         self._work = work
         self._entries = work.entries
         self._idle = idle
+        self._gather = gather
+        self._ending = False
+        self._changes: Changes | None = None
         self._troubles = 0
         self._since = 0.0
         self._until = 0.0
@@ -66,6 +71,7 @@ class Service:
         when all is done that can be. Raises StoreError when the queue cannot be used at all.
         """
         with Changes() as changes, _woken_by(fifos, changes):
+            self._changes = changes
             for source in self._work.sources:
                 source.watch(changes)
             self._entries.claim(())  # by one that was killed
@@ -73,9 +79,15 @@ class Service:
             ready()
             await self._run(changes, show)
 
+    def end(self) -> None:
+        """After what is being pushed just now."""
+        self._ending = True
+        if self._changes is not None:
+            self._changes.wake()
+
     async def _run(self, changes: Changes, show: Callable[[Counts], None]) -> None:
         worked = time.monotonic()
-        while True:
+        while not self._ending:
             if await self._round():
                 worked = time.monotonic()
                 continue
@@ -86,6 +98,8 @@ class Service:
             if rest is not None and rest <= 0 and counts == Counts() and not changes.pending:
                 return
             await changes.wait(self._patience(counts, rest))
+            if not self._ending:
+                await asyncio.sleep(self._gather)
 
     async def _round(self) -> bool:
         """Whether there was something to do."""
