@@ -8,6 +8,7 @@ be compressed (`Content-Encoding: zstd` or `gzip`). Errors are `ErrorAnswer` wit
     POST /api/v1/caches/<cache>/paths     PublishRequest -> PublishAnswer    publish paths whose NARs are there (push)
     POST /api/v1/caches/<cache>/nars      a pack -> PackAnswer               small NARs, and paths to publish (push)
 
+    POST   …/<cache>/uploads                           BegunRequest -> BegunAnswer        which are begun (push)
     PUT    …/<cache>/uploads/<upload>                  UploadRequest -> UploadAnswer      begin, or take up again (push)
     PUT    …/<cache>/uploads/<upload>/parts/<number>   bytes, with Content-Digest         send a part (push)
     POST   …/<cache>/uploads/<upload>/parts/<number>   SignRequest -> SignAnswer          send it elsewhere (push)
@@ -49,6 +50,9 @@ MAX_BATCH = 5000
 
 MAX_PARTS = 100_000
 """Parts of one NAR, at most."""
+
+MAX_NAMES = 64
+"""Names of uploads in one request, at most."""
 
 MAX_REQUEST_SIZE = 64 * 1024 * 1024
 """Bytes of one request body after decoding, at most."""
@@ -168,6 +172,20 @@ class PublishAnswer(msgspec.Struct, frozen=True):
     """One outcome a path, in the order of the request."""
 
     outcomes: list[PathOutcome]
+
+
+class BegunRequest(msgspec.Struct, frozen=True):
+    """Names of uploads, at most MAX_NAMES: for who can make other bytes of the same NAR, and wants to take up what was
+    begun.
+    """
+
+    uploads: list[str]
+
+
+class BegunAnswer(msgspec.Struct, frozen=True):
+    """Those that were begun, and are neither complete nor removed."""
+
+    begun: list[str]
 
 
 class UploadRequest(msgspec.Struct, frozen=True):

@@ -126,6 +126,12 @@ class Uploads:
         await self._store.begin(place, begun)
         return await self._through.begin(cache, place, nar_hash)
 
+    async def begun(self, cache: ServedCache, uploads: Sequence[str]) -> list[str]:
+        """Those of these names that there are, in their order. Raises BadInput, StoreError."""
+        places = [Place.of(cache.name, upload) for upload in uploads]
+        there = await asyncio.gather(*map(self._store.is_begun, places))
+        return [place.upload for place, begun in zip(places, there, strict=True) if begun]
+
     async def receive(self, cache: ServedCache, upload: str, part: Part, chunks: AsyncIterable[bytes]) -> None:
         """Store a part. It is there, and stays, when this returns.
 

@@ -31,6 +31,7 @@ def create_app(site: Site, outermost: Sequence[Middleware] = ()) -> web.Applicat
     _add(app, "POST", "/api/v1/caches/{cache}/paths", push.publish)
     _add(app, "POST", "/api/v1/caches/{cache}/nars", push.take_pack)
     upload = "/api/v1/caches/{cache}/uploads/{upload}"
+    _add(app, "POST", "/api/v1/caches/{cache}/uploads", uploads.begun)
     _add(app, "PUT", upload, uploads.begin)
     _add(app, "PUT", upload + "/parts/{number}", uploads.put_part)
     _add(app, "POST", upload + "/parts/{number}", uploads.sign)

@@ -27,6 +27,15 @@ _MD5 = re.compile(r"[0-9a-f]{32}")
 _NUMBER = re.compile(r"[0-9]{1,9}")
 
 
+async def begun(request: web.Request) -> web.Response:
+    """Which of some uploads there are."""
+    cache, asked, _ = await authorised(request, api.BegunRequest)
+    if len(asked.uploads) > api.MAX_NAMES:
+        raise BadInput(f"{len(asked.uploads)} uploads in one request, which takes {api.MAX_NAMES}")
+    there = await request.app[SITE].services.uploads.begun(cache, asked.uploads)
+    return json_answer(api.BegunAnswer(there))
+
+
 async def begin(request: web.Request) -> web.Response:
     """Begin an upload, or take it up again; what is there of it."""
     cache, asked, pusher = await authorised(request, api.UploadRequest)

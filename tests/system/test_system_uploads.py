@@ -66,6 +66,10 @@ def put(client: Client, number: int, data: bytes, upload: str = UPLOAD) -> Answe
     return client.put(f"{upload}/parts/{number}", data, Content_Digest=digest(data))
 
 
+def begun(client: Client, *names: str) -> Answer:
+    return client.ask("POST", UPLOAD.rpartition("/")[0], json.dumps({"uploads": names}).encode())
+
+
 def complete(client: Client, parts: Sequence[bytes] = PARTS) -> Answer:
     asked = {"nar_hash": LARGE.nar_hash.nix32, "parts": [sha256(part).hexdigest() for part in parts]}
     return client.ask("POST", f"{UPLOAD}/complete", json.dumps(asked).encode())
@@ -97,6 +101,15 @@ def test_killed_between_two_parts(server: Server, client: Client) -> None:
     assert [name for name in server.snapshot() if name.startswith("~uploads/")] == []
 
 
+def test_which_were_begun(client: Client) -> None:
+    name = UPLOAD.rpartition("/")[2]
+    assert answer_of(begun(client, name)) == {"begun": []}
+    begin(client)
+    assert answer_of(begun(client, "f" * 20, name)) == {"begun": [name]}
+    assert begun(client, *[name] * 65).status == 400
+    assert begun(client, "no name").status == 400
+
+
 def test_who_may_not_push(server: Server, client: Client) -> None:
     begin(client)
     put(client, 1, PARTS[0])
@@ -104,6 +117,7 @@ def test_who_may_not_push(server: Server, client: Client) -> None:
     for token, status in ((None, 401), ("csrv_nobody", 401), (READER, 403), (NEIGHBOUR, 403)):
         stranger = server.client(token)
         assert stranger.put(UPLOAD, json.dumps(NAR).encode()).status == status
+        assert begun(stranger, UPLOAD.rpartition("/")[2]).status == status
         assert put(stranger, 2, PARTS[1]).status == status
         assert complete(stranger, PARTS[:1]).status == status
         assert stranger.ask("DELETE", UPLOAD).status == status

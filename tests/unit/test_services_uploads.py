@@ -143,6 +143,21 @@ async def test_another_process_goes_on(site: Site) -> None:
     assert await keys(site) == {NAR_KEY}
 
 
+async def test_what_is_begun_is_known(site: Site) -> None:
+    """To another process, and as long as it is neither complete nor given up."""
+    names = ["f" * 16, UPLOAD, "e" * 16, "d" * 16]
+    async with process(site) as first:
+        await begin(first, site)
+        await begin(first, site, OTHER, nar_hash=OTHER.nar_hash, upload=names[2])
+    async with process(site) as second:
+        assert await second.begun(site.cache, names) == names[1:3]
+        assert await second.begun(OTHER_CACHE, names) == []
+        await second.abort(site.cache, names[2])
+        assert await second.begun(site.cache, names) == [UPLOAD]
+        with pytest.raises(BadInput, match="name of an upload"):
+            await second.begun(site.cache, ["../" * 6])
+
+
 async def test_two_processes_take_parts_of_one_nar(site: Site) -> None:
     async with process(site) as one, process(site) as two:
         await begin(one, site)
