@@ -142,10 +142,10 @@ class TemporaryStore:
 @dataclass
 class FakeCache:
     """The cache `main`, as `cachesrv.api` describes it. `faults` answer before it does, each once, by route:
-    `cache`, `missing`, `paths`, `nar`, `pack`, and for parts `begin`, `part`, `complete`, `abort`. `part_size` is what
-    it takes in one part, 0 for none; `uploads` has the parts of each upload by number; `slow` is how often `complete`
-    says first that it takes longer. It takes packs within the limits `packs`, if any; it refuses those NARs of a pack
-    whose hash is in `unpackable`.
+    `cache`, `missing`, `paths`, `nar`, `pack`, and for parts `begun`, `begin`, `part`, `complete`, `abort`. `part_size`
+    is what it takes in one part, 0 for none; `uploads` has the parts of each upload by number; `slow` is how often
+    `complete` says first that it takes longer. It takes packs within the limits `packs`, if any; it refuses those NARs
+    of a pack whose hash is in `unpackable`.
     """
 
     token: str | None = "secret"
@@ -176,6 +176,7 @@ class FakeCache:
         app.router.add_post("/api/v1/caches/main/nars", self._route("pack", self._pack))
         app.router.add_put("/main/nar/{file}", self._route("nar", self._put))
         app.router.add_put("/main/realisations/{file}", self._route("realisation", self._realise))
+        app.router.add_post("/api/v1/caches/main/uploads", self._route("begun", self._begun))
         upload = "/api/v1/caches/main/uploads/{upload}"
         app.router.add_put(upload, self._route("begin", self._begin))
         app.router.add_put(upload + "/parts/{number}", self._route("part", self._part))
@@ -272,6 +273,10 @@ class FakeCache:
 
     async def _put(self, request: web.Request) -> web.Response:
         return self._take(_nar_hash(request), await request.read())
+
+    async def _begun(self, request: web.Request) -> web.Response:
+        asked = await _body(request, api.BegunRequest)
+        return _json(api.BegunAnswer([name for name in asked.uploads if name in self.uploads]))
 
     async def _begin(self, request: web.Request) -> web.Response:
         nar_hash = (await _body(request, api.UploadRequest)).nar_hash

@@ -24,6 +24,7 @@ Examples:
   cachesrv push ./result
   cachesrv push --to https://cache.example.org/main --token-file token ./result
   nix-store -qR --include-outputs $(nix-instantiate) | cachesrv push --stdin --no-closure
+  cachesrv push --level auto /run/current-system
   cachesrv push --dry-run /run/current-system
 
 PATH is a store path, a symlink to one, or a name inside one. What it needs at run time is pushed with it.

@@ -13,10 +13,18 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cachesrv.push.level import Level
     from cachesrv.push.queue.pusher import Way
     from cachesrv.push.run import Options
     from cachesrv.push.settings import Given
     from cachesrv.push.upstreams import Upstream
+
+
+def _level(context: click.Context, option: click.Parameter, value: str | None) -> Level | None:
+    if value is None:
+        return None
+    return "auto" if value == "auto" else click.IntRange(1, 19)(value, option, context)
+
 
 _OPTIONS = (
     click.option("--to", metavar="URL", help="The cache, such as http://127.0.0.1:5000/main; without a name, `main`."),
@@ -26,7 +34,13 @@ _OPTIONS = (
     click.option(
         "--jobs", type=click.IntRange(1, 256), default=8, show_default=True, help="NARs on their way at once."
     ),
-    click.option("--level", type=click.IntRange(1, 19), default=3, show_default=True, help="Of the zstd compression."),
+    click.option(
+        "--level",
+        callback=_level,
+        metavar="LEVEL",
+        help="Of the zstd compression: 1 to 19, or `auto`: higher while NARs wait for the link, lower while it "
+        "waits for them.  [default: 3, or `level` in client.toml]",
+    ),
     click.option(
         "--memory", type=click.IntRange(16), metavar="MIB", help="For NARs on their way, at most.  [default: 128]"
     ),
@@ -81,7 +95,7 @@ def pushing(function: Callable[..., Any]) -> Callable[..., Any]:
         data_dir: str | None,
         no_closure: bool,
         jobs: int,
-        level: int,
+        level: Level | None,
         memory: int | None,
         keep_nars: Path | None,
         upstreams: tuple[str, ...],

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 OpenNar = Callable[["PathInfo"], "NarSource"]
 """The NAR of a path, to be read once; may raise what a store does."""
 
+_NOTHING = (0, 0)
+
 
 class Delivery:
     """Brings NARs from a store to a server, whose cache says what it takes."""
@@ -46,19 +48,19 @@ class Delivery:
         started = time.monotonic()
         attempts = 0
 
-        async def attempt() -> int:
+        async def attempt() -> tuple[int, int]:
             nonlocal attempts
             attempts += 1
             # the answer to the attempt before may be all that was lost
             if attempts > 1 and await self._server.has_nar(wanted(info)):
-                return 0
+                return _NOTHING
             return await self._send(info)
 
-        sent_bytes = await retry(attempt, f"sending {name}", self._server.backoff, self._emit)
-        self._emit(Stored(name, info.nar_size, sent_bytes, round(time.monotonic() - started, 3)))
+        sent_bytes, level = await retry(attempt, f"sending {name}", self._server.backoff, self._emit)
+        self._emit(Stored(name, info.nar_size, sent_bytes, round(time.monotonic() - started, 3), level))
 
-    async def _send(self, info: PathInfo) -> int:
-        """Bytes of the file."""
+    async def _send(self, info: PathInfo) -> tuple[int, int]:
+        """Bytes of the file, and the level of its compression."""
         if self._in_parts and self._in_parts.is_for(info.nar_size):
             return await self._send_in_parts(info, self._in_parts)
         self._emit(Sending(info.store_path.base_name, info.nar_size))
@@ -69,14 +71,15 @@ class Delivery:
                 if nar.failure is not None:
                     raise nar.failure from error
                 raise
-            return nar.file_size
+            return nar.file_size, nar.level
 
-    async def _send_in_parts(self, info: PathInfo, in_parts: InParts) -> int:
-        """Bytes of the file, 0 when it turned out to be there."""
+    async def _send_in_parts(self, info: PathInfo, in_parts: InParts) -> tuple[int, int]:
+        """The same, nothing when it turned out to be there."""
         async with in_parts.memory.share() as share:
             self._emit(Sending(info.store_path.base_name, info.nar_size))
-            async with self._pipeline.nar(self._open_nar(info), info, limit=self._max_file_size) as nar:
-                return nar.file_size if await in_parts.send(nar, share) else 0
+            level = await in_parts.level(info)
+            async with self._pipeline.nar(self._open_nar(info), info, limit=self._max_file_size, level=level) as nar:
+                return (nar.file_size, nar.level) if await in_parts.send(nar, share) else _NOTHING
 
     async def _counted(self, nar: CompressedNar) -> AsyncIterator[bytes]:
         name, told = nar.info.store_path.base_name, 0
@@ -84,3 +87,4 @@ class Delivery:
             yield chunk
             self._emit(Sent(name, nar.nar_sent - told, len(chunk)))
             told = nar.nar_sent
+        nar.leaving.start()  # until the answer: much of it may still wait in buffers of the system

@@ -73,12 +73,15 @@ class Resumed(_Event, frozen=True):
 
 
 class Stored(_Event, frozen=True):
-    """`sent_bytes` is the size of the compressed NAR, 0 when the server turned out to have it."""
+    """`sent_bytes` is the size of the compressed NAR and `level` that of its compression, both 0 when the server turned
+    out to have it.
+    """
 
     path: str
     nar_size: int
     sent_bytes: int
     seconds: float
+    level: int = 0
 
 
 class Published(_Event, frozen=True):

@@ -1,7 +1,8 @@
 """Large NARs to the server in parts, several at once; an interrupted one goes on where it was.
 
 A NAR is dumped and compressed again when it is taken up, which gives the same bytes; parts that the server has are
-known by their sha256 and not sent. So nothing has to be kept here, and what is resumed is verified.
+known by their sha256 and not sent. So nothing has to be kept here, and what is resumed is verified. Where the level of
+compression is not the same for all NARs, the server is asked with which one a NAR was begun.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from typing import TYPE_CHECKING
 from cachesrv.errors import CachesrvError, Mismatch, TooLarge
 from cachesrv.push.events import Resumed, Sent
 from cachesrv.push.foremost import foremost
-from cachesrv.push.nar_upload import NarUpload, upload_name
+from cachesrv.push.nar_upload import NarUpload, begun_uploads, upload_name
 from cachesrv.push.part_memory import PartMemory
 from cachesrv.push.parts import cut
+from cachesrv.push.pipeline import recipe
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from collections.abc import Set as AbstractSet
     from concurrent.futures import Executor
 
+    from cachesrv.nix.hashes import Hash
+    from cachesrv.nix.path_info import PathInfo
     from cachesrv.push.events import Emit
     from cachesrv.push.part_memory import Share
     from cachesrv.push.parts import Part
@@ -53,7 +57,7 @@ class InParts:
     def __init__(self, server: Server, pipeline: Pipeline, part_size: int, *, emit: Emit) -> None:
         self._server = server
         self._threads: Executor = pipeline.readers
-        self._recipe = pipeline.recipe
+        self._pipeline = pipeline
         self._emit = emit
         self.memory = part_memory(pipeline.shares.parts, part_size)
 
@@ -61,6 +65,19 @@ class InParts:
         """Whether a NAR of so many bytes may become more than one part; 0 if its size is not known."""
         # Of what does not compress, zstd makes a little more.
         return not 0 < nar_size + nar_size // 64 + 1024 <= self.memory.size
+
+    async def level(self, info: PathInfo) -> int:
+        """That with which the NAR was begun, by whomever, else the one that is chosen for what begins now."""
+        chosen, levels = self._pipeline.choose_level(), self._pipeline.levels
+        if len(levels) == 1:
+            return chosen
+        names = {level: self._name(info.nar_hash, level) for level in levels}
+        begun = await begun_uploads(self._server, list(names.values()))
+        # the higher, the more work has gone into it
+        return max((level for level, name in names.items() if name in begun), default=chosen)
+
+    def _name(self, nar_hash: Hash, level: int) -> str:
+        return upload_name(nar_hash, recipe(level), self.memory.size)
 
     async def send(self, nar: CompressedNar, share: Share) -> bool:
         """The NAR is at the server when this returns; False when it was there and not all of it was read here.
@@ -72,12 +89,13 @@ class InParts:
             if not first.last:
                 return await self._send_all(nar, share, first, parts)
             name = nar.info.store_path.base_name
-            await self._server.put_nar(nar.info.nar_hash, self._leaving(name, first), first.size)
+            with self._pipeline.load.leaving():
+                await self._server.put_nar(nar.info.nar_hash, self._leaving(name, first), first.size)
             self._emit(Sent(name, first.nar_bytes, 0))
             return True
 
     async def _send_all(self, nar: CompressedNar, share: Share, first: Part, parts: AsyncIterator[Part]) -> bool:
-        name = upload_name(nar.info.nar_hash, self._recipe, share.size)
+        name = self._name(nar.info.nar_hash, nar.level)
         upload = NarUpload(self._server, nar.info, name, emit=self._emit)
         answer = await upload.begin()
         if answer.stored:
@@ -107,7 +125,8 @@ class InParts:
         if (part.number, digest.hex()) in transfer.there:
             transfer.resumed += part.size
         else:
-            await transfer.upload.put(part.number, digest, part.size, lambda: self._leaving(transfer.name, part))
+            with self._pipeline.load.leaving():
+                await transfer.upload.put(part.number, digest, part.size, lambda: self._leaving(transfer.name, part))
         transfer.share.give(part.buffer)
         self._emit(Sent(transfer.name, part.nar_bytes, 0))
 

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from cachesrv.api import CompleteAnswer, CompleteRequest, UploadAnswer, UploadRequest
+from cachesrv.api import BegunAnswer, BegunRequest, CompleteAnswer, CompleteRequest, UploadAnswer, UploadRequest
+from cachesrv.errors import Refused
 from cachesrv.push.refusal import NotThere
 from cachesrv.push.retry import TryAgain, retry
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Sequence
+    from collections.abc import Set as AbstractSet
 
     from cachesrv.nix.hashes import Hash
     from cachesrv.nix.path_info import PathInfo
@@ -32,6 +34,17 @@ Body = Callable[[], "AsyncIterable[bytes | memoryview]"]
 def upload_name(nar_hash: Hash, recipe: str, part_size: int) -> str:
     """The name of an upload: the same for all who send the same bytes cut in the same way."""
     return sha256(f"{nar_hash.nix32} in parts of {part_size}: {recipe}".encode()).hexdigest()[:40]
+
+
+async def begun_uploads(server: Server, names: Sequence[str]) -> AbstractSet[str]:
+    """Which of these the server has begun; none for a server that does not know the question. Raises TryAgain,
+    ServerError, NotAllowed.
+    """
+    question = msgspec.json.encode(BegunRequest(list(names)))
+    try:
+        return frozenset((await server.ask("POST", "uploads", question, BegunAnswer)).begun)
+    except (NotThere, Refused):
+        return frozenset()
 
 
 class NarUpload:

@@ -47,8 +47,11 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """`failed`: paths whose NARs cannot be had, and why; `others`: NARs that have to be read by somebody else."""
+    """`level`: of the compression; `failed`: paths whose NARs cannot be had, and why; `others`: NARs that have to be
+    read by somebody else.
+    """
 
+    level: int
     ready: list[Ready] = field(default_factory=list)
     failed: dict[StorePath, Failure] = field(default_factory=dict)
     others: list[Nar] = field(default_factory=list)
@@ -96,8 +99,11 @@ class Packing:
         lease = self._pipeline.budget.lease()
         try:
             await lease.take(sum(nar.size for nar in nars))
-            reading = asyncio.get_running_loop().run_in_executor(self._pipeline.readers, self._read, nars)
-            yield await reading
+            level = self._pipeline.choose_level()
+            with self._pipeline.load.compressing():
+                reading = asyncio.get_running_loop().run_in_executor(self._pipeline.readers, self._read, nars, level)
+                made = await reading
+            yield made
         finally:
             lease.close()
 
@@ -115,17 +121,18 @@ class Packing:
         for one in packed.ready:
             self._emit(Sending(one.info.store_path.base_name, one.info.nar_size))
         started = time.monotonic()
-        answer = await self._server.send_pack(head, body)
+        with self._pipeline.load.leaving():
+            answer = await self._server.send_pack(head, body)
         seconds = round(time.monotonic() - started, 3)
         for one, outcome in zip(packed.ready, answer.nars, strict=True):
             name, size = one.info.store_path.base_name, one.info.nar_size
             self._emit(Sent(name, size, len(one.file)))
             if outcome.error is None:
-                self._emit(Stored(name, size, len(one.file), seconds))
+                self._emit(Stored(name, size, len(one.file), seconds, packed.level))
         return answer
 
-    def _read(self, nars: Iterable[Nar]) -> Pack:
-        packed, frames = Pack(), SingleFrames(self._pipeline.level)
+    def _read(self, nars: Iterable[Nar], level: int) -> Pack:
+        packed, frames = Pack(level), SingleFrames(level)
         for nar in nars:
             for info in nar.infos:
                 source = self._open_nar(info)

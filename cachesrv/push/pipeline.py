@@ -23,6 +23,8 @@ from cachesrv.errors import Mismatch, TooLarge
 from cachesrv.nix.hashes import Hash
 from cachesrv.nix.seekable import FrameSize, compress_frame, seek_table
 from cachesrv.push.budget import Budget, Buffers
+from cachesrv.push.level import DEFAULT_LEVEL, levels
+from cachesrv.push.load import Leaving, Load
 from cachesrv.push.memory import Shares
 
 if TYPE_CHECKING:
@@ -30,14 +32,13 @@ if TYPE_CHECKING:
 
     from cachesrv.nix.path_info import PathInfo
     from cachesrv.push.budget import Lease
+    from cachesrv.push.level import Level
     from cachesrv.push.nar_source import NarSource
 
 FRAME_SIZE = 2 * 1024 * 1024
 """Bytes of NAR in a frame. Files are 1 to 2 % larger than with frames of 4 MiB, and made a fifth faster in half the
 memory. It is part of what is sent: another value makes other files.
 """
-
-DEFAULT_LEVEL = 3
 
 _CHUNK_SIZE = 128 * 1024
 
@@ -51,17 +52,18 @@ class Frame:
 
 
 class Pipeline:
-    """Threads and memory, shared by all NARs of a push. `memory` in bytes, see `memory`; `cores` of None means those
-    that this process may use; `readers` are threads that read files and hash them.
+    """Threads and memory, shared by all NARs of a push. `level` as in `level`; `memory` in bytes, see `memory`; `cores`
+    of None means those that this process may use; `readers` are threads that read files and hash them.
     """
 
     def __init__(
-        self, *, level: int = DEFAULT_LEVEL, memory: int | None = None, cores: int | None = None, readers: int = 8
+        self, *, level: Level = DEFAULT_LEVEL, memory: int | None = None, cores: int | None = None, readers: int = 8
     ) -> None:
+        self._levels = levels(level)
         shares = Shares.of(
             memory,
             frame_size=FRAME_SIZE,
-            level=level,
+            level=max(self.levels),
             cores=cores or len(os.sched_getaffinity(0)),
             readers=readers,
         )
@@ -70,9 +72,7 @@ class Pipeline:
         self.budget = Budget(shares.budget)
         self.readers = ThreadPoolExecutor(readers, "cachesrv-read")
         self._compressors = ThreadPoolExecutor(shares.threads, "cachesrv-zstd")
-        self.level = level
-        self.recipe = f"zstd {'.'.join(map(str, zstandard.ZSTD_VERSION))}, level {level}, frames of {FRAME_SIZE}"
-        """All that the bytes of a file depend on beside its NAR."""
+        self.load = Load(shares.threads)
 
     def __enter__(self) -> Self:
         return self
@@ -81,10 +81,23 @@ class Pipeline:
         self.readers.shutdown(cancel_futures=True)
         self._compressors.shutdown(cancel_futures=True)
 
+    @property
+    def levels(self) -> Sequence[int]:
+        """Those that it may choose, in order."""
+        return self._levels.possible
+
+    def choose_level(self) -> int:
+        """The level for what begins now."""
+        return self._levels.choose(self.load.observed)
+
     @asynccontextmanager
-    async def nar(self, source: NarSource, info: PathInfo, *, limit: int = 0) -> AsyncIterator[CompressedNar]:
-        """The NAR of `info`; `limit` in bytes of the compressed file, 0 for none. Closes the source."""
-        nar = CompressedNar(self, source, info, limit)
+    async def nar(
+        self, source: NarSource, info: PathInfo, *, limit: int = 0, level: int | None = None
+    ) -> AsyncIterator[CompressedNar]:
+        """The NAR of `info`; `limit` in bytes of the compressed file, 0 for none; `level` where it is not to be chosen.
+        Closes the source.
+        """
+        nar = CompressedNar(self, source, info, limit, self.choose_level() if level is None else level)
         feeder = asyncio.create_task(nar.feed())
         try:
             yield nar
@@ -93,16 +106,12 @@ class Pipeline:
             await asyncio.wait([feeder])
             await nar.close()
 
-    def compress(self, data: memoryview) -> asyncio.Future[Frame]:
+    def compress(self, data: memoryview, level: int) -> asyncio.Future[Frame]:
         """As soon as a thread is free for it."""
-        return asyncio.get_running_loop().run_in_executor(self._compressors, self._compress, data)
-
-    def _compress(self, data: memoryview) -> Frame:
-        # Copied, since what zstd returns keeps the memory of the largest that it could have become; in pieces of one
-        # size, since those leave no holes when they are freed.
-        compressed = memoryview(compress_frame(data, self.level))
-        chunks = [bytes(compressed[start : start + _CHUNK_SIZE]) for start in range(0, len(compressed), _CHUNK_SIZE)]
-        return Frame(chunks, FrameSize(len(compressed), len(data)))
+        self.load.begin()
+        compressing = asyncio.get_running_loop().run_in_executor(self._compressors, _compress, data, level)
+        compressing.add_done_callback(lambda _: self.load.end())
+        return compressing
 
 
 class CompressedNar:
@@ -112,11 +121,15 @@ class CompressedNar:
     when they are not, TooLarge beyond the limit, and what the source raises; `failure` keeps it for those who see it
     only through a library's eyes.
 
+    `level` is that of its compression; `leaving` notes when what is ready waits to be taken.
+
     In bytes, so far: `nar_size` of the NAR have been read, `nar_sent` of it and `file_size` of the file handed out.
     """
 
-    def __init__(self, pipeline: Pipeline, source: NarSource, info: PathInfo, limit: int) -> None:
+    def __init__(self, pipeline: Pipeline, source: NarSource, info: PathInfo, limit: int, level: int) -> None:
         self.info = info
+        self.level = level
+        self.leaving = Leaving(pipeline.load)
         self.nar_size = 0
         self.nar_sent = 0
         self.file_size = 0
@@ -157,6 +170,7 @@ class CompressedNar:
 
     async def close(self) -> None:
         """Wait for the threads, give back what is held."""
+        self.leaving.close()
         await self._source.close()
         if self._compressing:
             await asyncio.wait(self._compressing)
@@ -179,7 +193,7 @@ class CompressedNar:
         """The buffer is no longer ours, and back in its place when the future is done."""
         assert self._buffer is not None
         buffer, self._buffer = self._buffer, None
-        compressing = self._pipeline.compress(buffer[:size])
+        compressing = self._pipeline.compress(buffer[:size], self.level)
         self._compressing.add(compressing)
 
         def done(future: asyncio.Future[Frame]) -> None:
@@ -197,8 +211,10 @@ class CompressedNar:
             while (compressing := await self._frames.get()) is not None:
                 frame = await asyncio.shield(compressing)
                 table.append(frame.sizes)
+                self.leaving.start()
                 for chunk in frame.chunks:
                     yield self._counted(chunk)
+                self.leaving.stop()
                 self._lease.give(frame.sizes.compressed)
                 self.nar_sent += frame.sizes.decompressed
                 del frame, compressing  # not to be held while the next one is waited for
@@ -219,6 +235,19 @@ class CompressedNar:
             raise TooLarge(f"{path}: compressed it has more than the {self._limit} bytes that the cache takes")
         self._file_sha256.update(chunk)
         return chunk
+
+
+def recipe(level: int) -> str:
+    """All that the bytes of a file depend on beside its NAR."""
+    return f"zstd {'.'.join(map(str, zstandard.ZSTD_VERSION))}, level {level}, frames of {FRAME_SIZE}"
+
+
+def _compress(data: memoryview, level: int) -> Frame:
+    # Copied, since what zstd returns keeps the memory of the largest that it could have become; in pieces of one size,
+    # since those leave no holes when they are freed.
+    compressed = memoryview(compress_frame(data, level))
+    chunks = [bytes(compressed[start : start + _CHUNK_SIZE]) for start in range(0, len(compressed), _CHUNK_SIZE)]
+    return Frame(chunks, FrameSize(len(compressed), len(data)))
 
 
 def check(info: PathInfo, found: Hash, size: int) -> None:

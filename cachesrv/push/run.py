@@ -24,7 +24,7 @@ from cachesrv.push.keeping import keeping
 from cachesrv.push.nar_source import LocalNar, StreamedNar
 from cachesrv.push.one_line import one_line
 from cachesrv.push.packing import Packing
-from cachesrv.push.pipeline import DEFAULT_LEVEL, Pipeline
+from cachesrv.push.pipeline import Pipeline
 from cachesrv.push.plan import Answers, Decision, make_plan, plan_refused, wanted
 from cachesrv.push.realisations import RealisationUpload, missing_realisations
 from cachesrv.push.retry import Backoff
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from cachesrv.nix.path_info import PathInfo
     from cachesrv.nix.store_path import StorePath
     from cachesrv.push.events import Emit, Summary
+    from cachesrv.push.level import Level
     from cachesrv.push.local_store import LocalStore
     from cachesrv.push.nar_source import NarSource
     from cachesrv.push.plan import Plan
@@ -57,7 +58,8 @@ MAX_READERS = 8
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """jobs: NARs on their way at once; level: of zstd; closure: push what the paths need as well; dry_run: only say
+    """jobs: NARs on their way at once; level: of zstd, or `auto` (see
+    `level`), by default what the settings say; closure: push what the paths need as well; dry_run: only say
     what would be done; memory: bytes for NARs on their way, whatever their number and size, by default as
     `memory.Shares` says; upstreams: caches beside those that the server declares whose paths are not pushed;
     declared_upstreams: whether those count; record: the file in which to note what was pushed (see `record`);
@@ -65,7 +67,7 @@ class Options:
     """
 
     jobs: int = 8
-    level: int = DEFAULT_LEVEL
+    level: Level | None = None
     closure: bool = True
     dry_run: bool = False
     memory: int | None = None
@@ -173,7 +175,8 @@ class _Push:
             options.record, options.keep_nars, str(self._settings.address), store.store_dir, self._emit
         ) as kept:
             kept.expect(list(plan.those(Decision.UPLOAD, Decision.PUBLISH, Decision.UPSTREAM)))
-            with Pipeline(level=options.level, memory=options.memory, readers=self._readers) as pipeline:
+            level = self._settings.level if options.level is None else options.level
+            with Pipeline(level=level, memory=options.memory, readers=self._readers) as pipeline:
 
                 def open_nar(info: PathInfo) -> NarSource:
                     file = store.real_path(info.store_path)

@@ -11,6 +11,7 @@ Client configuration: `$XDG_CONFIG_HOME/cachesrv/client.toml`, by default below 
 
     url = "https://cache.example.org/main"
     token_file = "token"        # relative to this file
+    level = "auto"              # of the compression, where --level does not say it
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
 from cachesrv.config import data_dir
 from cachesrv.errors import ConfigError
 from cachesrv.push.address import Address
+from cachesrv.push.level import DEFAULT_LEVEL, Level
 from cachesrv.push.token import FirstToken, NetrcEntry, TokenFile, TokenSource, TokenVariable, read_private
 
 if TYPE_CHECKING:
@@ -39,11 +41,14 @@ SYSTEM_NETRC = Path("/etc/nix/netrc")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Where to push, and where the token for it is; `netrc`: files that may have those for other caches."""
+    """Where to push, and where the token for it is; `netrc`: files that may have those for other caches; `level`: of
+    the compression, see `level`.
+    """
 
     address: Address
     token: TokenSource
     netrc: tuple[Path, ...] = ()
+    level: Level = DEFAULT_LEVEL
 
     def token_for(self, address: Address) -> TokenSource:
         """That of another cache: never this one's, unless it is of the same server."""
@@ -66,6 +71,7 @@ class ClientConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     url: str | None = None
     token_file: str | None = None
+    level: Annotated[int, msgspec.Meta(ge=1, le=19)] | Literal["auto"] = DEFAULT_LEVEL
 
 
 def find_settings(given: Given, environ: Mapping[str, str]) -> Settings:
@@ -74,7 +80,7 @@ def find_settings(given: Given, environ: Mapping[str, str]) -> Settings:
     address = _address(given, environ, config)
     token = FirstToken(lambda: _sources(given, environ, config, address))
     token.read()
-    return Settings(address, token.found or token, tuple(_netrc_files(environ)))
+    return Settings(address, token.found or token, tuple(_netrc_files(environ)), config.level)
 
 
 def client_config_path(environ: Mapping[str, str]) -> Path:
@@ -95,7 +101,7 @@ def read_client_config(path: Path) -> ClientConfig:
         raise ConfigError(f"{path}: {error}") from None
     if config.token_file is None:
         return config
-    return ClientConfig(config.url, str(path.parent / Path(config.token_file).expanduser()))
+    return msgspec.structs.replace(config, token_file=str(path.parent / Path(config.token_file).expanduser()))
 
 
 def _address(given: Given, environ: Mapping[str, str], config: ClientConfig) -> Address:

@@ -17,10 +17,11 @@ from cachesrv.push import events, in_parts, nar_upload
 from cachesrv.push.address import Address
 from cachesrv.push.connection import Timeouts
 from cachesrv.push.in_parts import part_memory
+from cachesrv.push.level import DEFAULT_LEVEL, Level
 from cachesrv.push.memory import Shares
 from cachesrv.push.nar_upload import upload_name
 from cachesrv.push.part_memory import PartMemory
-from cachesrv.push.pipeline import FRAME_SIZE, Pipeline
+from cachesrv.push.pipeline import FRAME_SIZE, recipe
 from cachesrv.push.retry import Backoff
 from cachesrv.push.run import Options, push
 from cachesrv.push.settings import Settings
@@ -60,12 +61,16 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def pushed(
-    store: TemporaryStore, cache: FakeCache, *names: str, told: list[events.Event] | None = None
+    store: TemporaryStore,
+    cache: FakeCache,
+    *names: str,
+    told: list[events.Event] | None = None,
+    level: Level | None = None,
 ) -> events.Summary:
     """What becomes of paths, by default of the large one."""
     settings = Settings(Address.parse(cache.url), TokenVariable.of("CACHESRV_TOKEN", "secret"))
     paths = [store_path(name).full("/nix/store") for name in names or ["large"]]
-    return await push(paths, store, settings, QUICK, (told if told is not None else []).append)
+    return await push(paths, store, settings, replace(QUICK, level=level), (told if told is not None else []).append)
 
 
 def arrived(store: TemporaryStore, cache: FakeCache, name: str = "large") -> bool:
@@ -143,14 +148,44 @@ async def test_an_interrupted_push_goes_on_where_it_was(store: TemporaryStore, c
 
 async def test_what_is_resumed_is_verified(store: TemporaryStore, cache: FakeCache) -> None:
     """A part that is there and is not ours is sent again."""
-    with Pipeline(level=QUICK.level) as pipeline:
-        info = store.infos[store_path("large")]
-        cache.uploads[upload_name(info.nar_hash, pipeline.recipe, MIB)] = {1: b"of somebody else"}
+    info = store.infos[store_path("large")]
+    cache.uploads[upload_name(info.nar_hash, recipe(DEFAULT_LEVEL), MIB)] = {1: b"of somebody else"}
     summary = await pushed(store, cache)
 
     assert arrived(store, cache)
     assert cache.count("part") == 8
     assert summary.resumed_bytes == 0
+
+
+async def test_a_nar_is_taken_up_with_the_level_that_it_was_begun_with(store: TemporaryStore, cache: FakeCache) -> None:
+    """By one who would choose another; by one who states another it is not."""
+    await pushed(store, cache, level=7)
+    (name,) = cache.uploads
+    del cache.uploads[name][3]
+    expected: list[tuple[Level, int, int]] = [(5, 5, 8), ("auto", 7, 1)]
+    for level, used, parts in expected:
+        cache.nars.clear()
+        cache.published.clear()
+        cache.requests.clear()
+        cache.uploads = {name: cache.uploads[name]}
+        told: list[events.Event] = []
+        summary = await pushed(store, cache, told=told, level=level)
+
+        assert arrived(store, cache)
+        assert [event.level for event in told if isinstance(event, events.Stored)] == [used]
+        assert cache.count("part") == parts
+        assert (summary.resumed_bytes > 6 * MIB) == (used == 7)
+        assert cache.count("begun") == (1 if level == "auto" else 0)
+
+
+@pytest.mark.parametrize("status", [404, 405])
+async def test_a_server_that_does_not_say_what_was_begun(store: TemporaryStore, cache: FakeCache, status: int) -> None:
+    cache.fail("begun", answer(status))
+    told: list[events.Event] = []
+    await pushed(store, cache, told=told, level="auto")
+
+    assert arrived(store, cache)
+    assert [event.level for event in told if isinstance(event, events.Stored)] == [DEFAULT_LEVEL]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from cachesrv.push.token import TokenFile
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from cachesrv.push.level import Level
+
 
 class Home:
     """A home directory, and the environment of who lives there."""
@@ -277,7 +279,19 @@ def test_tokens_do_not_show(home: Home) -> None:
     assert "hunter2" not in repr(find_settings(Given("http://host/main"), home.environ))
 
 
-@pytest.mark.parametrize("text", ["url = 1", "nonsense", 'token = "hunter2"', "\xff"])
+@pytest.mark.parametrize(
+    ("text", "level"), [("", 3), ("level = 12", 12), ('level = "auto"\ntoken_file = "token"', "auto")]
+)
+def test_the_level_may_be_configured(home: Home, text: str, level: Level) -> None:
+    home.write(".config/cachesrv/token", "secret")
+    home.write(CONFIG, text)
+
+    assert find_settings(Given("http://host/main"), home.environ).level == level
+
+
+@pytest.mark.parametrize(
+    "text", ["url = 1", "nonsense", "level = 0", "level = 20", 'level = "high"', 'token = "hunter2"', "\xff"]
+)
 def test_a_bad_client_configuration_is_named(home: Home, text: str) -> None:
     home.write(CONFIG, "")
     (home.directory / CONFIG).write_bytes(text.encode("latin-1"))
