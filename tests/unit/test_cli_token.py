@@ -13,6 +13,7 @@ from cachesrv import config, wiring
 from cachesrv.cli import run
 from cachesrv.errors import NotAuthenticated
 from cachesrv.services.access import Access, Principal
+from cachesrv.services.data_directory import DataDirectory
 
 
 @pytest.fixture
@@ -27,6 +28,7 @@ def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         await catalog.close()
 
     asyncio.run(start())
+    DataDirectory(directory).token()
     return directory
 
 
