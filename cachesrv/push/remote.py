@@ -17,10 +17,11 @@ from yarl import URL
 from cachesrv.errors import BadInput, NotAllowed, NotFound, ServerError
 from cachesrv.nix import listing, narinfo
 from cachesrv.nix.compression import content_coding, decompress
-from cachesrv.push.connection import Timeouts, open_session, our_errors
+from cachesrv.push.connection import Timeouts
 from cachesrv.push.events import ignore
 from cachesrv.push.refusal import refusal, said_in, seconds_until
 from cachesrv.push.retry import Backoff, TryAgain, retry
+from cachesrv.push.session import for_answers, open_session, our_errors
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
@@ -63,7 +64,7 @@ class RemoteCache:
         self._tokens = tokens
         self._token = tokens.read()
         self._backoff = backoff
-        self._timeout = timeouts.for_answers
+        self._timeout = for_answers(timeouts)
 
     async def narinfo(self, hash_part: str) -> NarInfo:
         """Raises NotFound when the cache has no such path, ServerError when it cannot say, BadInput for nonsense."""

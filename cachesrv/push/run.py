@@ -15,23 +15,16 @@ from typing import TYPE_CHECKING
 
 from cachesrv.api import MAX_BATCH
 from cachesrv.errors import ConfigError
-from cachesrv.nix.nar_writer import dump
 from cachesrv.push.connection import Timeouts
-from cachesrv.push.delivery import Delivery
 from cachesrv.push.events import Failed, PlanMade, Planned, ignore
-from cachesrv.push.failure import CONFLICT, MISSING_REFERENCES
-from cachesrv.push.keeping import keeping
-from cachesrv.push.nar_source import LocalNar, StreamedNar
+from cachesrv.push.failure import CONFLICT
 from cachesrv.push.one_line import one_line
-from cachesrv.push.packing import Packing
-from cachesrv.push.pipeline import Pipeline
-from cachesrv.push.plan import Answers, Decision, make_plan, plan_refused, wanted
+from cachesrv.push.plan import Answers, Decision, make_plan, wanted
 from cachesrv.push.realisations import RealisationUpload, missing_realisations
 from cachesrv.push.retry import Backoff
 from cachesrv.push.selection import select
 from cachesrv.push.server import connect
 from cachesrv.push.tally import Tally
-from cachesrv.push.upload import Upload
 from cachesrv.push.upstreams import Upstream, Upstreams
 
 if TYPE_CHECKING:
@@ -44,16 +37,12 @@ if TYPE_CHECKING:
     from cachesrv.push.events import Emit, Summary
     from cachesrv.push.level import Level
     from cachesrv.push.local_store import LocalStore
-    from cachesrv.push.nar_source import NarSource
     from cachesrv.push.plan import Plan
     from cachesrv.push.server import Server
     from cachesrv.push.settings import Settings
 
 MAX_PARTS = 16
 """Connections beside one for each NAR: for parts of large NARs, and for questions."""
-
-MAX_READERS = 8
-"""Threads that read and hash; more of them only wait for the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +117,17 @@ class _Push:
                 sending = RealisationUpload(realisations, server, jobs=self._options.jobs, emit=self._emit)
                 await sending.run(there)
 
+    async def _carry_out(
+        self, plan: Plan, answers: Answers, server: Server, cache: CacheAnswer
+    ) -> frozenset[StorePath]:
+        """What was published."""
+        if not any(True for _ in plan.those(Decision.UPLOAD, Decision.PUBLISH)):
+            return frozenset()
+        from cachesrv.push.carrying_out import CarryingOut  # noqa: PLC0415  brings all that sends with it
+
+        carrying = CarryingOut(self._store, self._settings, self._options, self._tell, self._emit)
+        return await carrying.run(plan, answers, server, cache)
+
     def _kept_in_cache(self, plan: Plan) -> list[PathInfo]:
         return list(plan.those(Decision.UPLOAD, Decision.PUBLISH, Decision.PRESENT))
 
@@ -165,42 +165,6 @@ class _Push:
                 realisations=realisations,
             )
         )
-
-    async def _carry_out(
-        self, plan: Plan, answers: Answers, server: Server, cache: CacheAnswer
-    ) -> frozenset[StorePath]:
-        """The plan, and where that broke a closure, one that leaves nothing to upstreams. What was published."""
-        options, store = self._options, self._store
-        async with keeping(
-            options.record, options.keep_nars, str(self._settings.address), store.store_dir, self._emit
-        ) as kept:
-            kept.expect(list(plan.those(Decision.UPLOAD, Decision.PUBLISH, Decision.UPSTREAM)))
-            level = self._settings.level if options.level is None else options.level
-            with Pipeline(level=level, memory=options.memory, readers=self._readers) as pipeline:
-
-                def open_nar(info: PathInfo) -> NarSource:
-                    file = store.real_path(info.store_path)
-                    if file is None:
-                        return StreamedNar(store.nar(info), pipeline.readers, kept.taps(info))
-                    return LocalNar(dump(file), pipeline.readers, kept.taps(info))
-
-                delivery = Delivery(server, pipeline, open_nar, cache, emit=self._emit)
-                packing = Packing(server, pipeline, open_nar, cache.packs, emit=self._emit) if cache.packs else None
-                result = await Upload(plan, server, delivery, packing, jobs=options.jobs, emit=kept.emit).run()
-                published = frozenset(result.published)
-                answers = answers.after(stored=result.stored, published=published)
-                second = plan_refused(plan, result.refused, answers)
-                if second is not None:
-                    self._tell(second)
-                    result = await Upload(second, server, delivery, packing, jobs=options.jobs, emit=kept.emit).run()
-                    published |= result.published
-        for path, error in result.refused.items():
-            self._emit(Failed(path.base_name, error, MISSING_REFERENCES))
-        return published
-
-    @property
-    def _readers(self) -> int:
-        return min(self._options.jobs, MAX_READERS)
 
 
 async def _ask(server: Server, infos: Sequence[PathInfo]) -> Answers:

@@ -8,6 +8,7 @@ Redirects are not followed: a body cannot be sent twice, and the token belongs t
 from __future__ import annotations
 
 import asyncio
+import os
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
@@ -26,8 +27,9 @@ from cachesrv.api import (
     PublishRequest,
 )
 from cachesrv.errors import NotAuthenticated, ServerError
-from cachesrv.push.connection import Timeouts, open_session, our_errors
+from cachesrv.push.connection import Timeouts, may_need_proxy
 from cachesrv.push.events import ignore
+from cachesrv.push.questions import Questions
 from cachesrv.push.refusal import refusal, said_in, seconds_until
 from cachesrv.push.retry import Backoff, TryAgain, retry
 
@@ -59,21 +61,28 @@ class Server:
 
     def __init__(
         self,
-        session: aiohttp.ClientSession,
         address: Address,
         tokens: TokenSource,
         *,
+        connections: int,
         backoff: Backoff,
         timeouts: Timeouts,
         emit: Emit,
     ) -> None:
         self.address = address
         self.backoff = backoff
-        self._session = session
+        self._connections = connections
+        self._session: aiohttp.ClientSession | None = None
+        self._questions = Questions(address, timeouts, limit=MAX_REQUEST_SIZE)
         self._tokens = tokens
         self._token = tokens.read()
         self.timeouts = timeouts
         self._emit = emit
+
+    async def close(self) -> None:
+        """End all connections."""
+        if self._session is not None:
+            await self._session.close()
 
     async def describe(self) -> CacheAnswer:
         """What a client has to know of the cache."""
@@ -146,21 +155,23 @@ class Server:
         self, method: str, url: str, chunks: AsyncIterable[bytes | memoryview], headers: Mapping[str, str]
     ) -> bytes:
         """What is answered to a body that may take its time."""
+        from cachesrv.push.session import for_nars, our_errors  # noqa: PLC0415  brings the library with it
+
+        session = self._opened()
         with our_errors(self.address):
             async with (
                 asyncio.timeout(None) as deadline,
-                self._session.request(
+                session.request(
                     method,
                     url,
                     data=self._watched(chunks, deadline),
                     headers={**self._headers(), **headers},
                     allow_redirects=False,
-                    timeout=self.timeouts.for_nars,
+                    timeout=for_nars(self.timeouts),
                 ) as response,
             ):
                 deadline.reschedule(asyncio.get_running_loop().time() + self.timeouts.answer)
-                await self._check(response)
-                return await _read(response, MAX_REQUEST_SIZE)
+                return await self._answered(response)
 
     async def ask(
         self, method: str, action: str, question: bytes, kind: type[Answer], backoff: Backoff | None = None
@@ -200,33 +211,56 @@ class Server:
         if len(body) >= _COMPRESS_FROM:
             headers["Content-Encoding"] = "zstd"
             body = zstandard.ZstdCompressor().compress(body)
+        if self._session is None and not may_need_proxy(os.environ):
+            said = await self._questions.ask(method, url, headers, body)
+            self._check(said.status, said.headers, said.body)
+            return said.body
+        return await self._request_in_session(method, url, headers, body)
+
+    async def _request_in_session(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> bytes:
+        from cachesrv.push.session import for_answers, our_errors  # noqa: PLC0415  brings the library with it
+
+        session = self._opened()
         with our_errors(self.address):
-            async with self._session.request(
+            async with session.request(
                 method,
                 url,
                 data=body or None,
                 headers=headers,
                 allow_redirects=False,
-                timeout=self.timeouts.for_answers,
+                timeout=for_answers(self.timeouts),
             ) as response:
-                await self._check(response)
-                return await _read(response, MAX_REQUEST_SIZE)
+                return await self._answered(response)
+
+    def _opened(self) -> aiohttp.ClientSession:
+        """The session, from the first time on that something is sent."""
+        from cachesrv.push.session import open_session  # noqa: PLC0415  brings the library with it
+
+        if self._session is None:
+            self._session = open_session(self.address, self._connections)
+        return self._session
 
     def _headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self._token}"} if self._token is not None else {}
 
-    async def _check(self, response: aiohttp.ClientResponse) -> None:
-        """Raise what an answer without success means. A token that was renewed meanwhile is worth another try."""
+    async def _answered(self, response: aiohttp.ClientResponse) -> bytes:
         if 200 <= response.status < 300:
+            return await _read(response, MAX_REQUEST_SIZE)
+        headers = {name.lower(): value for name, value in response.headers.items()}
+        self._check(response.status, headers, await response.content.read(_MAX_ERROR_SIZE))
+        raise ServerError(f"{self.address} answers with status {response.status}")
+
+    def _check(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        """Raise what an answer without success means. A token that was renewed meanwhile is worth another try."""
+        if 200 <= status < 300:
             return
-        body = await response.content.read(_MAX_ERROR_SIZE)
         error = refusal(
-            response.status,
-            said_in(body, response.content_type),
+            status,
+            said_in(body[:_MAX_ERROR_SIZE], headers.get("content-type", "").partition(";")[0].strip().lower()),
             self.address,
             self._tokens,
-            location=response.headers.get("Location", ""),
-            retry_after=seconds_until(response.headers.get("Retry-After", "")),
+            location=headers.get("location", ""),
+            retry_after=seconds_until(headers.get("retry-after", "")),
         )
         if isinstance(error, NotAuthenticated):
             used, self._token = self._token, self._tokens.read()
@@ -246,8 +280,18 @@ async def connect(
     emit: Emit = ignore,
 ) -> AsyncIterator[Server]:
     """Nothing is sent yet. Raises ConfigError when the token or the authorities' certificates cannot be read."""
-    async with open_session(address, connections) as session:
-        yield Server(session, address, tokens, backoff=backoff or Backoff(), timeouts=timeouts or Timeouts(), emit=emit)
+    server = Server(
+        address,
+        tokens,
+        connections=connections,
+        backoff=backoff or Backoff(),
+        timeouts=timeouts or Timeouts(),
+        emit=emit,
+    )
+    try:
+        yield server
+    finally:
+        await server.close()
 
 
 def _check_outcomes(address: Address, outcomes: Sequence[PathOutcome], paths: Sequence[PathToPublish]) -> None:

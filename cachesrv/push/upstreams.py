@@ -18,7 +18,6 @@ from cachesrv.nix.signing import PublicKey, Signature, fingerprint, trusted_keys
 from cachesrv.push.connection import Timeouts
 from cachesrv.push.events import Noted
 from cachesrv.push.one_line import one_line
-from cachesrv.push.remote import open_remote
 from cachesrv.push.retry import Backoff
 from cachesrv.push.wanted import parse_cache
 
@@ -94,6 +93,10 @@ class Upstreams:
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
+        if not self._upstreams:
+            return self
+        from cachesrv.push.remote import open_remote  # noqa: PLC0415  brings HTTP with it
+
         for upstream in self._upstreams:
             try:
                 address = parse_cache(upstream.url)

@@ -1,0 +1,90 @@
+"""HTTP by the library: one session for all that is sent, and the library's errors as ours. It takes long to load."""
+
+from __future__ import annotations
+
+import os
+import ssl
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from urllib.request import getproxies, proxy_bypass
+
+import aiohttp
+
+from cachesrv.errors import ServerError
+from cachesrv.push.connection import USER_AGENT, tls
+from cachesrv.push.retry import TryAgain, Unreachable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cachesrv.push.address import Address
+    from cachesrv.push.connection import Timeouts
+
+
+def for_answers(timeouts: Timeouts) -> aiohttp.ClientTimeout:
+    """For what is answered soon."""
+    return aiohttp.ClientTimeout(total=None, sock_connect=timeouts.connect, sock_read=timeouts.answer)
+
+
+def for_nars(timeouts: Timeouts) -> aiohttp.ClientTimeout:
+    """Without `stall` and `store`, which the library does not know."""
+    return aiohttp.ClientTimeout(total=None, sock_connect=timeouts.connect, sock_read=None)
+
+
+def open_session(address: Address, connections: int) -> aiohttp.ClientSession:
+    """A session for at most so many connections at once, without cookies or a netrc of its own.
+
+    Proxies come from `http_proxy`, `https_proxy` and `no_proxy`, certificates of authorities from
+    `$NIX_SSL_CERT_FILE` or `$SSL_CERT_FILE`, else from where OpenSSL has them.
+    """
+    trusted = tls(os.environ) if address.base.startswith("https:") else True
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=connections, ssl=trusted),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers={"User-Agent": USER_AGENT},
+        proxy=_proxy(address),
+    )
+
+
+@contextmanager
+def our_errors(address: Address) -> Iterator[None]:
+    """Turn what goes wrong on the way to the server and back into TryAgain, Unreachable or ServerError."""
+    try:
+        yield
+    except aiohttp.ClientSSLError as error:
+        raise ServerError(f"no TLS connection to {address}: {_tls_reason(error)}") from error
+    except aiohttp.ClientConnectorError as error:
+        raise Unreachable(f"{address} cannot be reached: {_reason(error)}") from error
+    except aiohttp.ConnectionTimeoutError as error:
+        raise Unreachable(f"{address} cannot be reached: it does not answer to a connection") from error
+    except TimeoutError as error:
+        raise TryAgain(f"{address} has gone silent") from error
+    except aiohttp.ClientResponseError as error:
+        raise ServerError(f"{address} does not speak HTTP as expected: {error.message}") from error
+    except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
+        raise TryAgain(f"the connection to {address} broke ({type(error).__name__})") from error
+    except aiohttp.ClientError as error:
+        raise ServerError(f"{address} cannot be asked ({type(error).__name__})") from error
+
+
+def _proxy(address: Address) -> str | None:
+    if proxy_bypass(address.host):
+        return None
+    return getproxies().get(address.origin[0])
+
+
+def _reason(error: aiohttp.ClientConnectorError) -> str:
+    """The system's words; those of asyncio name nothing but the address."""
+    if error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
+    return str(error.strerror or error.os_error)  # of the resolver, whose numbers are negative
+
+
+def _tls_reason(error: aiohttp.ClientSSLError) -> str:
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        cause: Exception = error.certificate_error
+    else:
+        cause = error.os_error
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return f"{cause.verify_message} (set SSL_CERT_FILE when the authority is your own)"
+    return str(getattr(cause, "reason", None) or cause)
