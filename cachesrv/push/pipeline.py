@@ -1,4 +1,4 @@
-"""One pass over a NAR: dump, hash, compress in frames on all cores, hash again, hand out for sending.
+"""One pass over a NAR: dump, hash, compress in frames on all cores, hand out for sending.
 
 The output is a sequence of independent zstd frames of FRAME_SIZE bytes of NAR each, and a seek table: the same bytes
 for the same NAR, level and version of zstd, however many threads there are.
@@ -10,7 +10,6 @@ budget for what waits to be sent. A NAR alone may have as much of both as keeps 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -20,7 +19,6 @@ from typing import TYPE_CHECKING, Self
 import zstandard
 
 from cachesrv.errors import Mismatch, TooLarge
-from cachesrv.nix.hashes import Hash
 from cachesrv.nix.seekable import FrameSize, compress_frame, seek_table
 from cachesrv.push.budget import Budget, Buffers
 from cachesrv.push.level import DEFAULT_LEVEL, levels
@@ -30,6 +28,7 @@ from cachesrv.push.memory import Shares
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    from cachesrv.nix.hashes import Hash
     from cachesrv.nix.path_info import PathInfo
     from cachesrv.push.budget import Lease
     from cachesrv.push.level import Level
@@ -137,18 +136,12 @@ class CompressedNar:
         self._pipeline = pipeline
         self._source = source
         self._limit = limit
-        self._file_sha256 = hashlib.sha256()
         self._lease: Lease = pipeline.budget.lease()
         # twice the threads: while one half is compressed, the other is read or waits to be sent
         self._frames: asyncio.Queue[asyncio.Future[Frame] | None] = asyncio.Queue(2 * pipeline.shares.threads)
         self._compressing: set[asyncio.Future[Frame]] = set()
         self._buffer: memoryview | None = None
         self._iterator: AsyncIterator[bytes] | None = self._chunks()
-
-    @property
-    def file_hash(self) -> Hash:
-        """sha256 of what has been handed out."""
-        return Hash("sha256", self._file_sha256.digest())
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         iterator, self._iterator = self._iterator, None
@@ -233,7 +226,6 @@ class CompressedNar:
         if 0 < self._limit < self.file_size:
             path = self.info.store_path
             raise TooLarge(f"{path}: compressed it has more than the {self._limit} bytes that the cache takes")
-        self._file_sha256.update(chunk)
         return chunk
 
 

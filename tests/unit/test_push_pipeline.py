@@ -58,7 +58,6 @@ async def compressed(pipeline: Pipeline, chunks: Iterator[bytes], info: PathInfo
     async with pipeline.nar(LocalNar(chunks, pipeline.readers), info, limit=limit) as nar:
         file = b"".join([chunk async for chunk in nar])
         assert nar.failure is None
-        assert nar.file_hash == Hash.of("sha256", file)
         assert (nar.nar_size, nar.nar_sent, nar.file_size) == (info.nar_size, info.nar_size, len(file))
     assert pipeline.budget.free == pipeline.budget.total
     return file
