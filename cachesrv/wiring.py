@@ -53,8 +53,6 @@ from cachesrv.storage.disk_cache import DiskCache
 from cachesrv.storage.filesystem import FilesystemStore
 from cachesrv.storage.kept import KeepingStore
 from cachesrv.storage.no_cache import NoCache
-from cachesrv.storage.s3 import S3Store
-from cachesrv.storage.s3_errors import Exists
 from cachesrv.storage.s3_url import BucketUrl
 from cachesrv.web.site import Rules, Services
 
@@ -70,6 +68,7 @@ if TYPE_CHECKING:
     from cachesrv.services.upstream import Reader
     from cachesrv.storage.base import ObjectCache, ObjectStore
     from cachesrv.storage.decorators import Requests
+    from cachesrv.storage.s3 import S3Store
     from cachesrv.telemetry import Metrics
 
 _FETCHES = 128
@@ -98,6 +97,8 @@ async def problems_of_bucket(config: Config) -> Sequence[str]:
 
 
 def _open_bucket(config: Config, metrics: Metrics | None = None) -> S3Store:
+    from cachesrv.storage.s3 import S3Store
+
     storage = config.storage
     requests: Requests = Direct()
     if metrics is not None:
@@ -115,6 +116,8 @@ def _open_bucket(config: Config, metrics: Metrics | None = None) -> S3Store:
 
 
 def _count_request(metrics: Metrics, _operation: str, _seconds: float, error: BaseException | None) -> None:
+    from cachesrv.storage.s3_errors import Exists
+
     metrics.add("bucket_requests")
     # That an object is there already is what a conditional write finds out.
     if isinstance(error, StoreError) and not isinstance(error, Exists):
@@ -228,8 +231,11 @@ def _make_uploads(config: Config, bare: ObjectStore, storage: ObjectStore, inges
     given = config.uploads
     limits = Limits(given.part_size, given.limit_size, given.limit_count, given.keep)
     parts = PartStore(storage)
-    if not isinstance(bare, S3Store):
+    if config.storage.kind != "s3":
         return Uploads(parts, ingest, limits, disk_room=room)
+    from cachesrv.storage.s3 import S3Store
+
+    assert isinstance(bare, S3Store)
     # Also where it is not offered (any more): what was begun is completed, or swept away.
     offered = given.direct and config.delivery.mode == "redirect"
     direct = DirectUploads(parts, storage, bare.direct, ingest, offered=offered)
@@ -385,6 +391,8 @@ async def _open_reader(upstream: UpstreamConfig, stack: AsyncExitStack) -> Reade
 
 
 def _open_bucket_of_others(upstream: UpstreamConfig) -> S3Store:
+    from cachesrv.storage.s3 import S3Store
+
     try:
         url = BucketUrl.parse(upstream.url)
         requests = Retrying(Guarded(Limited(Direct())), timeout=upstream.timeout)
