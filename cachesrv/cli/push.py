@@ -48,8 +48,10 @@ def command(paths: tuple[str, ...], *, choice: Choice, from_stdin: bool, dry_run
     import asyncio
     from dataclasses import replace
 
+    from cachesrv.cli.heap import look_less_often
     from cachesrv.push.settings import find_settings
 
+    look_less_often()
     if not paths and not from_stdin:
         raise click.UsageError("which paths? name them, or say --stdin", click.get_current_context())
     settings = find_settings(choice.given, os.environ)

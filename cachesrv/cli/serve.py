@@ -122,6 +122,7 @@ async def _work(
     chores: list[Chore],
 ) -> None:
     from cachesrv import wiring
+    from cachesrv.cli.heap import keep_all_there_is
     from cachesrv.services.schedule import scheduled
     from cachesrv.web.server import serve
     from cachesrv.web.site import Site
@@ -133,6 +134,7 @@ async def _work(
             return wiring.build_rules(load(), services.catalog, url)
 
         site = Site(services, rules())
+        keep_all_there_is()
         async with scheduled(services.catalog, chores), wiring.open_disk_room(config).kept():
             await serve(site, sockets, tls=tls, shutdown_timeout=config.server.shutdown_timeout, reload=rules)
 
