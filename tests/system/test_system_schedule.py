@@ -88,7 +88,9 @@ def test_a_collector_that_is_killed_stops_nothing(server: Server) -> None:
     assert server.client().get("/main/nix-cache-info").status == 200
 
 
-def test_a_configuration_that_became_wrong_stops_nothing(server: Server) -> None:
+def test_a_configuration_that_became_wrong_stops_nothing(make_server: StartServer) -> None:
+    # one worker: another might start only when the configuration has become wrong
+    server = make_server(config=_CONFIG.replace("workers = 2", "workers = 1")).start()
     server.config_file.write_text("[collect]\ninterval = 'often'\n")
     until(lambda: counted(server, "collections_failed_total") > 0, "nobody noticed")
     assert "collect.interval = 'often': expected a time" in server.log
