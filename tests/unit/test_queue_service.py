@@ -124,7 +124,7 @@ async def test_a_server_may_ask_to_be_left_alone(
     queue.way.closed.append(TryAgain("later", retry_after=1000))
     queue.built("one")
     async with serving(queue):
-        await until(lambda: bool(queue.told.troubles))
+        await until(lambda: queue.entries.fact(TROUBLE) is not None)
 
     assert 900 < json.loads(queue.entries.fact(TROUBLE) or "")["next_try"] - time.time() <= 1000
 
@@ -227,7 +227,7 @@ async def test_one_who_drains_beside_a_service_in_trouble_hears_of_it(queue: Fak
     queue.way.closed.extend([ConfigError("no token")] * 3)
     queue.built("one")
     async with serving(queue):
-        await until(lambda: bool(queue.told.troubles))
+        await until(lambda: queue.entries.fact(TROUBLE) is not None)
         with pytest.raises(PeerError, match="nothing can be pushed: no token"):
             await asyncio.wait_for(process._wait_for_other(queue.directory, _another_lock(queue), queue.work), 20)
 
