@@ -73,7 +73,8 @@ class CacheAnswer(msgspec.Struct, frozen=True):
     """`public_keys` in Nix's `name:base64` form; `upstreams` are the caches that clients of this one are expected to
     have beside it, none where references have to resolve in the cache itself; `max_nar_size` in bytes of the
     compressed file, 0 for no limit; `part_size`: bytes of the largest body that a client is to send where it can help
-    it, 0 where NARs cannot be sent in parts; `packs`: None where small NARs are sent one by one.
+    it, 0 where NARs cannot be sent in parts; `packs`: None where small NARs are sent one by one;
+    `direct`: parts may be sent elsewhere, by who asks for it.
     """
 
     name: str
@@ -85,6 +86,7 @@ class CacheAnswer(msgspec.Struct, frozen=True):
     max_nar_size: int
     part_size: int = 0
     packs: PackLimits | None = None
+    direct: bool = False
 
 
 class PackLimits(msgspec.Struct, frozen=True):

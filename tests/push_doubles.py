@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 from base64 import b64encode
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
+from hashlib import md5, sha256
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -145,7 +145,8 @@ class FakeCache:
     `cache`, `missing`, `paths`, `nar`, `pack`, and for parts `begun`, `begin`, `part`, `complete`, `abort`. `part_size`
     is what it takes in one part, 0 for none; `uploads` has the parts of each upload by number; `slow` is how often
     `complete` says first that it takes longer. It takes packs within the limits `packs`, if any; it refuses those NARs
-    of a pack whose hash is in `unpackable`.
+    of a pack whose hash is in `unpackable`. `direct`: parts go to a bucket, with the routes `sign` and `bucket`;
+    `seen_by_bucket` are the headers that it has seen.
     """
 
     token: str | None = "secret"
@@ -154,6 +155,8 @@ class FakeCache:
     part_size: int = 0
     uploads: dict[str, dict[int, bytes]] = field(default_factory=dict)
     slow: int = 0
+    direct: bool = False
+    seen_by_bucket: list[Mapping[str, str]] = field(default_factory=list)
     packs: api.PackLimits | None = None
     unpackable: set[str] = field(default_factory=set)
     upstreams: list[api.UpstreamAnswer] = field(default_factory=list)
@@ -180,6 +183,8 @@ class FakeCache:
         upload = "/api/v1/caches/main/uploads/{upload}"
         app.router.add_put(upload, self._route("begin", self._begin))
         app.router.add_put(upload + "/parts/{number}", self._route("part", self._part))
+        app.router.add_post(upload + "/parts/{number}", self._route("sign", self._sign))
+        app.router.add_put("/bucket/{upload}/{number}", self._route("bucket", self._bucket, open_to_all=True))
         app.router.add_post(upload + "/complete", self._route("complete", self._complete))
         app.router.add_delete(upload, self._route("abort", self._abort))
         self._server = TestServer(app, scheme="http" if self.tls is None else "https")
@@ -202,12 +207,13 @@ class FakeCache:
     def count(self, route: str) -> int:
         return self.requests.count(route)
 
-    def _route(self, name: str, handler: Handler) -> Handler:
+    def _route(self, name: str, handler: Handler, *, open_to_all: bool = False) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
             self.requests.append(name)
             if self.faults.get(name):
                 return await self.faults[name].pop(0)(request)
-            if self.token is not None and request.headers.get("Authorization") != f"Bearer {self.token}":
+            known = request.headers.get("Authorization") == f"Bearer {self.token}"
+            if self.token is not None and not open_to_all and not known:
                 return web.json_response({"error": "no valid token"}, status=401)
             return await handler(request)
 
@@ -216,7 +222,16 @@ class FakeCache:
     async def _cache(self, request: web.Request) -> web.Response:
         return _json(
             api.CacheAnswer(
-                "main", self.store_dir, 30, True, [], self.upstreams, self.max_nar_size, self.part_size, self.packs
+                "main",
+                self.store_dir,
+                30,
+                public=True,
+                public_keys=[],
+                upstreams=self.upstreams,
+                max_nar_size=self.max_nar_size,
+                part_size=self.part_size,
+                packs=self.packs,
+                direct=self.direct,
             )
         )
 
@@ -279,10 +294,13 @@ class FakeCache:
         return _json(api.BegunAnswer([name for name in asked.uploads if name in self.uploads]))
 
     async def _begin(self, request: web.Request) -> web.Response:
-        nar_hash = (await _body(request, api.UploadRequest)).nar_hash
-        if nar_hash in self.nars:
+        asked = await _body(request, api.UploadRequest)
+        if asked.nar_hash in self.nars:
             return _json(api.UploadAnswer(stored=True))
         there = self.uploads.setdefault(request.match_info["upload"], {})
+        if asked.direct and self.direct:
+            tags = [api.DirectPart(number, _tag(data)) for number, data in there.items()]
+            return _json(api.UploadAnswer(stored=False, direct=api.DirectAnswer(5 * 2**20, 10_000, tags)))
         parts = [api.UploadedPart(number, len(data), sha256(data).hexdigest()) for number, data in there.items()]
         return _json(api.UploadAnswer(stored=False, parts=parts))
 
@@ -297,14 +315,31 @@ class FakeCache:
         there[int(request.match_info["number"])] = data
         return web.Response(status=204)
 
+    async def _sign(self, request: web.Request) -> web.Response:
+        asked = await _body(request, api.SignRequest)
+        upload, number = request.match_info["upload"], request.match_info["number"]
+        url = self.url.replace("/main", f"/bucket/{upload}/{number}?X-Amz-Signature=a%2Fb")
+        headers = {"Content-MD5": b64encode(bytes.fromhex(asked.md5)).decode(), "Cookie": "not to be sent"}
+        return _json(api.SignAnswer(url, headers))
+
+    async def _bucket(self, request: web.Request) -> web.Response:
+        data = await request.read()
+        self.seen_by_bucket.append(request.headers)
+        if request.match_info["upload"] not in self.uploads:
+            return web.Response(status=404, text="<Error><Code>NoSuchUpload</Code></Error>")
+        assert request.headers["Content-MD5"] == b64encode(md5(data).digest()).decode()
+        assert "X-Amz-Signature=a%2Fb" in request.raw_path
+        self.uploads[request.match_info["upload"]][int(request.match_info["number"])] = data
+        return web.Response(headers={"ETag": f'"{_tag(data)}"'})
+
     async def _complete(self, request: web.Request) -> web.Response:
         asked = await _body(request, api.CompleteRequest)
         if self.slow:
             self.slow -= 1
             return _json(api.CompleteAnswer("verifying"))
         there = self.uploads.get(request.match_info["upload"], {})
-        digests = {number: sha256(data).hexdigest() for number, data in there.items()}
-        if missing := [number for number, digest in enumerate(asked.parts, 1) if digests.get(number) != digest]:
+        names = {number: {sha256(data).hexdigest(), _tag(data)} for number, data in there.items()}
+        if missing := [number for number, name in enumerate(asked.parts, 1) if name not in names.get(number, ())]:
             return _json(api.CompleteAnswer("incomplete", missing=missing))
         return self._take(asked.nar_hash, b"".join(there[number] for number in range(1, len(asked.parts) + 1)))
 
@@ -347,6 +382,11 @@ async def hang(request: web.Request) -> web.StreamResponse:
     """A fault: nothing is read and nothing answered."""
     await asyncio.sleep(60)
     raise ConnectionResetError
+
+
+def _tag(data: bytes) -> str:
+    """What the bucket calls a part: mostly its MD5."""
+    return md5(data).hexdigest() if len(data) == 8 * 2**20 else "the last one"
 
 
 def _nar_hash(request: web.Request) -> str:

@@ -11,6 +11,8 @@ from cachesrv.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+Chunk = bytes | memoryview
+
 USER_AGENT = "cachesrv-push"
 
 _CA_FILES = ("NIX_SSL_CERT_FILE", "SSL_CERT_FILE")

@@ -37,7 +37,7 @@ class Delivery:
         self._pipeline = pipeline
         self._open_nar = open_nar
         self._max_file_size = cache.max_nar_size
-        self._in_parts = InParts(server, pipeline, cache.part_size, emit=emit) if cache.part_size else None
+        self._in_parts = InParts(server, pipeline, cache, emit=emit) if cache.part_size else None
         self._emit = emit
 
     async def bring(self, info: PathInfo) -> None:

@@ -1,17 +1,29 @@
-"""A NAR that goes to the server in parts, as `cachesrv.api` describes it."""
+"""A NAR that goes to the server in parts, as `cachesrv.api` describes it: through the server, or to its storage."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from base64 import b64encode
 from collections.abc import Callable
-from hashlib import sha256
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from cachesrv.api import BegunAnswer, BegunRequest, CompleteAnswer, CompleteRequest, UploadAnswer, UploadRequest
-from cachesrv.errors import Refused
+from cachesrv.api import (
+    BegunAnswer,
+    BegunRequest,
+    CompleteAnswer,
+    CompleteRequest,
+    DirectAnswer,
+    SignAnswer,
+    SignRequest,
+    UploadAnswer,
+    UploadedPart,
+    UploadRequest,
+)
+from cachesrv.errors import BadInput, Refused, ServerError
 from cachesrv.push.refusal import NotThere
 from cachesrv.push.retry import TryAgain, retry
 
@@ -21,19 +33,50 @@ if TYPE_CHECKING:
 
     from cachesrv.nix.hashes import Hash
     from cachesrv.nix.path_info import PathInfo
+    from cachesrv.push.connection import Chunk
     from cachesrv.push.events import Emit
     from cachesrv.push.server import Server
+
+_FIRST_ATTEMPTS = 3
+"""To send a part to storage that none has reached yet: there is another way."""
 
 _PAUSE = 0.5
 """Seconds between two questions whether the server has come to an end."""
 
-Body = Callable[[], "AsyncIterable[bytes | memoryview]"]
+_SIGNED_HEADERS = ("content-md5", "x-amz-")
+"""What headers begin with that a server may have us send to its storage."""
+
+Body = Callable[[], "AsyncIterable[Chunk]"]
 """The bytes of a part, each time from the start."""
 
 
-def upload_name(nar_hash: Hash, recipe: str, part_size: int) -> str:
+def upload_name(nar_hash: Hash, recipe: str, part_size: int, *, direct: bool = False) -> str:
     """The name of an upload: the same for all who send the same bytes cut in the same way."""
-    return sha256(f"{nar_hash.nix32} in parts of {part_size}: {recipe}".encode()).hexdigest()[:40]
+    text = f"{nar_hash.nix32} in parts of {part_size}{' elsewhere' if direct else ''}: {recipe}"
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+class NoStorage(TryAgain):
+    """The server's storage does not take parts from us."""
+
+
+class Parts(Protocol):
+    """The way that parts of one NAR go; each is known by a digest. `proven`: it is known to work."""
+
+    @property
+    def proven(self) -> bool: ...
+
+    def digest(self, data: memoryview) -> bytes:
+        """Of a part; takes its time."""
+
+    def has(self, number: int, digest: bytes) -> bool:
+        """Whether that part is there already."""
+
+    async def put(self, number: int, digest: bytes, size: int, body: Body) -> None:
+        """Send a part, once."""
+
+    def named(self) -> Sequence[str]:
+        """What the parts are called that make up the NAR, in order."""
 
 
 async def begun_uploads(server: Server, names: Sequence[str]) -> AbstractSet[str]:
@@ -56,35 +99,37 @@ class NarUpload:
         self._action = f"uploads/{name}"
         self._emit = emit
 
-    async def begin(self) -> UploadAnswer:
-        """Begin it or take it up again; what is there."""
-        question = UploadRequest(self._info.nar_hash.nix32, self._info.nar_size)
-        return await self._server.ask("PUT", self._action, msgspec.json.encode(question), UploadAnswer)
+    async def begin(self, *, direct: bool) -> Parts | None:
+        """Begin it or take it up again; None when the NAR is there. `direct`: parts may go to the server's storage."""
+        question = UploadRequest(self._info.nar_hash.nix32, self._info.nar_size, direct)
+        answer = await self._server.ask("PUT", self._action, msgspec.json.encode(question), UploadAnswer)
+        if answer.stored:
+            return None
+        if answer.direct is None:
+            return _Through(self._server, self._action, answer.parts)
+        return _Direct(self._server, self._action, answer.direct)
 
-    async def put(self, number: int, digest: bytes, size: int, body: Body) -> None:
-        """Send a part of `size` bytes with this sha256; `body` gives its bytes, each time anew. It is there when this
-        returns. Raises TryAgain when it has to be begun anew as well.
+    async def put(self, parts: Parts, number: int, digest: bytes, size: int, body: Body) -> None:
+        """Send a part of `size` bytes. It is there when this returns. Raises TryAgain, with `tried` unset when it has
+        to be begun anew, and NoStorage.
         """
-        url = self._server.address.api(f"{self._action}/parts/{number}")
-        headers = {
-            "Content-Type": "application/octet-stream",
-            "Content-Length": str(size),
-            "Content-Digest": f"sha-256=:{b64encode(digest).decode()}:",
-        }
         what = f"sending part {number} of {self._info.store_path.base_name}"
+        backoff = self._server.backoff
+        if not parts.proven:
+            backoff = replace(backoff, attempts=min(_FIRST_ATTEMPTS, backoff.attempts))
         try:
-            await retry(lambda: self._server.put(url, body(), headers), what, self._server.backoff, self._emit)
+            await retry(lambda: parts.put(number, digest, size, body), what, backoff, self._emit)
         except NotThere as error:
             # Somebody else may have completed it, or it was removed as stale.
             raise TryAgain(str(error)) from error
 
-    async def complete(self, digests: Sequence[bytes]) -> None:
-        """Have the NAR made of the parts with these sha256, in order; it is there, checked, when this returns.
+    async def complete(self, parts: Parts) -> None:
+        """Have the NAR made of the parts; it is there, checked, when this returns.
 
         Raises TryAgain when parts are not there any more, or the server does not come forward; Refused.
         """
-        question = CompleteRequest(self._info.nar_hash.nix32, [digest.hex() for digest in digests])
-        body = msgspec.json.encode(question)
+        names = list(parts.named())
+        body = msgspec.json.encode(CompleteRequest(self._info.nar_hash.nix32, names))
         now = asyncio.get_running_loop().time
         verified, since = -1, now()
         while True:
@@ -92,7 +137,7 @@ class NarUpload:
             if answer.state == "stored":
                 return
             if answer.state == "incomplete":
-                raise TryAgain(f"{len(answer.missing)} of {len(digests)} parts are not at the server any more")
+                raise TryAgain(f"{len(answer.missing)} of {len(names)} parts are not at the server any more")
             if answer.verified > verified:
                 verified, since = answer.verified, now()
             elif now() - since > self._server.timeouts.store:
@@ -102,3 +147,73 @@ class NarUpload:
     async def abort(self) -> None:
         """Have the parts forgotten. Raises as `Server.delete` does."""
         await self._server.delete(self._action)
+
+
+class _Through:
+    """Parts through the server, known by their sha256."""
+
+    proven = True
+
+    def __init__(self, server: Server, action: str, there: Sequence[UploadedPart]) -> None:
+        self._server = server
+        self._action = action
+        self._there = {(part.number, part.sha256) for part in there}
+        self._digests: dict[int, str] = {}
+
+    def digest(self, data: memoryview) -> bytes:
+        return hashlib.sha256(data).digest()
+
+    def has(self, number: int, digest: bytes) -> bool:
+        self._digests[number] = digest.hex()
+        return (number, digest.hex()) in self._there
+
+    async def put(self, number: int, digest: bytes, size: int, body: Body) -> None:
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "Content-Length": str(size),
+            "Content-Digest": f"sha-256=:{b64encode(digest).decode()}:",
+        }
+        await self._server.put(self._server.address.api(f"{self._action}/parts/{number}"), body(), headers)
+
+    def named(self) -> Sequence[str]:
+        return [self._digests[number] for number in sorted(self._digests)]
+
+
+class _Direct:
+    """Parts to the server's storage, which knows them by their MD5, or calls them something else when it has them."""
+
+    def __init__(self, server: Server, action: str, answer: DirectAnswer) -> None:
+        self._server = server
+        self._action = action
+        self._there = {part.number: part.etag for part in answer.parts}
+        self._tags: dict[int, str] = {}
+
+    @property
+    def proven(self) -> bool:
+        return self._server.elsewhere.proven
+
+    def digest(self, data: memoryview) -> bytes:
+        return hashlib.md5(data, usedforsecurity=False).digest()
+
+    def has(self, number: int, digest: bytes) -> bool:
+        self._tags[number] = digest.hex()
+        return self._there.get(number) == digest.hex()
+
+    async def put(self, number: int, digest: bytes, size: int, body: Body) -> None:
+        question = msgspec.json.encode(SignRequest(digest.hex()))
+        signed = await self._server.ask_once("POST", f"{self._action}/parts/{number}", question, SignAnswer)
+        headers = {name: value for name, value in signed.headers.items() if name.lower().startswith(_SIGNED_HEADERS)}
+        headers["Content-Length"] = str(size)
+        try:
+            self._tags[number] = await self._server.elsewhere.put(signed.url, headers, body())
+        except NotThere:
+            raise
+        except TryAgain as error:
+            raise NoStorage(str(error), error.retry_after) from error
+        except (BadInput, ServerError) as error:
+            refused = NoStorage(str(error))
+            refused.tried = True
+            raise refused from error
+
+    def named(self) -> Sequence[str]:
+        return [self._tags[number] for number in sorted(self._tags)]

@@ -196,7 +196,7 @@ async def open_remote(
     timeouts: Timeouts | None = None,
 ) -> AsyncIterator[RemoteCache]:
     """Nothing is sent yet. Raises ConfigError when the token or the authorities' certificates cannot be read."""
-    async with open_session(address, connections) as session:
+    async with open_session(address.base, connections) as session:
         yield RemoteCache(session, address, tokens, backoff or PATIENCE, timeouts or Timeouts())
 
 

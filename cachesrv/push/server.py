@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from cachesrv.api import PackHead, PathOutcome, PathToPublish, WantedPath
     from cachesrv.nix.hashes import Hash
     from cachesrv.push.address import Address
+    from cachesrv.push.elsewhere import Elsewhere
     from cachesrv.push.events import Emit
     from cachesrv.push.token import TokenSource
 
@@ -73,6 +74,7 @@ class Server:
         self.backoff = backoff
         self._connections = connections
         self._session: aiohttp.ClientSession | None = None
+        self._elsewhere: Elsewhere | None = None
         self._questions = Questions(address, timeouts, limit=MAX_REQUEST_SIZE)
         self._tokens = tokens
         self._token = tokens.read()
@@ -83,6 +85,17 @@ class Server:
         """End all connections."""
         if self._session is not None:
             await self._session.close()
+        if self._elsewhere is not None:
+            await self._elsewhere.close()
+
+    @property
+    def elsewhere(self) -> Elsewhere:
+        """Where the server sends us with parts, if it does."""
+        from cachesrv.push.elsewhere import Elsewhere  # noqa: PLC0415  brings the library with it
+
+        if self._elsewhere is None:
+            self._elsewhere = Elsewhere(self._connections, self.timeouts)
+        return self._elsewhere
 
     async def describe(self) -> CacheAnswer:
         """What a client has to know of the cache."""
@@ -155,7 +168,7 @@ class Server:
         self, method: str, url: str, chunks: AsyncIterable[bytes | memoryview], headers: Mapping[str, str]
     ) -> bytes:
         """What is answered to a body that may take its time."""
-        from cachesrv.push.session import for_nars, our_errors  # noqa: PLC0415  brings the library with it
+        from cachesrv.push.session import for_nars, our_errors, watched  # noqa: PLC0415  brings the library with it
 
         session = self._opened()
         with our_errors(self.address):
@@ -164,7 +177,7 @@ class Server:
                 session.request(
                     method,
                     url,
-                    data=self._watched(chunks, deadline),
+                    data=watched(chunks, deadline, self.timeouts),
                     headers={**self._headers(), **headers},
                     allow_redirects=False,
                     timeout=for_nars(self.timeouts),
@@ -192,17 +205,6 @@ class Server:
     async def delete(self, action: str) -> None:
         """Have something forgotten. Raises as `ask_once` does."""
         await self._request("DELETE", self.address.api(action), b"")
-
-    async def _watched(
-        self, chunks: AsyncIterable[bytes | memoryview], deadline: asyncio.Timeout
-    ) -> AsyncIterator[bytes | memoryview]:
-        """The chunks; the deadline runs while the server is to move, and rests while we are."""
-        now = asyncio.get_running_loop().time
-        async for chunk in chunks:
-            deadline.reschedule(now() + self.timeouts.stall)
-            yield chunk
-            deadline.reschedule(None)
-        deadline.reschedule(now() + self.timeouts.store)
 
     async def _request(self, method: str, url: str, body: bytes) -> bytes:
         headers = self._headers() | {"Accept": "application/json"}
@@ -237,7 +239,7 @@ class Server:
         from cachesrv.push.session import open_session  # noqa: PLC0415  brings the library with it
 
         if self._session is None:
-            self._session = open_session(self.address, self._connections)
+            self._session = open_session(self.address.base, self._connections)
         return self._session
 
     def _headers(self) -> dict[str, str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import ssl
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
@@ -15,10 +17,9 @@ from cachesrv.push.connection import USER_AGENT, tls
 from cachesrv.push.retry import TryAgain, Unreachable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterable, AsyncIterator, Iterator
 
-    from cachesrv.push.address import Address
-    from cachesrv.push.connection import Timeouts
+    from cachesrv.push.connection import Chunk, Timeouts
 
 
 def for_answers(timeouts: Timeouts) -> aiohttp.ClientTimeout:
@@ -31,24 +32,26 @@ def for_nars(timeouts: Timeouts) -> aiohttp.ClientTimeout:
     return aiohttp.ClientTimeout(total=None, sock_connect=timeouts.connect, sock_read=None)
 
 
-def open_session(address: Address, connections: int) -> aiohttp.ClientSession:
-    """A session for at most so many connections at once, without cookies or a netrc of its own.
+def open_session(url: str, connections: int) -> aiohttp.ClientSession:
+    """A session for at most so many connections at once to the host of this URL, without cookies or a netrc of its own.
 
     Proxies come from `http_proxy`, `https_proxy` and `no_proxy`, certificates of authorities from
     `$NIX_SSL_CERT_FILE` or `$SSL_CERT_FILE`, else from where OpenSSL has them.
     """
-    trusted = tls(os.environ) if address.base.startswith("https:") else True
+    trusted = tls(os.environ) if url.startswith("https:") else True
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=connections, ssl=trusted),
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"User-Agent": USER_AGENT},
-        proxy=_proxy(address),
+        proxy=_proxy(url),
     )
 
 
 @contextmanager
-def our_errors(address: Address) -> Iterator[None]:
-    """Turn what goes wrong on the way to the server and back into TryAgain, Unreachable or ServerError."""
+def our_errors(address: object) -> Iterator[None]:
+    """Turn what goes wrong on the way to a server and back into TryAgain, Unreachable or ServerError; `address` is how
+    people call it.
+    """
     try:
         yield
     except aiohttp.ClientSSLError as error:
@@ -67,10 +70,19 @@ def our_errors(address: Address) -> Iterator[None]:
         raise ServerError(f"{address} cannot be asked ({type(error).__name__})") from error
 
 
-def _proxy(address: Address) -> str | None:
-    if proxy_bypass(address.host):
-        return None
-    return getproxies().get(address.origin[0])
+async def watched(chunks: AsyncIterable[Chunk], deadline: asyncio.Timeout, timeouts: Timeouts) -> AsyncIterator[Chunk]:
+    """The chunks; the deadline runs while the server is to move, and rests while we are."""
+    now = asyncio.get_running_loop().time
+    async for chunk in chunks:
+        deadline.reschedule(now() + timeouts.stall)
+        yield chunk
+        deadline.reschedule(None)
+    deadline.reschedule(now() + timeouts.store)
+
+
+def _proxy(url: str) -> str | None:
+    parts = urlsplit(url)
+    return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
 
 
 def _reason(error: aiohttp.ClientConnectorError) -> str:

@@ -96,6 +96,11 @@ class Uploads:
         self._completing: dict[Place, asyncio.Task[NarRecord | Missing]] = {}
         self._room = Room(store, size=limits.size, uploads=limits.uploads)
 
+    @property
+    def offers_direct(self) -> bool:
+        """Whether clients may write to storage themselves."""
+        return self._direct is not None and self._direct.offered
+
     async def begin(
         self, cache: ServedCache, upload: str, nar_hash: Hash, begun: Begun, *, direct: bool = False
     ) -> list[Part] | DirectParts | None:
@@ -117,7 +122,7 @@ class Uploads:
         completing = self._completing.get(place)
         if completing and completing.done():
             self._forget(place, completing)
-        if direct and self._direct and self._direct.offered:
+        if direct and self._direct and self.offers_direct:
             staged, parts = await self._direct.begin(place, before.staged if before else None)
             await self._store.begin(place, Begun(begun.nar_hash, begun.nar_size, begun.pusher, staged))
             return DirectParts(parts, self._direct.least, self._direct.most)

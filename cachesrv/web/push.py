@@ -52,6 +52,7 @@ async def get_cache(request: web.Request) -> web.Response:
     rules = request.app[SITE].rules
     cache = named(rules, request.match_info["cache"])
     await check_readable(rules, cache, token_of(request))
+    uploads = request.app[SITE].services.uploads
     return json_answer(
         api.CacheAnswer(
             name=cache.name,
@@ -61,7 +62,8 @@ async def get_cache(request: web.Request) -> web.Response:
             public_keys=[key.public.render() for key in cache.signing_keys],
             upstreams=[api.UpstreamAnswer(one.url, list(one.public_keys)) for one in cache.completed_by],
             max_nar_size=rules.max_nar_size,
-            part_size=request.app[SITE].services.uploads.limits.part_size,
+            part_size=uploads.limits.part_size,
+            direct=uploads.offers_direct,
             packs=request.app[SITE].services.packs.limits,
         )
     )

@@ -310,7 +310,7 @@ async def test_what_does_not_pass_is_not_tried_for_ever(store: TemporaryStore, c
     summary = await pushed(store, cache)
 
     assert summary.failed == 1
-    assert cache.count("part") <= 3 * in_parts.part_memory(64 * MIB, MIB).count
+    assert cache.count("part") <= 3 * in_parts.part_memory(64 * MIB).count
     assert cache.count("begin") == 1
 
 
@@ -353,14 +353,13 @@ def test_uploads_are_called_by_all_that_their_bytes_depend_on(changed: str) -> N
 def test_the_memory_for_parts_fits_what_there_is() -> None:
     for memory in (16, 32, 64, 128, 256, 1024):
         shares = Shares.of(memory * MIB, frame_size=FRAME_SIZE, level=3, cores=2, readers=8)
-        parts = part_memory(shares.parts, 32 * MIB)
+        parts = part_memory(shares.parts)
         assert MIB <= parts.size <= 8 * MIB
         assert parts.size * parts.count <= max(shares.parts, MIB)
-    assert part_memory(100 * MIB, 32 * MIB).size == 8 * MIB
-    assert part_memory(100 * MIB, 3 * MIB + 5).size == 3 * MIB + 5
+    assert part_memory(100 * MIB).size == 8 * MIB
     for cores in (1, 2, 8, 64):
         by_default = Shares.of(None, frame_size=FRAME_SIZE, level=3, cores=cores, readers=8)
-        assert part_memory(by_default.parts, 32 * MIB).count >= 3
+        assert part_memory(by_default.parts).count >= 3
 
 
 async def test_every_share_is_sure_of_two_buffers() -> None:

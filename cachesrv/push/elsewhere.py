@@ -1,0 +1,88 @@
+"""The storage of a server, which takes parts of NARs by URLs that the server has signed. It sees no token of ours."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from yarl import URL
+
+from cachesrv.errors import BadInput, ServerError
+from cachesrv.push.one_line import one_line
+from cachesrv.push.refusal import NotThere, seconds_until
+from cachesrv.push.retry import TryAgain
+from cachesrv.push.session import for_nars, open_session, our_errors, watched
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, Mapping
+
+    import aiohttp
+
+    from cachesrv.push.connection import Chunk, Timeouts
+
+_MAX_ERROR_SIZE = 16 * 1024
+_SAID = re.compile(r"<(Code|Message)>([^<]*)</")
+_ALTERED = "BadDigest"
+_MAY_PASS = frozenset({408, 429})
+
+
+class Elsewhere:
+    """Connections are made when they are first needed, at most `connections` at once."""
+
+    def __init__(self, connections: int, timeouts: Timeouts) -> None:
+        self._connections = connections
+        self._timeouts = timeouts
+        self._session: aiohttp.ClientSession | None = None
+        self.proven = False
+        """Whether a part has arrived there."""
+
+    async def close(self) -> None:
+        """End all connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def put(self, url: str, headers: Mapping[str, str], chunks: AsyncIterable[Chunk]) -> str:
+        """Send a part, once; its ETag, without quotes. Raises TryAgain when that may pass; NotThere when there is no
+        such upload; ServerError when it is not taken; BadInput when that is no URL for it.
+        """
+        host = _host(url)
+        with our_errors(host):
+            async with (
+                asyncio.timeout(None) as deadline,
+                self._opened(url).put(
+                    URL(url, encoded=True),
+                    data=watched(chunks, deadline, self._timeouts),
+                    headers=headers,
+                    allow_redirects=False,
+                    timeout=for_nars(self._timeouts),
+                ) as response,
+            ):
+                if response.status == 200:
+                    self.proven = True
+                    return response.headers.get("ETag", "").strip('"')
+                body = await response.content.read(_MAX_ERROR_SIZE)
+                raise _refusal(response, dict(_SAID.findall(body.decode(errors="replace"))), host)
+
+    def _opened(self, url: str) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = open_session(url, self._connections)
+        return self._session
+
+
+def _host(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise BadInput("the server sends us with parts of NARs to what is no URL")
+    return parts.netloc
+
+
+def _refusal(response: aiohttp.ClientResponse, said: Mapping[str, str], host: str) -> ServerError:
+    code = said.get("Code", "")
+    because = one_line(": ".join(filter(None, (code, said.get("Message", ""))))) or f"status {response.status}"
+    if response.status == 404:
+        return NotThere(f"{host} does not know the upload: {because}")
+    if response.status in _MAY_PASS or response.status >= 500 or code == _ALTERED:
+        return TryAgain(f"{host} says {because}", seconds_until(response.headers.get("Retry-After", "")))
+    return ServerError(f"{host} does not take a part: {because}")

@@ -1,0 +1,119 @@
+"""Large NARs straight to the bucket, from a real store to a real gateway: interrupted, checked before they count."""
+
+from __future__ import annotations
+
+import subprocess
+from functools import partial
+from random import Random
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.system import push
+from tests.system.fault_proxy import Alter, AlterRequest, FaultProxy
+from tests.system.server import until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.radosgw import Gateway
+    from tests.system.conftest import MakeBucket, MakeClient, StartServer
+    from tests.system.fault_proxy import Seen
+    from tests.system.nix import Nix
+    from tests.system.server import Server
+
+MIB = 2**20
+PART = 8 * MIB
+CONTENT = Random(8).randbytes(3 * PART + MIB)
+AT_ONCE = 4
+"""Parts on their way at once, with the memory that a push takes by default."""
+
+
+@pytest.fixture
+def proxy(gateway: Gateway) -> Iterator[FaultProxy]:
+    """Between all and the bucket."""
+    with FaultProxy(gateway.endpoint) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def server(builder: Nix, make_server: StartServer, make_bucket: MakeBucket, proxy: FaultProxy) -> Server:
+    environment = {"CACHESRV_SERVER__STORE_DIR": builder.store_dir, "CACHESRV_UPLOADS__PART_SIZE": "1 MiB"}
+    return make_server(environment=environment, stored=make_bucket(endpoint=proxy.url)).start()
+
+
+def of_clients(proxy: FaultProxy) -> list[Seen]:
+    """Parts that a client has sent."""
+    return [
+        seen
+        for seen in proxy.seen
+        if seen.method == "PUT" and "partNumber" in seen.query and seen.headers.get("User-Agent") == "cachesrv-push"
+    ]
+
+
+def check(server: Server, builder: Nix, make_client: MakeClient, path: str) -> None:
+    """A client substitutes it, and nothing else lies in the bucket."""
+    client = make_client(server)
+    client.run("nix-store", "--realise", path)
+    assert client.hashes(path) == builder.hashes(path)
+    assert len(server.stored.names("nar/")) == 1
+    assert server.stored.state().get("uploads") == set()
+    assert not any("~uploads" in key for key in server.stored.state())
+
+
+def test_parts_pass_the_server_by(server: Server, builder: Nix, make_client: MakeClient, proxy: FaultProxy) -> None:
+    path = builder.add("large", CONTENT)
+    summary = push.push(builder, server, path)
+
+    assert summary["uploaded"] == 1
+    assert len(of_clients(proxy)) == 4
+    assert all("Authorization" not in seen.headers for seen in of_clients(proxy))
+    check(server, builder, make_client, path)
+
+
+def test_killed_on_its_way(server: Server, builder: Nix, make_client: MakeClient, proxy: FaultProxy) -> None:
+    path = builder.add("large", CONTENT)
+    for _ in range(2):
+        before = len(of_clients(proxy))
+        pushing = subprocess.Popen(
+            push.command(builder, server, path),
+            env=builder.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        until(partial(_more_than, before, proxy), "no part is sent")
+        pushing.kill()
+        pushing.wait()
+    push.push(builder, server, path)
+
+    assert len(of_clients(proxy)) <= 4 + 2 * AT_ONCE
+    check(server, builder, make_client, path)
+
+
+def _more_than(before: int, proxy: FaultProxy) -> bool:
+    return len(of_clients(proxy)) > before
+
+
+def test_a_part_that_was_altered_is_sent_again(
+    server: Server, builder: Nix, make_client: MakeClient, proxy: FaultProxy
+) -> None:
+    path = builder.add("large", CONTENT)
+    proxy.plan(AlterRequest(MIB), method="PUT", query="partNumber")
+    push.push(builder, server, path)
+
+    assert len(of_clients(proxy)) == 5
+    check(server, builder, make_client, path)
+
+
+def test_what_is_read_back_otherwise_is_not_published(
+    server: Server, builder: Nix, make_client: MakeClient, proxy: FaultProxy
+) -> None:
+    path = builder.add("large", CONTENT)
+    # Near the end: what is left of the answer fits into buffers when the server hangs up.
+    proxy.plan(Alter(len(CONTENT) - 65536), method="GET", query="X-Amz-Signature", path=".staged")
+    done = push.attempt(builder, server, path)
+
+    assert done.returncode == 3
+    assert server.stored.names() <= {"nix-cache-info"}
+    push.push(builder, server, path)
+    check(server, builder, make_client, path)
