@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -406,16 +407,30 @@ def served_caches(config: Config) -> dict[str, ServedCache]:
     return {cache.name: _served_cache(config, cache) for cache in config.cache}
 
 
-def build_rules(config: Config, catalog: Catalog, base_url: str) -> Rules:
-    """What the configuration says, in the form that requests are judged by. Raises ConfigError."""
-    caches = served_caches(config)
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """A configuration, and what it leads to: caches with their keys, by name, and the holders of tokens by sha256."""
+
+    config: Config
+    caches: Mapping[str, ServedCache]
+    principals: Sequence[tuple[str, Principal]]
+
+
+def declared(config: Config) -> Declared:
+    """Reads all files of keys and tokens, and makes those that are ours to make. Raises ConfigError."""
+    return Declared(config, served_caches(config), tuple(_principals(config)))
+
+
+def build_rules(given: Declared, catalog: Catalog, base_url: str) -> Rules:
+    """The same in the form that requests are judged by."""
+    server = given.config.server
     return Rules(
-        caches=caches,
-        root=next((cache for cache in caches.values() if cache.root), None),
-        access=Access(_principals(config), catalog),
-        max_nar_size=config.server.max_nar_size,
-        stall_timeout=config.server.stall_timeout,
-        base_url=(config.server.base_url or base_url).rstrip("/"),
+        caches=given.caches,
+        root=next((cache for cache in given.caches.values() if cache.root), None),
+        access=Access(given.principals, catalog),
+        max_nar_size=server.max_nar_size,
+        stall_timeout=server.stall_timeout,
+        base_url=(server.base_url or base_url).rstrip("/"),
     )
 
 

@@ -116,7 +116,7 @@ async def open_site(folder: Path) -> AsyncIterator[Site]:
     loaded = config.load(folder / "cachesrv.toml", folder / "data", {})
     async with wiring.open_services(loaded, Metrics()) as services:
         await fill(services)
-        yield Site(services, wiring.build_rules(loaded, services.catalog, "http://cache.test"))
+        yield Site(services, wiring.build_rules(wiring.declared(loaded), services.catalog, "http://cache.test"))
 
 
 def counting_apart(site: Site) -> Site:

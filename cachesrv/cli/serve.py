@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cachesrv.services.schedule import Chore
     from cachesrv.telemetry import Metrics
     from cachesrv.web.site import Rules
+    from cachesrv.wiring import Declared
 
 
 @click.command(
@@ -84,36 +85,64 @@ def _serve(load: Callable[[], Config], options: Sequence[str]) -> None:
     metrics = Metrics(count)
     # To open stores takes a little room; what is there is served also from a full disk.
     with wiring.open_disk_room(config).given_up_if_full():
-        rules = asyncio.run(_check(config, metrics, urls[0]))
+        latest = _Latest(lambda: wiring.declared(load()))
+        rules = asyncio.run(_check(config, latest.good, metrics, urls[0]))
     click.echo(_greeting(rules, urls, data.push_token, first_start=first_start))
 
     def work(number: int) -> None:
         metrics.become(number)
         own = list(chores(config, metrics, options)) if number == 0 else []
-        asyncio.run(_work(load, metrics, sockets[number], tls=tls, url=urls[0], chores=own))
+        asyncio.run(_work(config, latest, metrics, sockets[number], tls=tls, url=urls[0], chores=own))
 
     if count == 1:
         work(0)
     else:
         systemd.notify("READY=1", os.environ)
-        Supervisor(count, work).run()
+        Supervisor(count, work, latest.renew).run()
 
 
-async def _check(config: Config, metrics: Metrics, url: str) -> Rules:
+class _Latest:
+    """What the configuration said when it was read last and was right.
+
+    The first process keeps it too: a worker that has to be replaced is as all others are, whatever the file says by
+    then, and wherever the files of keys are.
+    """
+
+    def __init__(self, read: Callable[[], Declared]) -> None:
+        """Raises ConfigError when it is wrong now."""
+        self.read = read
+        self.good = read()
+
+    def renew(self) -> bool:
+        """Read it again; False if it is wrong, which is told, and changes nothing."""
+        import structlog
+
+        from cachesrv.errors import CachesrvError
+
+        try:
+            self.good = self.read()
+        except CachesrvError as error:
+            structlog.get_logger().error("the configuration stays as it was", error=str(error))
+            return False
+        return True
+
+
+async def _check(config: Config, given: Declared, metrics: Metrics, url: str) -> Rules:
     """Open everything once, so that what is wrong is found, and migrated, before anything is served."""
     import structlog
 
     from cachesrv import wiring
 
     async with wiring.open_services(config, metrics) as services:
-        rules = wiring.build_rules(config, services.catalog, url)
+        rules = wiring.build_rules(given, services.catalog, url)
         if incomplete := await services.completeness.find_out(rules.caches.values()):
             structlog.get_logger().warning("the catalog is incomplete: run `cachesrv reindex`", caches=incomplete)
         return rules
 
 
 async def _work(
-    load: Callable[[], Config],
+    config: Config,
+    latest: _Latest,
     metrics: Metrics,
     sockets: list[socket.socket],
     *,
@@ -127,13 +156,12 @@ async def _work(
     from cachesrv.web.server import serve
     from cachesrv.web.site import Site
 
-    config = load()
     async with wiring.open_services(config, metrics) as services:
 
         def rules() -> Rules:
-            return wiring.build_rules(load(), services.catalog, url)
+            return wiring.build_rules(latest.read(), services.catalog, url)
 
-        site = Site(services, rules())
+        site = Site(services, wiring.build_rules(latest.good, services.catalog, url))
         keep_all_there_is()
         async with scheduled(services.catalog, chores), wiring.open_disk_room(config).kept():
             await serve(site, sockets, tls=tls, shutdown_timeout=config.server.shutdown_timeout, reload=rules)

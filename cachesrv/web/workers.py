@@ -38,14 +38,16 @@ class _Worker:
 
 
 class Supervisor:
-    """Runs `work(number)` in `count` processes until it is told to stop by SIGTERM or SIGINT; SIGHUP is passed on.
+    """Runs `work(number)` in `count` processes until it is told to stop by SIGTERM or SIGINT. SIGHUP is passed on if
+    `reload` says that there is something new.
 
     It forks: nothing that does not survive a fork (threads, an event loop, an open index) may exist in this process.
     """
 
-    def __init__(self, count: int, work: Callable[[int], None]) -> None:
+    def __init__(self, count: int, work: Callable[[int], None], reload: Callable[[], bool]) -> None:
         self._count = count
         self._work = work
+        self._reload = reload
         self._workers: dict[int, _Worker] = {}
         self._to_start: dict[int, float] = {}
         self._stopping = False
@@ -71,6 +73,8 @@ class Supervisor:
     def _handle(self, number: int) -> None:
         if number == signal.SIGCHLD:
             self._reap()
+            return
+        if number == signal.SIGHUP and not self._reload():
             return
         if number in _STOP:
             self._stopping = True

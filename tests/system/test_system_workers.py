@@ -132,6 +132,38 @@ def test_a_killed_worker_is_replaced_and_nobody_gets_a_wrong_answer(server: Serv
     assert other in worker_pids(server)
 
 
+def test_a_worker_is_replaced_whatever_became_of_the_configuration(make_server: StartServer) -> None:
+    """Also when the files of keys are gone by then; what was right last is in force."""
+    text = '[server]\nworkers = 2\n[[cache]]\nname = "main"\npriority = %s\nsigning_key_files = ["%s"]\n'
+    first = make_server().start()
+    server = make_server(config=text % (30, first.data_dir / "keys" / "main.secret")).start()
+
+    def in_all(line: str) -> bool:
+        """Connections are dealt out among the workers."""
+        return all(line.encode() in server.client().get("/main/nix-cache-info").body for _ in range(16))
+
+    def replace_all() -> None:
+        old = worker_pids(server)
+        for worker in old:
+            os.kill(worker, signal.SIGKILL)
+        until(lambda: len(set(worker_pids(server)) - {*old}) == WORKERS, "the workers are not replaced")
+
+    server.config_file.write_text(text % (20, first.data_dir / "keys" / "main.secret"))
+    server.signal(signal.SIGHUP)
+    until(lambda: server.log.count("configuration reloaded") == WORKERS, "it is not read again")
+    server.config_file.write_text(text % ("wrong", "nowhere"))
+    (first.data_dir / "keys" / "main.secret").unlink()
+    server.signal(signal.SIGHUP)
+    until(lambda: "the configuration stays as it was" in server.log, "the mistake is not told")
+    replace_all()
+    assert in_all("Priority: 20\n")
+    assert "a worker failed" not in server.log
+    server.config_file.write_text('[server]\nworkers = 2\n[[cache]]\nname = "main"\npriority = 10\n')
+    server.signal(signal.SIGHUP)
+    until(lambda: server.log.count("configuration reloaded") == 2 * WORKERS, "it is not read again")
+    assert in_all("Priority: 10\n")
+
+
 def test_metrics_are_those_of_all_workers(server: Server, narinfo: str) -> None:
     for _ in range(40):
         assert server.client().get(narinfo).status == 200
