@@ -29,7 +29,8 @@ each with `Content-Digest: sha-256=:<base64>:` (RFC 9530); a part that is there 
 
 A server whose storage clients can reach may offer (`UploadAnswer.direct`, to those who say that they can) that the
 parts go there instead: each is sent as SignAnswer says, and known by the `ETag` of the answer, by which `complete`
-names it. It counts no sooner: the server reads back and checks what is there, and publishes a copy of it.
+names it. It counts no sooner: the server reads back and checks what is there, part by part where it is told their MD5,
+and publishes a copy of it.
 
 Small NARs are sent many at a time, where `CacheAnswer.packs` says so, in a pack (`application/x-cachesrv-pack`; see
 `cachesrv.pack` for its form): the NARs, compressed with zstd, and the paths to publish as soon as they are there. Each
@@ -248,11 +249,12 @@ class SignAnswer(msgspec.Struct, frozen=True):
 
 class CompleteRequest(msgspec.Struct, frozen=True):
     """The NAR as in the UploadRequest; `parts` are the sha256 (base-16), or the ETags where they were sent elsewhere,
-    of all its parts, in order.
+    of all its parts, in order; `md5` are those (base-16) of parts that were sent elsewhere, or none.
     """
 
     nar_hash: str
     parts: list[str]
+    md5: list[str] = []
 
 
 class CompleteAnswer(msgspec.Struct, frozen=True):

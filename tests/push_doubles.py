@@ -341,6 +341,8 @@ class FakeCache:
         names = {number: {sha256(data).hexdigest(), _tag(data)} for number, data in there.items()}
         if missing := [number for number, name in enumerate(asked.parts, 1) if name not in names.get(number, ())]:
             return _json(api.CompleteAnswer("incomplete", missing=missing))
+        if self.direct and asked.md5:
+            assert asked.md5 == [md5(there[number]).hexdigest() for number in sorted(there)]
         return self._take(asked.nar_hash, b"".join(there[number] for number in range(1, len(asked.parts) + 1)))
 
     async def _abort(self, request: web.Request) -> web.Response:

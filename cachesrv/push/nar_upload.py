@@ -28,7 +28,7 @@ from cachesrv.push.refusal import NotThere
 from cachesrv.push.retry import TryAgain, retry
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Sequence
+    from collections.abc import AsyncIterable, Mapping, Sequence
     from collections.abc import Set as AbstractSet
 
     from cachesrv.nix.hashes import Hash
@@ -75,8 +75,8 @@ class Parts(Protocol):
     async def put(self, number: int, digest: bytes, size: int, body: Body) -> None:
         """Send a part, once."""
 
-    def named(self) -> Sequence[str]:
-        """What the parts are called that make up the NAR, in order."""
+    def making(self, nar_hash: str) -> CompleteRequest:
+        """Names the parts that make up the NAR."""
 
 
 async def begun_uploads(server: Server, names: Sequence[str]) -> AbstractSet[str]:
@@ -128,8 +128,8 @@ class NarUpload:
 
         Raises TryAgain when parts are not there any more, or the server does not come forward; Refused.
         """
-        names = list(parts.named())
-        body = msgspec.json.encode(CompleteRequest(self._info.nar_hash.nix32, names))
+        question = parts.making(self._info.nar_hash.nix32)
+        body = msgspec.json.encode(question)
         now = asyncio.get_running_loop().time
         verified, since = -1, now()
         while True:
@@ -137,7 +137,7 @@ class NarUpload:
             if answer.state == "stored":
                 return
             if answer.state == "incomplete":
-                raise TryAgain(f"{len(answer.missing)} of {len(names)} parts are not at the server any more")
+                raise TryAgain(f"{len(answer.missing)} of {len(question.parts)} parts are not at the server any more")
             if answer.verified > verified:
                 verified, since = answer.verified, now()
             elif now() - since > self._server.timeouts.store:
@@ -175,8 +175,8 @@ class _Through:
         }
         await self._server.put(self._server.address.api(f"{self._action}/parts/{number}"), body(), headers)
 
-    def named(self) -> Sequence[str]:
-        return [self._digests[number] for number in sorted(self._digests)]
+    def making(self, nar_hash: str) -> CompleteRequest:
+        return CompleteRequest(nar_hash, _in_order(self._digests))
 
 
 class _Direct:
@@ -187,6 +187,7 @@ class _Direct:
         self._action = action
         self._there = {part.number: part.etag for part in answer.parts}
         self._tags: dict[int, str] = {}
+        self._digests: dict[int, str] = {}
 
     @property
     def proven(self) -> bool:
@@ -196,7 +197,7 @@ class _Direct:
         return hashlib.md5(data, usedforsecurity=False).digest()
 
     def has(self, number: int, digest: bytes) -> bool:
-        self._tags[number] = digest.hex()
+        self._tags[number] = self._digests[number] = digest.hex()
         return self._there.get(number) == digest.hex()
 
     async def put(self, number: int, digest: bytes, size: int, body: Body) -> None:
@@ -215,5 +216,9 @@ class _Direct:
             refused.tried = True
             raise refused from error
 
-    def named(self) -> Sequence[str]:
-        return [self._tags[number] for number in sorted(self._tags)]
+    def making(self, nar_hash: str) -> CompleteRequest:
+        return CompleteRequest(nar_hash, _in_order(self._tags), _in_order(self._digests))
+
+
+def _in_order(names: Mapping[int, str]) -> list[str]:
+    return [names[number] for number in sorted(names)]

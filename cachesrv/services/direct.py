@@ -6,19 +6,24 @@ own (`cachesrv.storage.base.DirectStore`).
 
 from __future__ import annotations
 
+from collections import defaultdict
+from functools import partial
+from itertools import zip_longest
 from secrets import token_hex
 from typing import TYPE_CHECKING
 
+import structlog
 from cachetools import TTLCache
 from msgspec.structs import replace
 
 from cachesrv.errors import BadInput, NotFound
-from cachesrv.services.part_store import Begun, Staged
+from cachesrv.services.part_store import Begun, Staged, StagedPart
+from cachesrv.services.read_back import Altered, ReadBack
 from cachesrv.services.through import file_name
 from cachesrv.storage.base import ArrivedPart
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import Sequence
 
     from cachesrv.catalog.base import NarRecord
     from cachesrv.nix.hashes import Hash
@@ -26,6 +31,8 @@ if TYPE_CHECKING:
     from cachesrv.services.ingest import Ingest
     from cachesrv.services.part_store import PartStore, Place
     from cachesrv.storage.base import DirectStore, ObjectStore, SignedPut
+
+_log = structlog.get_logger()
 
 _REMEMBERED = 1000
 _REMEMBERED_SECONDS = 300.0
@@ -44,7 +51,7 @@ class Direct:
         self._storage = storage
         self._store = store
         self._ingest = ingest
-        self._read: dict[Place, int] = {}
+        self._reading: defaultdict[Place, list[ReadBack]] = defaultdict(list)
         self._remembered: TTLCache[Place, Staged] = TTLCache(_REMEMBERED, _REMEMBERED_SECONDS)
 
     async def begin(self, place: Place, staged: Staged | None) -> tuple[Staged, list[ArrivedPart]]:
@@ -52,9 +59,9 @@ class Direct:
         if staged:
             key = place.staged_key(staged.name)
             parts = await self._store.parts(key, staged.id)
-            if parts is None and staged.tags and await self._storage.head(key):
+            if parts is None and staged.parts and await self._storage.head(key):
                 # All of it is there, and nobody has come to check it.
-                parts = [ArrivedPart(number, 0, tag, 0.0) for number, tag in enumerate(staged.tags, 1)]
+                parts = [ArrivedPart(number, part.size, part.tag, 0.0) for number, part in enumerate(staged.parts, 1)]
             if parts is not None:
                 return staged, parts
         name = token_hex(8)
@@ -73,43 +80,52 @@ class Direct:
             staged = self._remembered[place] = begun.staged
         return await self._store.sign(place.staged_key(staged.name), staged.id, number, md5)
 
-    async def missing(self, place: Place, begun: Begun, tags: Sequence[str]) -> list[int]:
-        """Numbers of the parts with these tags that are not there; when there are none, the object is complete."""
+    async def complete(self, place: Place, begun: Begun, tags: Sequence[str], md5: Sequence[str]) -> Staged | list[int]:
+        """The object, complete, of the parts with these tags, which were sent with these MD5 (base-16) if they are
+        known; or the numbers of those that are not there.
+        """
         assert begun.staged
         staged, key = begun.staged, place.staged_key(begun.staged.name)
         parts = await self._store.parts(key, staged.id)
         if parts is None:
-            complete = staged.tags == tuple(tags) and await self._storage.head(key)
-            return [] if complete else [*range(1, len(tags) + 1)]
+            complete = [part.tag for part in staged.parts] == list(tags) and await self._storage.head(key)
+            return staged if complete else [*range(1, len(tags) + 1)]
         there = {part.number: part for part in parts}
         missing = [number for number, tag in enumerate(tags, 1) if number not in there or there[number].tag != tag]
-        if not missing:
-            self._ingest.check_size(sum(there[number].size for number in range(1, len(tags) + 1)))
-            await self._parts.begin(place, replace(begun, staged=replace(staged, tags=tuple(tags))))
-            await self._store.complete(key, staged.id, tags)
-        return missing
+        if missing:
+            return missing
+        sent = zip_longest(tags, md5, fillvalue="")
+        named = tuple(StagedPart(tag, there[number].size, digest) for number, (tag, digest) in enumerate(sent, 1))
+        self._ingest.check_size(sum(part.size for part in named))
+        staged = replace(staged, parts=named)
+        await self._parts.begin(place, replace(begun, staged=staged))
+        await self._store.complete(key, staged.id, tags)
+        return staged
 
     async def make(self, cache: ServedCache, place: Place, nar_hash: Hash, staged: Staged) -> NarRecord:
         """The NAR out of a complete object. Raises BadInput when it is not that, NotFound when it has gone."""
-        key = place.staged_key(staged.name)
-
-        async def read() -> AsyncIterator[bytes]:
-            self._read[place] = 0
-            async for chunk in self._storage.read(key):
-                self._read[place] += len(chunk)
-                yield chunk
-
-        async def publish(to: str) -> bool:
-            return await self._store.publish(key, to)
-
         try:
-            return await self._ingest.take_over(cache, file_name(nar_hash), read(), publish)
+            return await self._make(cache, place, nar_hash, staged)
+        except Altered as error:
+            # What happened on the way, and not in storage, need not cost the client anything.
+            _log.warning("a NAR is read back once more", cache=place.cache, upload=place.upload, error=str(error))
+            return await self._make(cache, place, nar_hash, staged)
         finally:
-            self._read.pop(place, None)
+            self._reading.pop(place, None)
+
+    async def _make(self, cache: ServedCache, place: Place, nar_hash: Hash, staged: Staged) -> NarRecord:
+        key = place.staged_key(staged.name)
+        back = ReadBack(self._storage.read(key), staged.parts)
+        self._reading[place].append(back)
+        try:
+            return await self._ingest.take_over(cache, file_name(nar_hash), back, partial(self._store.publish, key))
+        except BadInput:
+            await back.finish_part()
+            raise
 
     def progress(self, place: Place) -> int:
-        """Bytes of it that have been read."""
-        return self._read.get(place, 0)
+        """Bytes of it that have been read, those that were read again included."""
+        return sum(back.read for back in self._reading.get(place, ()))
 
     async def abort(self, place: Place, staged: Staged) -> None:
         """Forget the parts; what is complete is left to `PartStore.remove`."""

@@ -69,14 +69,22 @@ class Place:
         return f"{self.folder}{self.upload}.{name}.staged"
 
 
+class StagedPart(msgspec.Struct, frozen=True, array_like=True):
+    """What the store calls it by, its size in bytes, and the MD5 (base-16) of what was sent, empty when nobody said."""
+
+    tag: str
+    size: int
+    md5: str
+
+
 class Staged(msgspec.Struct, frozen=True):
-    """An object that a client writes itself: `name` in its key, the `id` of its upload in the store, and the tags of
-    its parts once they are complete.
+    """An object that a client writes itself: `name` in its key, the `id` of its upload in the store, and its parts once
+    they are complete.
     """
 
     name: str
     id: str
-    tags: tuple[str, ...] = ()
+    parts: tuple[StagedPart, ...] = ()
 
 
 class Begun(msgspec.Struct, frozen=True):

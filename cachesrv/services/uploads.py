@@ -161,18 +161,28 @@ class Uploads:
         return await self._direct.sign(place, number, md5)
 
     async def complete(
-        self, cache: ServedCache, upload: str, nar_hash: Hash, parts: Sequence[str], *, patience: float
+        self,
+        cache: ServedCache,
+        upload: str,
+        nar_hash: Hash,
+        parts: Sequence[str],
+        md5: Sequence[str] = (),
+        *,
+        patience: float,
     ) -> NarRecord | Missing | Verifying:
         """Make the NAR of its parts, in order, given by their sha256 (base-16) or, where the client wrote them itself,
-        by their tags; wait for it for `patience` seconds. When it is there, its parts are not any more.
+        by their tags and, if they are known, their `md5`; wait for it for `patience` seconds. When it is there, its
+        parts are not any more.
 
         Raises BadInput when they do not make up this NAR: then they are gone, too. StoreError.
         """
         place = Place.of(cache.name, upload)
         if not 1 <= len(parts) <= MAX_PARTS:
             raise BadInput(f"a NAR of {len(parts)} parts: it has 1 to {MAX_PARTS}")
+        if len(md5) not in {0, len(parts)}:
+            raise BadInput(f"the MD5 of {len(md5)} parts of a NAR that has {len(parts)}")
         if place not in self._completing:
-            task = asyncio.create_task(self._complete(cache, place, nar_hash, list(parts)))
+            task = asyncio.create_task(self._complete(cache, place, nar_hash, list(parts), md5))
             self._completing[place] = task
             task.add_done_callback(partial(self._completed, place))
         task = self._completing[place]
@@ -207,11 +217,11 @@ class Uploads:
         await self._through.close()
 
     async def _complete(
-        self, cache: ServedCache, place: Place, nar_hash: Hash, parts: list[str]
+        self, cache: ServedCache, place: Place, nar_hash: Hash, parts: list[str], md5: Sequence[str]
     ) -> NarRecord | Missing:
         record = await self._ingest.known(cache, file_name(nar_hash))
         if record is None:
-            made = await self._make(cache, place, nar_hash, parts)
+            made = await self._make(cache, place, nar_hash, parts, md5)
             if isinstance(made, Missing):
                 return made
             record = made
@@ -222,12 +232,16 @@ class Uploads:
             _log.warning("the parts of a NAR could not be removed", upload=place.upload, error=str(error))
         return record
 
-    async def _make(self, cache: ServedCache, place: Place, nar_hash: Hash, parts: list[str]) -> NarRecord | Missing:
+    async def _make(
+        self, cache: ServedCache, place: Place, nar_hash: Hash, parts: list[str], md5: Sequence[str]
+    ) -> NarRecord | Missing:
         begun = await self._store.begun(place)
         try:
             if begun and begun.staged and self._direct:
-                missing = await self._direct.missing(place, begun, parts)
-                return Missing(missing) if missing else await self._direct.make(cache, place, nar_hash, begun.staged)
+                staged = await self._direct.complete(place, begun, parts, md5)
+                if isinstance(staged, list):
+                    return Missing(staged)
+                return await self._direct.make(cache, place, nar_hash, staged)
             missing = await self._through.missing(place, parts)
             return Missing(missing) if missing else await self._through.make(cache, place, nar_hash, parts)
         except (NotFound, StoreUnavailable) as error:

@@ -72,8 +72,7 @@ async def put_part(request: web.Request) -> web.Response:
 async def sign(request: web.Request) -> web.Response:
     """Where else a part can be sent."""
     cache, asked, _ = await authorised(request, api.SignRequest)
-    if not _MD5.fullmatch(asked.md5):
-        raise BadInput("md5: expected 32 hexadecimal digits")
+    _check_md5(asked.md5)
     uploads = request.app[SITE].services.uploads
     signed = await uploads.sign(cache, request.match_info["upload"], _number(request), bytes.fromhex(asked.md5))
     return json_answer(api.SignAnswer(signed.url, dict(signed.headers)))
@@ -84,7 +83,10 @@ async def complete(request: web.Request) -> web.Response:
     cache, asked, _ = await authorised(request, api.CompleteRequest)
     uploads = request.app[SITE].services.uploads
     nar_hash = Hash.parse(asked.nar_hash)
-    outcome = await uploads.complete(cache, request.match_info["upload"], nar_hash, asked.parts, patience=_PATIENCE)
+    for md5 in asked.md5:
+        _check_md5(md5)
+    upload = request.match_info["upload"]
+    outcome = await uploads.complete(cache, upload, nar_hash, asked.parts, asked.md5, patience=_PATIENCE)
     if isinstance(outcome, Missing):
         return json_answer(api.CompleteAnswer("incomplete", missing=outcome.numbers))
     if isinstance(outcome, Verifying):
@@ -107,6 +109,11 @@ def _number(request: web.Request) -> int:
     if not _NUMBER.fullmatch(number):
         raise BadInput(f"{number[:50]!r} is not the number of a part")
     return int(number)
+
+
+def _check_md5(text: str) -> None:
+    if not _MD5.fullmatch(text):
+        raise BadInput("md5: expected 32 hexadecimal digits")
 
 
 def _digest(header: str) -> bytes:

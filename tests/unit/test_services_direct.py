@@ -15,7 +15,7 @@ import pytest
 import zstandard
 from yarl import URL
 
-from cachesrv.errors import BadInput, NotFound, TooLarge
+from cachesrv.errors import BadInput, Mismatch, NotFound, TooLarge
 from cachesrv.services.direct import Direct
 from cachesrv.services.ingest import Ingest
 from cachesrv.services.part_store import Begun, Part, PartStore
@@ -98,9 +98,11 @@ async def send(uploads: Uploads, site: Site, numbers: Sequence[int], parts: Sequ
 
 
 async def complete(
-    uploads: Uploads, site: Site, tags: Sequence[str] = TAGS, patience: float = 60
+    uploads: Uploads, site: Site, tags: Sequence[str] = TAGS, patience: float = 60, md5: Sequence[str] | None = None
 ) -> NarRecord | Missing | Verifying:
-    return await uploads.complete(site.cache, UPLOAD, LARGE.nar_hash, tags, patience=patience)
+    """The MD5 of parts are their tags, here as mostly."""
+    md5 = tags if md5 is None else md5
+    return await uploads.complete(site.cache, UPLOAD, LARGE.nar_hash, tags, md5, patience=patience)
 
 
 async def keys(site: Site) -> set[str]:
@@ -201,6 +203,70 @@ async def test_what_is_not_the_nar_is_not_published(site: Site, file: bytes) -> 
         assert await there(uploads, site) == {}
         await send(uploads, site, [1, 2, 3])
         assert not isinstance(await complete(uploads, site), Missing | Verifying)
+
+
+async def altering(chunks: AsyncIterator[bytes], at: int) -> AsyncIterator[bytes]:
+    """The bytes, but for the one at this position."""
+    position = 0
+    async for chunk in chunks:
+        altered = bytearray(chunk)
+        if 0 <= at - position < len(chunk):
+            altered[at - position] ^= 1
+        position += len(chunk)
+        yield bytes(altered)
+
+
+def alter(site: Site, monkeypatch: pytest.MonkeyPatch, *positions: int | None) -> list[int | None]:
+    """Let what is read from now on have another byte there, once for each position; those that are still to come."""
+    read, coming = site.storage.read, [*positions]
+
+    def reading(key: str) -> AsyncIterator[bytes]:
+        at = coming.pop(0) if coming else None
+        return read(key) if at is None else altering(read(key), at)
+
+    monkeypatch.setattr(site.storage, "read", reading)
+    return coming
+
+
+AT = [0, MIN_PART_SIZE, 2 * MIN_PART_SIZE - 1, len(LARGE.file) - 1]
+
+
+@pytest.mark.parametrize("at", AT)
+async def test_what_is_altered_on_its_way_back_is_read_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    async with process(site) as uploads:
+        await there(uploads, site)
+        await send(uploads, site, [1, 2, 3])
+        coming = alter(site, monkeypatch, at)
+        assert not isinstance(await complete(uploads, site), Missing | Verifying)
+        assert coming == []
+    assert await site.storage.get(f"main/nar/{NAR_NAME}", limit=10**8) == LARGE.file
+
+
+@pytest.mark.parametrize("at", AT)
+async def test_a_part_that_is_altered_is_named(site: Site, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    async with process(site) as uploads:
+        await there(uploads, site)
+        await send(uploads, site, [1, 2, 3])
+        alter(site, monkeypatch, at, at)
+        number = at // MIN_PART_SIZE + 1
+        with pytest.raises(Mismatch, match=rf"^part {number} was altered .* with the MD5 {TAGS[number - 1]}, and has"):
+            await complete(uploads, site)
+    assert await keys(site) == set()
+
+
+async def test_who_does_not_tell_the_md5_of_parts_is_told_less(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with process(site) as uploads:
+        await there(uploads, site)
+        await send(uploads, site, [1, 2, 3])
+        with pytest.raises(BadInput, match="the MD5 of 2 parts of a NAR that has 3"):
+            await complete(uploads, site, md5=TAGS[:2])
+        coming = alter(site, monkeypatch, len(LARGE.file) // 2, None)
+        with pytest.raises(BadInput, match=r"^(?!part)"):
+            await complete(uploads, site, md5=())
+        assert coming == [None]
+    assert await keys(site) == set()
 
 
 async def test_a_nar_that_came_otherwise_meanwhile_stays(site: Site) -> None:
