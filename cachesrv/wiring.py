@@ -52,7 +52,7 @@ from cachesrv.services.verify import Allowances, Verify
 from cachesrv.storage.decorators import Direct, Guarded, Limited, Measured, Retrying
 from cachesrv.storage.disk_cache import DiskCache
 from cachesrv.storage.filesystem import FilesystemStore
-from cachesrv.storage.kept import KeepingStore
+from cachesrv.storage.kept import KeepingStore, KeptCopies
 from cachesrv.storage.no_cache import NoCache
 from cachesrv.storage.s3_url import BucketUrl
 from cachesrv.web.site import Rules, Services
@@ -179,7 +179,7 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
             room=room,
         )
         stack.push_async_callback(ingest.close)
-        uploads = _make_uploads(config, bare, storage, ingest, room)
+        uploads = _make_uploads(config, bare, storage, ingest, disk_cache=disk_cache, room=room)
         stack.push_async_callback(uploads.close)
         taking = Taking(storage, catalog, index, completeness)
         publish = Publish(storage, catalog, index, ingest, metrics, upstreams=upstreams, room=room, taking=taking)
@@ -228,7 +228,9 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
         )
 
 
-def _make_uploads(config: Config, bare: ObjectStore, storage: ObjectStore, ingest: Ingest, room: DiskRoom) -> Uploads:
+def _make_uploads(
+    config: Config, bare: ObjectStore, storage: ObjectStore, ingest: Ingest, *, disk_cache: ObjectCache, room: DiskRoom
+) -> Uploads:
     given = config.uploads
     limits = Limits(given.part_size, given.limit_size, given.limit_count, given.keep)
     parts = PartStore(storage)
@@ -239,7 +241,7 @@ def _make_uploads(config: Config, bare: ObjectStore, storage: ObjectStore, inges
     assert isinstance(bare, S3Store)
     # Also where it is not offered (any more): what was begun is completed, or swept away.
     offered = given.direct and config.delivery.mode == "redirect"
-    direct = DirectUploads(parts, storage, bare.direct, ingest, offered=offered)
+    direct = DirectUploads(parts, storage, bare.direct, ingest, KeptCopies(disk_cache), offered=offered)
     return Uploads(parts, ingest, limits, direct, disk_room=room)
 
 

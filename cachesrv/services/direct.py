@@ -23,14 +23,14 @@ from cachesrv.services.through import file_name
 from cachesrv.storage.base import ArrivedPart
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterable, AsyncIterator, Sequence
 
     from cachesrv.catalog.base import NarRecord
     from cachesrv.nix.hashes import Hash
     from cachesrv.services.caches import ServedCache
     from cachesrv.services.ingest import Ingest
     from cachesrv.services.part_store import PartStore, Place
-    from cachesrv.storage.base import DirectStore, ObjectStore, SignedPut
+    from cachesrv.storage.base import DirectStore, LocalCopies, LocalCopy, ObjectStore, SignedPut
 
 _log = structlog.get_logger()
 
@@ -39,10 +39,17 @@ _REMEMBERED_SECONDS = 300.0
 
 
 class Direct:
-    """`offered`: clients may begin such uploads. Raises StoreError."""
+    """`offered`: clients may begin such uploads; `copies`: of what was just pushed. Raises StoreError."""
 
     def __init__(
-        self, parts: PartStore, storage: ObjectStore, store: DirectStore, ingest: Ingest, *, offered: bool
+        self,
+        parts: PartStore,
+        storage: ObjectStore,
+        store: DirectStore,
+        ingest: Ingest,
+        copies: LocalCopies,
+        *,
+        offered: bool,
     ) -> None:
         self.offered = offered
         self.least = store.least
@@ -51,6 +58,7 @@ class Direct:
         self._storage = storage
         self._store = store
         self._ingest = ingest
+        self._copies = copies
         self._reading: defaultdict[Place, list[ReadBack]] = defaultdict(list)
         self._remembered: TTLCache[Place, Staged] = TTLCache(_REMEMBERED, _REMEMBERED_SECONDS)
 
@@ -114,14 +122,22 @@ class Direct:
             self._reading.pop(place, None)
 
     async def _make(self, cache: ServedCache, place: Place, nar_hash: Hash, staged: Staged) -> NarRecord:
-        key = place.staged_key(staged.name)
+        key, name = place.staged_key(staged.name), file_name(nar_hash)
         back = ReadBack(self._storage.read(key), staged.parts)
         self._reading[place].append(back)
-        try:
-            return await self._ingest.take_over(cache, file_name(nar_hash), back, partial(self._store.publish, key))
-        except BadInput:
-            await back.finish_part()
-            raise
+        size = sum(part.size for part in staged.parts)
+        async with self._copies.begin(cache.key(f"nar/{name}"), size) as copy:
+            try:
+                return await self._ingest.take_over(cache, name, _copied(back, copy), partial(self._publish, key, copy))
+            except BadInput:
+                await back.finish_part()
+                raise
+
+    async def _publish(self, key: str, copy: LocalCopy, to: str) -> bool:
+        created = await self._store.publish(key, to)
+        if created:
+            await copy.keep()
+        return created
 
     def progress(self, place: Place) -> int:
         """Bytes of it that have been read, those that were read again included."""
@@ -140,3 +156,9 @@ class Direct:
     async def sweep(self, *, older_than: float) -> int:
         """Forget what is noted nowhere and silent for so many seconds; how many there were."""
         return await self._store.sweep(older_than=older_than)
+
+
+async def _copied(chunks: AsyncIterable[bytes], copy: LocalCopy) -> AsyncIterator[bytes]:
+    async for chunk in chunks:
+        await copy.write(chunk)
+        yield chunk

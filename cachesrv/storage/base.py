@@ -292,3 +292,20 @@ class ObjectCache(Protocol):
 
     async def discard(self, key: str) -> None:
         """Forget an object."""
+
+
+class LocalCopy(Protocol):
+    """An object on its way into a cache as a favour: what goes wrong with that is nobody's concern."""
+
+    async def write(self, data: bytes | memoryview) -> None:
+        """Append."""
+
+    async def keep(self) -> None:
+        """Make it the object that is there under its key, instead of any other."""
+
+
+class LocalCopies(Protocol):
+    """Where copies are kept on this host of what is written elsewhere."""
+
+    def begin(self, key: str, size: int | None = None) -> AbstractAsyncContextManager[LocalCopy]:
+        """Begin the copy of an object of `size` bytes, if that is known; leaving without `keep` leaves nothing."""

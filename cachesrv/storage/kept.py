@@ -7,24 +7,62 @@ cache has no room, or breaks, the object is written all the same.
 from __future__ import annotations
 
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from functools import partial
 from typing import TYPE_CHECKING
 
 from cachesrv.errors import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from cachesrv.storage.base import (
         ByteRange,
         Delivery,
         IncomingObject,
+        LocalCopy,
         ObjectCache,
         ObjectInfo,
         ObjectStore,
         ObjectWriter,
     )
+
+
+class KeptCopies:
+    """See `cachesrv.storage.base.LocalCopies`: they are kept in a disk cache."""
+
+    def __init__(self, disk_cache: ObjectCache) -> None:
+        self._disk_cache = disk_cache
+
+    @asynccontextmanager
+    async def begin(self, key: str, size: int | None = None) -> AsyncIterator[LocalCopy]:
+        async with AsyncExitStack() as stack:
+            try:
+                incoming = await stack.enter_async_context(self._disk_cache.incoming(key, size))
+            except StoreError:
+                incoming = None
+            yield _Copy(self._disk_cache, key, incoming)
+
+
+class _Copy:
+    """After the disk cache has failed once, there is none; what it has under the same key goes all the same."""
+
+    def __init__(self, disk_cache: ObjectCache, key: str, incoming: IncomingObject | None) -> None:
+        self._disk_cache = disk_cache
+        self._key = key
+        self._incoming = incoming
+
+    async def write(self, data: bytes | memoryview) -> None:
+        if self._incoming:
+            try:
+                await self._incoming.write(bytes(data))
+            except StoreError:
+                self._incoming = None
+
+    async def keep(self) -> None:
+        with suppress(StoreError):
+            await self._disk_cache.discard(self._key)
+            if self._incoming:
+                await self._incoming.commit()
 
 
 class KeepingStore:
@@ -33,6 +71,7 @@ class KeepingStore:
     def __init__(self, store: ObjectStore, disk_cache: ObjectCache, keeps: Callable[[str], bool]) -> None:
         self._store = store
         self._disk_cache = disk_cache
+        self._copies = KeptCopies(disk_cache)
         self._keeps = keeps
 
     def writer(self, key: str, *, size: int | None = None) -> AbstractAsyncContextManager[ObjectWriter]:
@@ -40,13 +79,8 @@ class KeepingStore:
 
     @asynccontextmanager
     async def _writer(self, key: str, size: int | None) -> AsyncIterator[ObjectWriter]:
-        async with AsyncExitStack() as stack:
-            writer = await stack.enter_async_context(self._store.writer(key, size=size))
-            try:
-                incoming = await stack.enter_async_context(self._disk_cache.incoming(key, size))
-            except StoreError:
-                incoming = None
-            yield _KeepingWriter(writer, incoming, partial(self._disk_cache.discard, key))
+        async with self._store.writer(key, size=size) as writer, self._copies.begin(key, size) as copy:
+            yield _KeepingWriter(writer, copy)
 
     async def put(self, key: str, data: bytes, *, replace: bool = False) -> bool:
         created = await self._store.put(key, data, replace=replace)
@@ -55,13 +89,9 @@ class KeepingStore:
         return created
 
     async def _keep(self, key: str, data: bytes) -> None:
-        try:
-            await self._disk_cache.discard(key)
-            async with self._disk_cache.incoming(key, len(data)) as incoming:
-                await incoming.write(data)
-                await incoming.commit()
-        except StoreError:
-            return
+        async with self._copies.begin(key, len(data)) as copy:
+            await copy.write(data)
+            await copy.keep()
 
     async def put_many(self, objects: Mapping[str, bytes], *, replace: bool = False) -> set[str]:
         created = await self._store.put_many(objects, replace=replace)
@@ -120,30 +150,18 @@ class KeepingStore:
 
 
 class _KeepingWriter:
-    """Writes to both; after the disk cache has failed once, to the store alone. `forget` takes from the disk cache what
-    it has under the same key.
-    """
+    """Writes to the store, and a copy."""
 
-    def __init__(
-        self, writer: ObjectWriter, incoming: IncomingObject | None, forget: Callable[[], Awaitable[None]]
-    ) -> None:
+    def __init__(self, writer: ObjectWriter, copy: LocalCopy) -> None:
         self._writer = writer
-        self._incoming = incoming
-        self._forget = forget
+        self._copy = copy
 
     async def write(self, data: bytes | memoryview) -> None:
         await self._writer.write(data)
-        if self._incoming:
-            try:
-                await self._incoming.write(bytes(data))
-            except StoreError:
-                self._incoming = None
+        await self._copy.write(data)
 
     async def commit(self, *, replace: bool = False) -> bool:
         created = await self._writer.commit(replace=replace)
         if created:
-            with suppress(StoreError):
-                await self._forget()
-                if self._incoming:
-                    await self._incoming.commit()
+            await self._copy.keep()
         return created

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from functools import partial
 from random import Random
@@ -14,7 +15,7 @@ from tests.system.fault_proxy import Alter, AlterRequest, FaultProxy
 from tests.system.server import until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from tests.radosgw import Gateway
     from tests.system.conftest import MakeBucket, MakeClient, StartServer
@@ -37,9 +38,19 @@ def proxy(gateway: Gateway) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture
-def server(builder: Nix, make_server: StartServer, make_bucket: MakeBucket, proxy: FaultProxy) -> Server:
-    environment = {"CACHESRV_SERVER__STORE_DIR": builder.store_dir, "CACHESRV_UPLOADS__PART_SIZE": "1 MiB"}
-    return make_server(environment=environment, stored=make_bucket(endpoint=proxy.url)).start()
+def start(builder: Nix, make_server: StartServer, make_bucket: MakeBucket, proxy: FaultProxy) -> Callable[..., Server]:
+    """Starts a server, with more in its environment."""
+
+    def start(**environment: str) -> Server:
+        environment |= {"CACHESRV_SERVER__STORE_DIR": builder.store_dir, "CACHESRV_UPLOADS__PART_SIZE": "1 MiB"}
+        return make_server(environment=environment, stored=make_bucket(endpoint=proxy.url)).start()
+
+    return start
+
+
+@pytest.fixture
+def server(start: Callable[..., Server]) -> Server:
+    return start()
 
 
 def of_clients(proxy: FaultProxy) -> list[Seen]:
@@ -56,7 +67,12 @@ def check(server: Server, builder: Nix, make_client: MakeClient, path: str) -> N
     client = make_client(server)
     client.run("nix-store", "--realise", path)
     assert client.hashes(path) == builder.hashes(path)
+    names = server.stored.names()
+    hash_part = path.rpartition("/")[2][:32]
+    assert names - server.stored.names("nar/") == {"nix-cache-info", f"{hash_part}.ls", f"{hash_part}.narinfo"}
     assert len(server.stored.names("nar/")) == 1
+    listing = json.loads(server.client().get(f"/main/{hash_part}.ls").text)
+    assert (listing["root"]["type"], listing["root"]["size"]) == ("regular", len(CONTENT))
     assert server.stored.state().get("uploads") == set()
     assert not any("~uploads" in key for key in server.stored.state())
 
@@ -88,6 +104,20 @@ def test_killed_on_its_way(server: Server, builder: Nix, make_client: MakeClient
 
     assert len(of_clients(proxy)) <= 4 + 2 * AT_ONCE
     check(server, builder, make_client, path)
+
+
+def test_the_first_download_does_not_go_to_the_bucket(
+    start: Callable[..., Server], builder: Nix, make_client: MakeClient, proxy: FaultProxy
+) -> None:
+    server = start(CACHESRV_DELIVERY__DISK_CACHE_SIZE="64 MiB")
+    path = builder.add("large", CONTENT)
+    push.push(builder, server, path)
+    assert len(of_clients(proxy)) == 4
+    assert proxy.count("GET", query="X-Amz-Signature", path=".staged") == 1
+    proxy.calm()
+    check(server, builder, make_client, path)
+
+    assert proxy.count("GET", path="/nar/") == 0
 
 
 def _more_than(before: int, proxy: FaultProxy) -> bool:

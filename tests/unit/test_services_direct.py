@@ -6,6 +6,7 @@ import asyncio
 import io
 from contextlib import asynccontextmanager
 from hashlib import md5, sha256
+from pathlib import Path
 from random import Random
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
@@ -21,17 +22,19 @@ from cachesrv.services.ingest import Ingest
 from cachesrv.services.part_store import Begun, Part, PartStore
 from cachesrv.services.uploads import DirectParts, Limits, Missing, Uploads, Verifying
 from cachesrv.storage import decorators
+from cachesrv.storage.disk_cache import DiskCache
+from cachesrv.storage.kept import KeptCopies
+from cachesrv.storage.no_cache import NoCache
 from cachesrv.storage.s3 import S3Store
 from cachesrv.storage.s3_parts import MIN_PART_SIZE
 from tests.samples import Sample
 from tests.service_site import Site, chunks, open_site
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
-    from pathlib import Path
+    from collections.abc import AsyncIterator, Collection, Sequence
 
     from cachesrv.catalog.base import NarRecord
-    from cachesrv.storage.base import SignedPut
+    from cachesrv.storage.base import ObjectCache, SignedPut
     from tests.radosgw import Gateway
 
 UPLOAD = "0123456789abcdef"
@@ -57,12 +60,18 @@ async def site(tmp_path: Path, gateway: Gateway, bucket: str) -> AsyncIterator[S
 
 @asynccontextmanager
 async def process(
-    site: Site, *, offered: bool = True, ingest: Ingest | None = None, **limits: int
+    site: Site,
+    *,
+    offered: bool = True,
+    ingest: Ingest | None = None,
+    disk_cache: ObjectCache | None = None,
+    **limits: int,
 ) -> AsyncIterator[Uploads]:
     """Uploads as one process of a server has them."""
     assert isinstance(site.storage, S3Store)
     parts = PartStore(site.storage)
-    direct = Direct(parts, site.storage, site.storage.direct, ingest or site.ingest, offered=offered)
+    copies = KeptCopies(disk_cache or NoCache())
+    direct = Direct(parts, site.storage, site.storage.direct, ingest or site.ingest, copies, offered=offered)
     opened = Uploads(parts, ingest or site.ingest, Limits(**limits), direct)
     try:
         yield opened
@@ -254,6 +263,67 @@ async def test_a_part_that_is_altered_is_named(site: Site, monkeypatch: pytest.M
         with pytest.raises(Mismatch, match=rf"^part {number} was altered .* with the MD5 {TAGS[number - 1]}, and has"):
             await complete(uploads, site)
     assert await keys(site) == set()
+
+
+@pytest.fixture
+async def disk_cache(tmp_path: Path) -> AsyncIterator[DiskCache]:
+    cache = DiskCache(tmp_path / "nar-cache", limit=2**28)
+    await cache.open()
+    yield cache
+    await cache.close()
+
+
+async def test_what_is_published_is_in_the_disk_cache(
+    site: Site, disk_cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it lies in the bucket, also when it was read twice."""
+    async with process(site, disk_cache=disk_cache) as uploads:
+        await there(uploads, site)
+        await send(uploads, site, [1, 2, 3])
+        alter(site, monkeypatch, MIN_PART_SIZE)
+        await complete(uploads, site)
+    kept = await disk_cache.get(f"main/nar/{NAR_NAME}")
+    assert kept is not None
+    assert await asyncio.to_thread(Path(kept.path).read_bytes) == LARGE.file
+    assert await disk_cache.used() == len(LARGE.file)
+
+
+async def test_what_is_not_published_is_not_in_the_disk_cache(
+    site: Site, disk_cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong, and what another one has published in other bytes."""
+    async with process(site, disk_cache=disk_cache) as uploads:
+        await there(uploads, site)
+        await send(uploads, site, [1, 2, 3])
+        with monkeypatch.context() as patched:
+            alter(site, patched, MIN_PART_SIZE, MIN_PART_SIZE)
+            with pytest.raises(Mismatch):
+                await complete(uploads, site)
+        assert await disk_cache.used() == 0
+
+        await there(uploads, site)
+        await send(uploads, site, [1, 2, 3])
+        fence = site.catalog.fence
+
+        async def meanwhile(keys: Collection[str]) -> int:
+            monkeypatch.setattr(site.catalog, "fence", fence)
+            file = zstandard.ZstdCompressor(level=19).compress(LARGE.nar)
+            await site.ingest.receive(site.cache, NAR_NAME, chunks(file), None)
+            return await fence(keys)
+
+        monkeypatch.setattr(site.catalog, "fence", meanwhile)
+        assert not isinstance(await complete(uploads, site), Missing | Verifying)
+    assert await disk_cache.used() == 0
+
+
+async def test_a_disk_cache_that_is_too_small_is_not_in_the_way(site: Site, tmp_path: Path) -> None:
+    small = DiskCache(tmp_path / "nar-cache", limit=MIN_PART_SIZE)
+    async with process(site, disk_cache=small) as uploads:
+        await there(uploads, site)
+        await send(uploads, site, [1, 2, 3])
+        assert not isinstance(await complete(uploads, site), Missing | Verifying)
+    assert await small.used() == 0
+    await small.close()
 
 
 async def test_who_does_not_tell_the_md5_of_parts_is_told_less(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
