@@ -16,8 +16,7 @@ def check_what_is_visible(server: Server, client: Nix, paths: list[str]) -> set[
 
     What was not acknowledged may have reached the catalog, or storage alone.
     """
-    by_http = {path: answer.text for path in paths if (answer := _narinfo(server, path)).status == 200}
-    _check_references(by_http)
+    by_http = check_what_http_shows(server, paths)
     folder = server.stored.copy()
     in_folder = {_field(text, "StorePath"): text for text in _texts(folder)}
     _check_references(in_folder)
@@ -34,6 +33,13 @@ def check_what_is_visible(server: Server, client: Nix, paths: list[str]) -> set[
             client.forget()
             client.run("nix", "store", "verify", "--store", store, "--sigs-needed", "1", *shown)
     return set(by_http)
+
+
+def check_what_http_shows(server: Server, paths: list[str]) -> dict[str, str]:
+    """The narinfos that there are of these paths, none without those of all its references."""
+    by_http = {path: answer.text for path in paths if (answer := _narinfo(server, path)).status == 200}
+    _check_references(by_http)
+    return by_http
 
 
 def _narinfo(server: Server, path: str) -> Answer:
