@@ -189,6 +189,8 @@ async def _run(config: Config, services: Services, wish: _Wish, output: Output, 
         counts = await wiring.build_verify(config, services, contents).run(wish.chosen, notes, output)
         if wish.repair and counts.flaws:
             repaired = await _repair(config, services, wish, notes, output=output, contents=contents)
+        elif wish.repair:
+            await _finish(config, services)
         notes.finish()
     finally:
         if contents:
@@ -197,6 +199,19 @@ async def _run(config: Config, services: Services, wish: _Wish, output: Output, 
     output.sum_up(counts, repaired)
     wrong = repaired["removed"] + repaired["left"] if repaired else len(counts.flaws)
     return SOME_FAILED if wrong else 0
+
+
+async def _finish(config: Config, services: Services) -> None:
+    """Delete what a repair that was interrupted had still to delete; whoever deletes at present does that as well."""
+    from cachesrv import wiring
+    from cachesrv.services.maintenance import Busy, maintenance
+    from cachesrv.services.removing import Removing
+
+    if await services.catalog.doomed():
+        with suppress(Busy):
+            async with maintenance(services.catalog):
+                caches = wiring.served_caches(config)
+                await Removing(services.storage, services.catalog, services.index).finish(caches)
 
 
 async def _repair(
