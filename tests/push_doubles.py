@@ -146,7 +146,8 @@ class FakeCache:
     is what it takes in one part, 0 for none; `uploads` has the parts of each upload by number; `slow` is how often
     `complete` says first that it takes longer. It takes packs within the limits `packs`, if any; it refuses those NARs
     of a pack whose hash is in `unpackable`. `direct`: parts go to a bucket, with the routes `sign` and `bucket`;
-    `seen_by_bucket` are the headers that it has seen.
+    `seen_by_bucket` are the headers that it has seen. It `bears` so many requests at once, 0 for any number, and
+    answers 503 to others; `crowds` has how many there were when each came.
     """
 
     token: str | None = "secret"
@@ -158,6 +159,8 @@ class FakeCache:
     direct: bool = False
     seen_by_bucket: list[Mapping[str, str]] = field(default_factory=list)
     packs: api.PackLimits | None = None
+    bears: int = 0
+    crowds: list[int] = field(default_factory=list)
     unpackable: set[str] = field(default_factory=set)
     upstreams: list[api.UpstreamAnswer] = field(default_factory=list)
     nars: dict[str, bytes] = field(default_factory=dict)
@@ -170,6 +173,7 @@ class FakeCache:
     publication: asyncio.Event = field(default_factory=asyncio.Event)
     tls: ssl.SSLContext | None = None
     _server: TestServer | None = None
+    _under_way: int = 0
 
     async def __aenter__(self) -> Self:
         app = web.Application(client_max_size=api.MAX_REQUEST_SIZE)
@@ -216,6 +220,19 @@ class FakeCache:
             if self.token is not None and not open_to_all and not known:
                 return web.json_response({"error": "no valid token"}, status=401)
             return await handler(request)
+
+        return self._crowded(handle)
+
+    def _crowded(self, handler: Handler) -> Handler:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            self._under_way += 1
+            self.crowds.append(self._under_way)
+            try:
+                if 0 < self.bears < self._under_way:
+                    return await answer(503, "too many")(request)
+                return await handler(request)
+            finally:
+                self._under_way -= 1
 
         return handle
 

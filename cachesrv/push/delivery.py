@@ -63,15 +63,16 @@ class Delivery:
         """Bytes of the file, and the level of its compression."""
         if self._in_parts and self._in_parts.is_for(info.nar_size):
             return await self._send_in_parts(info, self._in_parts)
-        self._emit(Sending(info.store_path.base_name, info.nar_size))
-        async with self._pipeline.nar(self._open_nar(info), info, limit=self._max_file_size) as nar:
-            try:
-                await self._server.put_nar(info.nar_hash, self._counted(nar))
-            except TryAgain as error:
-                if nar.failure is not None:
-                    raise nar.failure from error
-                raise
-            return nar.file_size, nar.level
+        async with self._server.streaming() as send:
+            self._emit(Sending(info.store_path.base_name, info.nar_size))
+            async with self._pipeline.nar(self._open_nar(info), info, limit=self._max_file_size) as nar:
+                try:
+                    await send(info.nar_hash, self._counted(nar))
+                except TryAgain as error:
+                    if nar.failure is not None:
+                        raise nar.failure from error
+                    raise
+                return nar.file_size, nar.level
 
     async def _send_in_parts(self, info: PathInfo, in_parts: InParts) -> tuple[int, int]:
         """The same, nothing when it turned out to be there."""

@@ -11,9 +11,10 @@ from yarl import URL
 
 from cachesrv.errors import BadInput, ServerError
 from cachesrv.push.one_line import one_line
-from cachesrv.push.refusal import NotThere, seconds_until
-from cachesrv.push.retry import TryAgain
+from cachesrv.push.refusal import TOO_MUCH, NotThere, seconds_until
+from cachesrv.push.retry import Overloaded, TryAgain
 from cachesrv.push.session import for_nars, open_session, our_errors, watched
+from cachesrv.push.traffic import Traffic
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Mapping
@@ -25,15 +26,18 @@ if TYPE_CHECKING:
 _MAX_ERROR_SIZE = 16 * 1024
 _SAID = re.compile(r"<(Code|Message)>([^<]*)</")
 _ALTERED = "BadDigest"
-_MAY_PASS = frozenset({408, 429})
+_SLOWER = frozenset({"RequestTimeout", "ServiceUnavailable", "SlowDown"})
 
 
 class Elsewhere:
-    """Connections are made when they are first needed, at most `connections` at once."""
+    """Connections are made when they are first needed, at most `connections` at once; a storage that asks for more
+    than `patience` seconds is not waited for.
+    """
 
-    def __init__(self, connections: int, timeouts: Timeouts) -> None:
+    def __init__(self, connections: int, timeouts: Timeouts, *, patience: float) -> None:
         self._connections = connections
         self._timeouts = timeouts
+        self._traffic = Traffic(connections, patience=patience)
         self._session: aiohttp.ClientSession | None = None
         self.proven = False
         """Whether a part has arrived there."""
@@ -48,6 +52,10 @@ class Elsewhere:
         such upload; ServerError when it is not taken; BadInput when that is no URL for it.
         """
         host = _host(url)
+        async with self._traffic.request():
+            return await self._put(host, url, headers, chunks)
+
+    async def _put(self, host: str, url: str, headers: Mapping[str, str], chunks: AsyncIterable[Chunk]) -> str:
         with our_errors(host):
             async with (
                 asyncio.timeout(None) as deadline,
@@ -83,6 +91,8 @@ def _refusal(response: aiohttp.ClientResponse, said: Mapping[str, str], host: st
     because = one_line(": ".join(filter(None, (code, said.get("Message", ""))))) or f"status {response.status}"
     if response.status == 404:
         return NotThere(f"{host} does not know the upload: {because}")
-    if response.status in _MAY_PASS or response.status >= 500 or code == _ALTERED:
+    if response.status in TOO_MUCH or code in _SLOWER:
+        return Overloaded(f"{host} says {because}", seconds_until(response.headers.get("Retry-After", "")))
+    if response.status >= 500 or code == _ALTERED:
         return TryAgain(f"{host} says {because}", seconds_until(response.headers.get("Retry-After", "")))
     return ServerError(f"{host} does not take a part: {because}")

@@ -11,14 +11,17 @@ import msgspec
 from cachesrv.api import ErrorAnswer
 from cachesrv.errors import CachesrvError, Conflict, NotAllowed, NotAuthenticated, Refused, ServerError, TooLarge
 from cachesrv.push.one_line import one_line
-from cachesrv.push.retry import TryAgain
+from cachesrv.push.retry import Overloaded, TryAgain
 from cachesrv.push.token import is_nowhere
 
 if TYPE_CHECKING:
     from cachesrv.push.address import Address
     from cachesrv.push.token import TokenSource
 
-_MAY_PASS = frozenset({408, 425, 429})
+TOO_MUCH = frozenset({408, 429, 502, 503, 504})
+"""Statuses that may come of too many requests at once."""
+
+_MAY_PASS = TOO_MUCH | {425}
 _WILL_NOT_PASS = frozenset({501, 505})
 _NO_ROOM = 507
 
@@ -58,7 +61,8 @@ def refusal(
     if status == _NO_ROOM:
         return ServerError(f"{address} has no room left{because}")
     if status in _MAY_PASS or (status >= 500 and status not in _WILL_NOT_PASS):
-        return TryAgain(f"{address} answered with status {status}{because}", retry_after)
+        kind = Overloaded if status in TOO_MUCH else TryAgain
+        return kind(f"{address} answered with status {status}{because}", retry_after)
     if status >= 500 or status < 200:
         return ServerError(f"{address} answered with status {status}{because}")
     return Refused(said or f"the server refused it with status {status}")

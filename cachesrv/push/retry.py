@@ -24,17 +24,26 @@ Result = TypeVar("Result")
 
 class TryAgain(ServerError):
     """A failure that may pass; `retry_after` is the delay in seconds that the server asked for. `tried` says that it
-    was tried again, and often enough.
+    was tried again, and often enough; `hopeless`, that whatever else is tried now fails as well.
     """
 
     def __init__(self, message: str, retry_after: float = 0.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
         self.tried = False
+        self.hopeless = False
+
+
+class Overloaded(TryAgain):
+    """It may have been too much for the server, or for what stands before it."""
 
 
 class Unreachable(TryAgain):
-    """No connection: whatever else is tried now fails as well."""
+    """No connection."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.hopeless = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +72,10 @@ async def retry(operation: Callable[[], Awaitable[Result]], what: str, backoff: 
         try:
             return await operation()
         except TryAgain as error:
-            if error.tried or attempt >= backoff.attempts or error.retry_after > backoff.patience:
+            impatient = error.retry_after > backoff.patience
+            if error.tried or attempt >= backoff.attempts or impatient:
                 error.tried = True
+                error.hopeless |= impatient
                 raise
             delay = backoff.delay(attempt, error.retry_after, random.random())  # noqa: S311  jitter is no secret
             emit(Retrying(what, attempt, round(delay, 3), str(error)))

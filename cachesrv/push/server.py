@@ -32,18 +32,22 @@ from cachesrv.push.events import ignore
 from cachesrv.push.questions import Questions
 from cachesrv.push.refusal import refusal, said_in, seconds_until
 from cachesrv.push.retry import Backoff, TryAgain, retry
+from cachesrv.push.traffic import Traffic
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
     import aiohttp
 
     from cachesrv.api import PackHead, PathOutcome, PathToPublish, WantedPath
     from cachesrv.nix.hashes import Hash
     from cachesrv.push.address import Address
+    from cachesrv.push.connection import Chunk
     from cachesrv.push.elsewhere import Elsewhere
     from cachesrv.push.events import Emit
     from cachesrv.push.token import TokenSource
+
+    SendNar = Callable[[Hash, AsyncIterable[Chunk]], Awaitable[None]]
 
 FIRST_ATTEMPTS = 4
 """For the first question: a wrong URL should not take a minute to be noticed, a server may just be starting."""
@@ -73,6 +77,7 @@ class Server:
         self.address = address
         self.backoff = backoff
         self._connections = connections
+        self._traffic = Traffic(connections, patience=backoff.patience)
         self._session: aiohttp.ClientSession | None = None
         self._elsewhere: Elsewhere | None = None
         self._questions = Questions(address, timeouts, limit=MAX_REQUEST_SIZE)
@@ -94,7 +99,7 @@ class Server:
         from cachesrv.push.elsewhere import Elsewhere  # noqa: PLC0415  brings the library with it
 
         if self._elsewhere is None:
-            self._elsewhere = Elsewhere(self._connections, self.timeouts)
+            self._elsewhere = Elsewhere(self._connections, self.timeouts, patience=self.backoff.patience)
         return self._elsewhere
 
     async def describe(self) -> CacheAnswer:
@@ -134,16 +139,25 @@ class Server:
         answer = await self.ask_once("POST", "missing", question, MissingAnswer)
         return path.path not in answer.missing or path.path in answer.stored
 
-    async def put_nar(self, nar_hash: Hash, chunks: AsyncIterable[bytes | memoryview], size: int | None = None) -> None:
-        """Send a NAR, compressed, of `size` bytes if that is known; it is there, checked, when this returns.
+    @asynccontextmanager
+    async def streaming(self) -> AsyncIterator[SendNar]:
+        """What sends one NAR, compressed, that is still being made: it is there, checked, when the call returns.
+        Nothing is to be made of it before this is entered, since there may be a long wait for others.
 
-        Raises TryAgain when it may work from the start, Conflict, TooLarge or Refused when the server does not take
-        this NAR. An exception of `chunks` ends the request so that nothing is kept, and shows as TryAgain: the caller
-        has to look there first.
+        The call raises TryAgain when it may work from the start, Conflict, TooLarge or Refused when the server does not
+        take this NAR. An exception of the chunks ends the request so that nothing is kept, and shows as TryAgain: the
+        caller has to look there first.
         """
-        headers = {"Content-Type": "application/x-nix-nar"}
-        if size is not None:
-            headers["Content-Length"] = str(size)
+        async with self._traffic.request(streams=True):
+
+            async def send(nar_hash: Hash, chunks: AsyncIterable[Chunk]) -> None:
+                await self._exchange("PUT", self.address.nar(nar_hash.bare_nix32), chunks, {"Content-Type": _NAR_TYPE})
+
+            yield send
+
+    async def put_nar(self, nar_hash: Hash, chunks: AsyncIterable[Chunk], size: int) -> None:
+        """Send a NAR of which all `size` bytes are here, compressed; raises as `streaming` says."""
+        headers = {"Content-Type": _NAR_TYPE, "Content-Length": str(size)}
         await self.put(self.address.nar(nar_hash.bare_nix32), chunks, headers)
 
     async def send_pack(self, head: PackHead, body: bytes) -> PackAnswer:
@@ -160,13 +174,16 @@ class Server:
         _check_outcomes(self.address, answer.paths, head.paths)
         return answer
 
-    async def put(self, url: str, chunks: AsyncIterable[bytes | memoryview], headers: Mapping[str, str]) -> None:
+    async def put(self, url: str, chunks: AsyncIterable[Chunk], headers: Mapping[str, str]) -> None:
         """Send bytes, once; how they are taken is watched. Raises TryAgain and what `refusal` says."""
         await self._send("PUT", url, chunks, headers)
 
-    async def _send(
-        self, method: str, url: str, chunks: AsyncIterable[bytes | memoryview], headers: Mapping[str, str]
-    ) -> bytes:
+    async def _send(self, method: str, url: str, chunks: AsyncIterable[Chunk], headers: Mapping[str, str]) -> bytes:
+        """What is answered to a body of which all is here."""
+        async with self._traffic.request():
+            return await self._exchange(method, url, chunks, headers)
+
+    async def _exchange(self, method: str, url: str, chunks: AsyncIterable[Chunk], headers: Mapping[str, str]) -> bytes:
         """What is answered to a body that may take its time."""
         from cachesrv.push.session import for_nars, our_errors, watched  # noqa: PLC0415  brings the library with it
 
@@ -213,11 +230,12 @@ class Server:
         if len(body) >= _COMPRESS_FROM:
             headers["Content-Encoding"] = "zstd"
             body = zstandard.ZstdCompressor().compress(body)
-        if self._session is None and not may_need_proxy(os.environ):
-            said = await self._questions.ask(method, url, headers, body)
-            self._check(said.status, said.headers, said.body)
-            return said.body
-        return await self._request_in_session(method, url, headers, body)
+        async with self._traffic.request():
+            if self._session is None and not may_need_proxy(os.environ):
+                said = await self._questions.ask(method, url, headers, body)
+                self._check(said.status, said.headers, said.body)
+                return said.body
+            return await self._request_in_session(method, url, headers, body)
 
     async def _request_in_session(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> bytes:
         from cachesrv.push.session import for_answers, our_errors  # noqa: PLC0415  brings the library with it
@@ -239,7 +257,7 @@ class Server:
         from cachesrv.push.session import open_session  # noqa: PLC0415  brings the library with it
 
         if self._session is None:
-            self._session = open_session(self.address.base, self._connections)
+            self._session = open_session(self.address.base, self._connections + 1)
         return self._session
 
     def _headers(self) -> dict[str, str]:

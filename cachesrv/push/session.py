@@ -14,7 +14,7 @@ import aiohttp
 
 from cachesrv.errors import ServerError
 from cachesrv.push.connection import USER_AGENT, tls
-from cachesrv.push.retry import TryAgain, Unreachable
+from cachesrv.push.retry import Overloaded, Unreachable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Iterator
@@ -49,8 +49,8 @@ def open_session(url: str, connections: int) -> aiohttp.ClientSession:
 
 @contextmanager
 def our_errors(address: object) -> Iterator[None]:
-    """Turn what goes wrong on the way to a server and back into TryAgain, Unreachable or ServerError; `address` is how
-    people call it.
+    """Turn what goes wrong on the way to a server and back into Overloaded, Unreachable or ServerError; `address` is
+    how people call it.
     """
     try:
         yield
@@ -61,11 +61,11 @@ def our_errors(address: object) -> Iterator[None]:
     except aiohttp.ConnectionTimeoutError as error:
         raise Unreachable(f"{address} cannot be reached: it does not answer to a connection") from error
     except TimeoutError as error:
-        raise TryAgain(f"{address} has gone silent") from error
+        raise Overloaded(f"{address} has gone silent") from error
     except aiohttp.ClientResponseError as error:
         raise ServerError(f"{address} does not speak HTTP as expected: {error.message}") from error
     except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
-        raise TryAgain(f"the connection to {address} broke ({type(error).__name__})") from error
+        raise Overloaded(f"the connection to {address} broke ({type(error).__name__})") from error
     except aiohttp.ClientError as error:
         raise ServerError(f"{address} cannot be asked ({type(error).__name__})") from error
 

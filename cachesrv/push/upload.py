@@ -17,7 +17,7 @@ from cachesrv.push.foremost import foremost
 from cachesrv.push.one_line import one_line
 from cachesrv.push.plan import Decision
 from cachesrv.push.publish_order import PublishOrder
-from cachesrv.push.retry import TryAgain, Unreachable
+from cachesrv.push.retry import TryAgain
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -250,7 +250,7 @@ class Upload:
 def concerns_all(error: CachesrvError) -> bool:
     """Whether no other path can fare better."""
     if isinstance(error, TryAgain):
-        return isinstance(error, Unreachable)
+        return error.hopeless
     return isinstance(error, ServerError | NotAllowed | ConfigError)
 
 

@@ -10,15 +10,14 @@ A request says by TryAgain or SlowDown that repeating it may help. It has to be 
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
-from collections import deque
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 import stamina
 
 from cachesrv.errors import StoreUnavailable
+from cachesrv.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -77,61 +76,28 @@ class Measured:
 
 
 class Limited:
-    """Lets at most `most` requests through at a time, and finds out how many the service bears: a SlowDown halves
-    their number, each full round of successes raises it by one. Others wait in the order of their coming.
+    """Lets at most `most` requests through at a time, and finds out how many the service bears (see `cachesrv.turns`):
+    a SlowDown says that it was too much.
     """
 
     def __init__(self, inner: Requests, *, most: int = 64) -> None:
         self._inner = inner
-        self._most = most
-        self._limit = float(most)
-        self._in_flight = 0
-        self._lowered = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._turns = Turns(most)
 
     @property
     def limit(self) -> int:
         """How many requests may be under way at present."""
-        return int(self._limit)
+        return self._turns.limit
 
     async def run(self, operation: str, request: Callable[[], Awaitable[T]]) -> T:
-        await self._enter()
-        lowered_before = self._lowered
-        try:
-            result = await self._inner.run(operation, request)
-        except SlowDown:
-            # Those that were under way together complain together: they count once.
-            if self._lowered == lowered_before:
-                self._lowered += 1
-                self._limit = max(1.0, self._limit / 2)
-            raise
-        else:
-            self._limit = min(self._most, self._limit + 1 / self._limit)
+        async with self._turns.turn() as turn:
+            try:
+                result = await self._inner.run(operation, request)
+            except SlowDown:
+                turn.was_too_much()
+                raise
+            turn.went_well()
             return result
-        finally:
-            self._leave()
-
-    async def _enter(self) -> None:
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
-        self._admit()
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if not turn.cancelled():
-                self._leave()
-            raise
-
-    def _leave(self) -> None:
-        self._in_flight -= 1
-        self._admit()
-
-    def _admit(self) -> None:
-        while self._waiting and self._in_flight < self.limit:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                self._in_flight += 1
-                turn.set_result(None)
 
 
 class Guarded:

@@ -136,6 +136,11 @@ class FaultProxy:
         self._transports: WeakSet[asyncio.Transport] = WeakSet()
         self._site: web.TCPSite | None = None
         self.seen: list[Seen] = []
+        self.bears = 0
+        """So many requests at once; others are answered with 503. 0: any number."""
+        self.crowds: list[int] = []
+        """How many there were when each came."""
+        self._under_way = 0
 
     @property
     def url(self) -> str:
@@ -194,7 +199,7 @@ class FaultProxy:
     async def _listen(self) -> None:
         if self._site is None:
             self._over.clear()
-            self._runner = web.ServerRunner(web.Server(self._handle), shutdown_timeout=0)
+            self._runner = web.ServerRunner(web.Server(self._handle, auto_decompress=False), shutdown_timeout=0)
             await self._runner.setup()
             self._site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True)
             await self._site.start()
@@ -221,6 +226,18 @@ class FaultProxy:
             await asyncio.sleep(0)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        self._under_way += 1
+        self.crowds.append(self._under_way)
+        try:
+            if 0 < self.bears < self._under_way:
+                async for _ in request.content.iter_chunked(2**18):
+                    pass
+                return web.Response(status=503, text="too many requests")
+            return await self._handle_one(request)
+        finally:
+            self._under_way -= 1
+
+    async def _handle_one(self, request: web.BaseRequest) -> web.StreamResponse:
         url = URL(request.raw_path, encoded=True)
         seen = Seen(request.method, url.path, dict(url.query), dict(request.headers))
         self.seen.append(seen)

@@ -38,7 +38,7 @@ from cachesrv.push.upload import concerns_all
 from tests.push_doubles import FakeCache, answer, drop, hang
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterable, AsyncIterator
     from pathlib import Path
 
     from tests.push_doubles import Handler
@@ -64,6 +64,11 @@ async def talking(
     emit = (told if told is not None else []).append
     async with connect(Address.parse(cache.url), TOKEN, backoff=backoff, timeouts=timeouts, emit=emit) as server:
         yield server
+
+
+async def stream(server: Server, chunks: AsyncIterable[bytes]) -> None:
+    async with server.streaming() as send:
+        await send(NAR, chunks)
 
 
 def wanted(*names: str) -> list[api.WantedPath]:
@@ -159,8 +164,9 @@ async def test_a_server_that_asks_for_too_much_patience_is_left() -> None:
     async def fail() -> None:
         raise TryAgain("come back tomorrow", retry_after=86400)
 
-    with pytest.raises(TryAgain, match="tomorrow"):
+    with pytest.raises(TryAgain, match="tomorrow") as caught:
         await retry(fail, "asking", Backoff(), lambda _: None)
+    assert concerns_all(caught.value)
 
 
 async def test_other_failures_are_not_tried_again(cache: FakeCache) -> None:
@@ -300,7 +306,7 @@ async def test_a_nar_that_the_server_does_not_take_is_given_up(cache: FakeCache)
     async with talking(cache, timeouts=HURRY) as server:
         started = time.monotonic()
         with pytest.raises(TryAgain, match="gone silent"):
-            await server.put_nar(NAR, _endless())
+            await stream(server, _endless())
 
     assert time.monotonic() - started < 5
 
@@ -313,7 +319,7 @@ async def test_a_server_that_never_answers_for_a_nar_is_given_up(cache: FakeCach
     cache.fail("nar", swallow)
     async with talking(cache, timeouts=HURRY) as server:
         with pytest.raises(TryAgain, match="gone silent"):
-            await server.put_nar(NAR, _chunks(b"x"))
+            await stream(server, _chunks(b"x"))
 
 
 async def test_our_own_slowness_is_not_held_against_the_server(cache: FakeCache) -> None:
@@ -324,7 +330,7 @@ async def test_our_own_slowness_is_not_held_against_the_server(cache: FakeCache)
 
     cache.fail("nar", answer(201))
     async with talking(cache, timeouts=HURRY) as server:
-        await server.put_nar(NAR, slow())
+        await stream(server, slow())
 
 
 async def test_a_refusal_in_the_middle_of_a_nar_is_understood(cache: FakeCache) -> None:
@@ -335,7 +341,7 @@ async def test_a_refusal_in_the_middle_of_a_nar_is_understood(cache: FakeCache) 
     cache.fail("nar", refuse)
     async with talking(cache) as server:
         with pytest.raises(Conflict, match="not this one"):
-            await server.put_nar(NAR, _endless())
+            await stream(server, _endless())
 
 
 async def test_chunks_that_fail_end_the_request(cache: FakeCache) -> None:
@@ -355,7 +361,7 @@ async def test_chunks_that_fail_end_the_request(cache: FakeCache) -> None:
     cache.fail("nar", watch)
     async with talking(cache) as server:
         with pytest.raises(TryAgain):
-            await server.put_nar(NAR, fail())
+            await stream(server, fail())
         await asyncio.wait_for(broken.wait(), 5)
 
     assert cache.nars == {}
