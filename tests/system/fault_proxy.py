@@ -251,13 +251,13 @@ class FaultProxy:
             case Answer(status, own, headers):
                 return web.Response(status=status, body=own, headers=headers)
             case Drop():
-                return _hang_up(request)
+                return hang_up(request)
             case Hang():
                 await self._over.wait()
-                return _hang_up(request)
+                return hang_up(request)
             case CutRequest(after):
                 await self._cut(request, url, body[:after])
-                return _hang_up(request)
+                return hang_up(request)
             case Delay(seconds):
                 await asyncio.sleep(seconds)
             case Hold(until):
@@ -278,14 +278,14 @@ class FaultProxy:
     ) -> web.StreamResponse:
         target = URL(f"{self._upstream}{url.raw_path_qs}", encoded=True)
         async with self._session.request(
-            request.method, target, headers=_passed_on(request.headers), data=io.BytesIO(body), allow_redirects=False
+            request.method, target, headers=passed_on(request.headers), data=io.BytesIO(body), allow_redirects=False
         ) as answer:
             content = bytearray(await answer.read())
         if isinstance(fault, LoseAnswer):
-            return _hang_up(request)
+            return hang_up(request)
         if isinstance(fault, Alter):
             content[fault.at] ^= 1
-        response = web.StreamResponse(status=answer.status, headers=_passed_on(answer.headers))
+        response = web.StreamResponse(status=answer.status, headers=passed_on(answer.headers))
         if request.method != "HEAD":
             response.content_length = len(content)
         await response.prepare(request)
@@ -303,7 +303,7 @@ class FaultProxy:
             request.transport.write_eof()
         if isinstance(fault, Stall) or fault.half:
             await self._over.wait()
-        return _hang_up(request)
+        return hang_up(request)
 
     async def _cut(self, request: web.BaseRequest, url: URL, start: bytearray) -> None:
         upstream = URL(self._upstream)
@@ -322,11 +322,11 @@ def _is_meant(seen: Seen, method: str, query: str, path: str) -> bool:
     return method in {"", seen.method} and (not query or query in seen.query) and path in seen.path
 
 
-def _passed_on(headers: Any) -> list[tuple[str, str]]:
+def passed_on(headers: Any) -> list[tuple[str, str]]:
     return [(name, value) for name, value in headers.items() if name.lower() not in _OF_ONE_CONNECTION]
 
 
-def _hang_up(request: web.BaseRequest) -> web.StreamResponse:
+def hang_up(request: web.BaseRequest) -> web.StreamResponse:
     if request.transport is not None:
         request.transport.close()
     raise ConnectionResetError("a planned fault")

@@ -1,0 +1,187 @@
+"""Pushes that are interrupted anywhere: they come to their end, send nothing again that was acknowledged, and what is
+in the cache is whole.
+
+Small paths go in packs, one that compresses well in one piece, large ones in parts, several at once. The places are
+random, by bytes that were sent; what is sent is counted between the uploader and the server.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.system import push
+from tests.system.counting_proxy import CountingProxy
+from tests.system.nix import MANY
+from tests.system.server import Server, until
+from tests.system.small_disk import small_disk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from tests.system.conftest import StartServer
+    from tests.system.nix import Nix
+
+MIB = 2**20
+PART = MIB
+SMALL = 40
+LARGE = (3 * MIB, 6 * MIB, 7 * MIB + 12345)
+TOTAL = sum(LARGE)
+AT_ONCE = 16 + 8
+"""What an uploader has on its way at most: its connections."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """`paths` of a store are pushed to a server by way of a proxy; the last one of the small ones, which come first,
+    needs all of those.
+    """
+
+    builder: Nix
+    server: Server
+    proxy: CountingProxy
+    paths: list[str]
+
+    @contextmanager
+    def begun(self, *before: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A push of all paths; `before`: words before its own."""
+        words = push.command(self.builder, self.server, "--to", f"{self.proxy.url}/main", *self.paths[SMALL - 1 :])
+        with (
+            self._file.open("wb") as out,
+            subprocess.Popen(
+                [*before, *words], env=self.builder.environment, stdout=out, stderr=subprocess.STDOUT
+            ) as pushing,
+        ):
+            try:
+                yield pushing
+            finally:
+                pushing.kill()
+
+    def stopped(self, after: int, number: int, *before: str) -> int:
+        """The status of a push that gets this signal when so many more bytes have been sent."""
+        with self.begun(*before) as pushing:
+            self.proxy.trouble(after, partial(pushing.send_signal, number))
+            status = pushing.wait(push.PATIENCE)
+        self.proxy.settle()
+        return status
+
+    def end(self, pushing: subprocess.Popen[bytes]) -> dict[str, Any]:
+        """The summary of a push that comes to a good end."""
+        assert pushing.wait(push.PATIENCE) == 0, self.told
+        last: dict[str, Any] = json.loads(self.told.splitlines()[-1])
+        return last
+
+    @property
+    def told(self) -> str:
+        """By the last push."""
+        return self._file.read_text()
+
+    @property
+    def _file(self) -> Path:
+        return self.server.folder / "told"
+
+    def check(self, lost: int) -> None:
+        """All is there and whole; what was acknowledged was not sent again, and at most `lost` bodies were not."""
+        verify = self.server.command("verify", "--contents", "--json")
+        done = subprocess.run(
+            verify, check=False, env=self.server.environment, capture_output=True, text=True, timeout=push.PATIENCE
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert push.push(self.builder, self.server, *self.paths)["present"] == len(self.paths)
+        left = [file.name for file in self.server.data_dir.glob("objects/~uploads/**/*.*")]
+        assert not [name for name in left if not name.startswith(".incoming-")], "parts are left behind"
+        acknowledged: dict[str, int] = {}
+        for number, body in enumerate(self.proxy.bodies):
+            again = [name for name in body.names if acknowledged.get(name, number) < number]
+            assert not again, "acknowledged, and sent again"
+            if body.acknowledged_at is not None:
+                acknowledged |= dict.fromkeys(body.names, body.acknowledged_at - 1)
+        assert len(self.proxy.unacknowledged) <= lost
+        sent_again = sum(body.size for body in self.proxy.unacknowledged)
+        assert self.proxy.sent - sent_again < 1.05 * (TOTAL + 2 * MIB)
+
+
+@pytest.fixture
+def scene(builder: Nix, make_server: StartServer) -> Iterator[Scene]:
+    environment = {"CACHESRV_SERVER__STORE_DIR": builder.store_dir, "CACHESRV_UPLOADS__PART_SIZE": str(PART)}
+    server = make_server(environment=environment).start()
+    contents = random.Random(1)
+    small = builder.evaluate(MANY % ("small", SMALL))
+    single = builder.add("single", b"".join(contents.randbytes(1000) * 5 for _ in range(400)))
+    large = [builder.add(f"large-{size}", contents.randbytes(size)) for size in LARGE]
+    with CountingProxy(server.url) as proxy:
+        yield Scene(builder, server, proxy, [*small, single, *large])
+
+
+@pytest.mark.parametrize(("number", "seed"), [(signal.SIGKILL, 1), (signal.SIGKILL, 2), (signal.SIGINT, 3)])
+def test_the_uploader_is_stopped(scene: Scene, number: signal.Signals, seed: int) -> None:
+    places = random.Random(seed)
+    for _ in range(3):
+        status = scene.stopped(places.randrange(1, TOTAL // 3), number)
+        assert status == (-9 if number == signal.SIGKILL else 130), scene.told
+    lost = len(scene.proxy.unacknowledged)
+    assert lost, "nothing was cut short: this shows nothing"
+    with scene.begun() as pushing:
+        assert scene.end(pushing)["resumed_bytes"] > 0
+    assert len(scene.proxy.unacknowledged) == lost
+    scene.check(3 * AT_ONCE)
+
+
+def test_connections_are_cut(scene: Scene) -> None:
+    places = random.Random(4)
+    for _ in range(3):
+        scene.proxy.trouble(places.randrange(1, TOTAL // 3), scene.proxy.cut)
+    with scene.begun() as pushing:
+        scene.end(pushing)
+    assert not scene.proxy.pending
+    assert scene.proxy.unacknowledged
+    scene.check(3 * AT_ONCE)
+
+
+@pytest.mark.parametrize(("end", "seed"), [(Server.kill, 5), (Server.stop, 6)], ids=["SIGKILL", "SIGTERM"])
+def test_the_server_is_restarted(scene: Scene, end: Callable[[Server], object], seed: int) -> None:
+    places = random.Random(seed)
+    reached = [threading.Event(), threading.Event()]
+    for event in reached:
+        scene.proxy.trouble(places.randrange(1, TOTAL // 2), event.set)
+    with scene.begun() as pushing:
+        for event in reached:
+            until(partial(_is_set_or_over, event, pushing), "nothing is sent")
+            end(scene.server)
+            scene.server.start()
+        scene.end(pushing)
+    assert not scene.proxy.pending
+    scene.check(2 * AT_ONCE)
+
+
+def _is_set_or_over(event: threading.Event, pushing: subprocess.Popen[bytes]) -> bool:
+    return event.is_set() or pushing.poll() is not None
+
+
+def test_the_disk_of_the_uploader_is_full(scene: Scene, tmp_path: Path) -> None:
+    """From the middle of a push on, with the store and all that belongs to the user on it."""
+    places = random.Random(7)
+    machine = str(scene.builder.folder)
+    with small_disk(tmp_path / "disk", "64m") as disk:
+        on_it = str(disk.inside / "machine")
+        subprocess.run([*disk.entering, "cp", "-a", machine, on_it], check=True)
+        subprocess.run([*disk.entering, "mount", "--bind", on_it, machine], check=True)
+        scene.proxy.trouble(places.randrange(1, TOTAL // 3), disk.fill)
+        for _ in range(2):
+            assert scene.stopped(places.randrange(1, TOTAL // 3), signal.SIGKILL, *disk.entering) == -9
+            assert disk.free == 0
+        with scene.begun(*disk.entering) as pushing:
+            assert scene.end(pushing)["resumed_bytes"] > 0
+        assert disk.free == 0
+    assert "is full" in scene.told
+    scene.check(2 * AT_ONCE)
