@@ -87,6 +87,11 @@ def compress_frame(data: Data, level: int = 3) -> bytes:
     return zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=True).compress(data)
 
 
+def largest_file(size: int) -> int:
+    """Bytes that so many can become: of what does not compress, zstd makes a little more."""
+    return size + size // 64 + 1024
+
+
 class SingleFrames:
     """Makes files of one frame, one after the other, as `compress_zstd` does of what is not larger than a frame; faster
     than that for small ones. For one thread at a time.

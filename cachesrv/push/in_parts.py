@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from cachesrv.errors import CachesrvError, Mismatch, TooLarge
+from cachesrv.nix.seekable import largest_file
 from cachesrv.push.events import Noted, Resumed, Sent
 from cachesrv.push.foremost import foremost
 from cachesrv.push.nar_upload import NarUpload, NoStorage, begun_uploads, upload_name
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from cachesrv.api import CacheAnswer
+    from cachesrv.nix.hashes import Hash
     from cachesrv.nix.path_info import PathInfo
     from cachesrv.push.connection import Chunk
     from cachesrv.push.events import Emit
@@ -69,10 +71,11 @@ class InParts:
         self.memory = part_memory(pipeline.shares.parts)
         self._part_size = min(cache.part_size, self.memory.size)
         self._direct = cache.direct and self.memory.size >= _SMALLEST_DIRECT
+        self._not_direct: set[Hash] = set()
 
     def is_for(self, nar_size: int) -> bool:
         """Whether a NAR of so many bytes may become more than one part; 0 if its size is not known."""
-        return not 0 < _largest_file(nar_size) <= self._part_size
+        return not nar_size or largest_file(nar_size) > self._part_size
 
     async def level(self, info: PathInfo) -> int:
         """That with which the NAR was begun, by whomever, else the one that is chosen for what begins now."""
@@ -85,7 +88,9 @@ class InParts:
         return max((level for level, name in names.items() if name in begun), default=chosen)
 
     def _goes_direct(self, info: PathInfo) -> bool:
-        return self._direct and _largest_file(info.nar_size) <= self.memory.size * _MOST_DIRECT
+        """Not where its size is not known, or the server has not offered it."""
+        fits = info.nar_size > 0 and largest_file(info.nar_size) <= self.memory.size * _MOST_DIRECT
+        return self._direct and fits and info.nar_hash not in self._not_direct
 
     def _size(self, info: PathInfo) -> int:
         """Bytes of its parts."""
@@ -109,12 +114,22 @@ class InParts:
             way = await upload.begin(direct=direct)
             if way is None:
                 return False
+            if direct and not way.direct and self.memory.size > self._part_size:
+                await self._begin_in_smaller_parts(upload)
             transfer = _Transfer(nar.info.store_path.base_name, share, upload, way)
             await self._send_all(transfer, first, parts)
         if transfer.resumed:
             self._emit(Resumed(transfer.name, transfer.resumed))
         await upload.complete(way)
         return True
+
+    async def _begin_in_smaller_parts(self, upload: NarUpload) -> NoReturn:
+        self._not_direct.add(upload.nar_hash)
+        with suppress(CachesrvError):
+            await upload.abort()
+        raise TryAgain(
+            "the server does not have us send it to its storage: it goes through the server, in smaller parts"
+        )
 
     async def _send_whole(self, nar: CompressedNar, part: Part) -> None:
         name = nar.info.store_path.base_name
@@ -177,8 +192,3 @@ class _Transfer:
     upload: NarUpload
     way: Parts
     resumed: int = 0
-
-
-def _largest_file(nar_size: int) -> int:
-    """Bytes that a NAR can become: of what does not compress, zstd makes a little more."""
-    return nar_size + nar_size // 64 + 1024 if nar_size else 0

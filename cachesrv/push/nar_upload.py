@@ -61,7 +61,12 @@ class NoStorage(TryAgain):
 
 
 class Parts(Protocol):
-    """The way that parts of one NAR go; each is known by a digest. `proven`: it is known to work."""
+    """The way that parts of one NAR go, each known by a digest. `direct`: to the server's storage; `proven`: it is
+    known to work.
+    """
+
+    @property
+    def direct(self) -> bool: ...
 
     @property
     def proven(self) -> bool: ...
@@ -98,6 +103,11 @@ class NarUpload:
         self._info = info
         self._action = f"uploads/{name}"
         self._emit = emit
+
+    @property
+    def nar_hash(self) -> Hash:
+        """Of the NAR."""
+        return self._info.nar_hash
 
     async def begin(self, *, direct: bool) -> Parts | None:
         """Begin it or take it up again; None when the NAR is there. `direct`: parts may go to the server's storage."""
@@ -152,6 +162,7 @@ class NarUpload:
 class _Through:
     """Parts through the server, known by their sha256."""
 
+    direct = False
     proven = True
 
     def __init__(self, server: Server, action: str, there: Sequence[UploadedPart]) -> None:
@@ -181,6 +192,8 @@ class _Through:
 
 class _Direct:
     """Parts to the server's storage, which knows them by their MD5, or calls them something else when it has them."""
+
+    direct = True
 
     def __init__(self, server: Server, action: str, answer: DirectAnswer) -> None:
         self._server = server

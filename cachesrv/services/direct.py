@@ -17,7 +17,7 @@ from cachetools import TTLCache
 from msgspec.structs import replace
 
 from cachesrv.errors import BadInput, NotFound
-from cachesrv.services.part_store import Begun, Staged, StagedPart
+from cachesrv.services.part_store import Begun, Staged, StagedPart, announced
 from cachesrv.services.read_back import Altered, ReadBack
 from cachesrv.services.through import file_name
 from cachesrv.storage.base import ArrivedPart
@@ -62,19 +62,24 @@ class Direct:
         self._reading: defaultdict[Place, list[ReadBack]] = defaultdict(list)
         self._remembered: TTLCache[Place, Staged] = TTLCache(_REMEMBERED, _REMEMBERED_SECONDS)
 
-    async def begin(self, place: Place, staged: Staged | None) -> tuple[Staged, list[ArrivedPart]]:
-        """An upload, that one if it is still to be had, and the parts of it that are there."""
-        if staged:
-            key = place.staged_key(staged.name)
-            parts = await self._store.parts(key, staged.id)
-            if parts is None and staged.parts and await self._storage.head(key):
-                # All of it is there, and nobody has come to check it.
-                parts = [ArrivedPart(number, part.size, part.tag, 0.0) for number, part in enumerate(staged.parts, 1)]
-            if parts is not None:
-                return staged, parts
-        name = token_hex(8)
+    async def begin(self, place: Place, size: int) -> Staged:
+        """An upload of so many bytes at most."""
+        name = f"{token_hex(8)}-{size}"
         staged = self._remembered[place] = Staged(name, await self._store.begin(place.staged_key(name)))
-        return staged, []
+        return staged
+
+    async def parts(self, place: Place, staged: Staged) -> list[ArrivedPart] | None:
+        """Those of this upload that are there; None when it is not to be had any more."""
+        key = place.staged_key(staged.name)
+        parts = await self._store.parts(key, staged.id)
+        if parts is None and staged.parts and await self._storage.head(key):
+            # All of it is there, and nobody has come to check it.
+            return [ArrivedPart(number, part.size, part.tag, 0.0) for number, part in enumerate(staged.parts, 1)]
+        return parts
+
+    async def announced(self) -> int:
+        """Bytes that all uploads may become that are under way."""
+        return sum([announced(key) async for key in self._store.unfinished()])
 
     async def sign(self, place: Place, number: int, md5: bytes) -> SignedPut:
         """For a part with this MD5. Raises BadInput, NotFound when there is no such upload."""

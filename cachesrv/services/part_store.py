@@ -2,7 +2,7 @@
 
     ~uploads/<cache>/<two characters>/<upload>.begun               what the parts are to become
     ~uploads/<cache>/<two characters>/<upload>.<number>.<sha256>   a part
-    ~uploads/<cache>/<two characters>/<upload>.<name>.staged       what a client has written itself
+    ~uploads/<cache>/<two characters>/<upload>.<name>-<size>.staged   what a client has written itself
 
 No cache can have a prefix that begins with a tilde. All that is known of a part stands in its key, so that parts
 outlive the server and are there for all of its processes. The two characters are the first of the upload's name: a
@@ -31,7 +31,7 @@ _LARGEST_BEGUN = 2**20
 _REMOVED_TOGETHER = 1000
 _KEY = re.compile(
     r"~uploads/(?P<cache>[^/]+)/../(?P<upload>[0-9a-z]{16,64})\."
-    r"(?:begun|(?P<number>[0-9]{6})\.(?P<sha256>[0-9a-f]{64})|[0-9a-f]+\.staged)"
+    r"(?:begun|(?P<number>[0-9]{6})\.(?P<sha256>[0-9a-f]{64})|[0-9a-f]+-(?P<announced>[0-9]+)\.staged)"
 )
 _UPLOAD = re.compile(r"[0-9a-z]{16,64}")
 
@@ -78,8 +78,8 @@ class StagedPart(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Staged(msgspec.Struct, frozen=True):
-    """An object that a client writes itself: `name` in its key, the `id` of its upload in the store, and its parts once
-    they are complete.
+    """An object that a client writes itself: `name` in its key (`<hex>-<size>`, the size that it may have at most), the
+    `id` of its upload in the store, and its parts once they are complete.
     """
 
     name: str
@@ -185,6 +185,12 @@ class PartStore:
         async for info in self._storage.list(place.folder):
             if (match := _KEY.fullmatch(info.key)) and match["upload"] == place.upload:
                 yield info, match
+
+
+def announced(key: str) -> int:
+    """Bytes that an object may have that a client writes itself; 0 for others."""
+    match = _KEY.fullmatch(key)
+    return int(match["announced"] or 0) if match else 0
 
 
 def _place_of(key: str) -> Place | None:

@@ -13,11 +13,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
+from msgspec.structs import replace
 
 from cachesrv.api import MAX_PARTS
 from cachesrv.errors import BadInput, Conflict, NotFound, StoreError, StoreUnavailable, TooLarge
+from cachesrv.nix.seekable import largest_file
 from cachesrv.services.disk_room import DiskRoom
-from cachesrv.services.part_store import Begun, Part, PartStore, Place
+from cachesrv.services.part_store import Amount, Begun, Part, PartStore, Place, Staged
 from cachesrv.services.through import Through, file_name
 from cachesrv.services.upload_room import Room
 
@@ -40,7 +42,7 @@ _NO_UPLOAD = "there is no such upload: begin it, or look whether the NAR is ther
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """part_size: bytes of a part that comes through the server, at most; size: bytes of all such parts together, about;
+    """part_size: bytes of a part that comes through the server, at most; size: bytes of all parts together, about;
     uploads: how many there may be, about; seconds: for which an upload is kept to which nothing is added.
     """
 
@@ -94,7 +96,7 @@ class Uploads:
         self._through = Through(store, ingest)
         self._direct = direct
         self._completing: dict[Place, asyncio.Task[NarRecord | Missing]] = {}
-        self._room = Room(store, size=limits.size, uploads=limits.uploads)
+        self._room = Room(self._amount, size=limits.size, uploads=limits.uploads)
 
     @property
     def offers_direct(self) -> bool:
@@ -122,14 +124,25 @@ class Uploads:
         completing = self._completing.get(place)
         if completing and completing.done():
             self._forget(place, completing)
-        if direct and self._direct and self.offers_direct:
-            staged, parts = await self._direct.begin(place, before.staged if before else None)
-            await self._store.begin(place, Begun(begun.nar_hash, begun.nar_size, begun.pusher, staged))
-            return DirectParts(parts, self._direct.least, self._direct.most)
+        if direct and (there := await self._begin_direct(place, begun, before.staged if before else None)):
+            return there
         if before and before.staged and self._direct:
             await self._direct.abort(place, before.staged)
         await self._store.begin(place, begun)
         return await self._through.begin(cache, place, nar_hash)
+
+    async def _begin_direct(self, place: Place, begun: Begun, staged: Staged | None) -> DirectParts | None:
+        """None where that is not offered, or there is no room for all that it may become."""
+        if self._direct is None or not self.offers_direct:
+            return None
+        parts = await self._direct.parts(place, staged) if staged else None
+        if staged is None or parts is None:
+            size = largest_file(begun.nar_size)
+            if not begun.nar_size or not await self._room.takes(size):
+                return None
+            staged, parts = await self._direct.begin(place, size), []
+        await self._store.begin(place, replace(begun, staged=staged))
+        return DirectParts(parts, self._direct.least, self._direct.most)
 
     async def begun(self, cache: ServedCache, uploads: Sequence[str]) -> list[str]:
         """Those of these names that there are, in their order. Raises BadInput, StoreError."""
@@ -215,6 +228,10 @@ class Uploads:
             task.cancel()
         await asyncio.gather(*self._completing.values(), return_exceptions=True)
         await self._through.close()
+
+    async def _amount(self) -> Amount:
+        amount = await self._store.amount()
+        return Amount(amount.uploads, amount.size + (await self._direct.announced() if self._direct else 0))
 
     async def _complete(
         self, cache: ServedCache, place: Place, nar_hash: Hash, parts: list[str], md5: Sequence[str]

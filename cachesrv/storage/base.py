@@ -254,6 +254,9 @@ class DirectStore(Protocol):
     async def publish(self, key: str, to: str) -> bool:
         """Copy an object that was completed, as `commit` of an ObjectWriter makes one. Raises NotFound."""
 
+    def unfinished(self) -> AsyncIterator[str]:
+        """Keys of uploads that are neither completed nor aborted, among others."""
+
     async def sweep(self, *, older_than: float) -> int:
         """Abort uploads in which nothing has happened for so many seconds; how many there were."""
 

@@ -20,7 +20,7 @@ from cachesrv.storage.s3_errors import UploadGone
 from cachesrv.storage.s3_parts import MAX_PARTS, MIN_PART_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from types_boto3_s3 import S3Client as Sdk
     from types_boto3_s3.type_defs import HeadObjectOutputTypeDef
@@ -107,6 +107,10 @@ class S3Direct:
         async with self._uploads.begin(self._name(to), found["ContentLength"]) as writer:
             await writer.copy(name, found["ETag"], found["ContentLength"])
             return await writer.commit()
+
+    async def unfinished(self) -> AsyncIterator[str]:
+        async for upload in s3_listing.uploads(self._client, self._prefix + STAGING):
+            yield upload["Key"].removeprefix(self._prefix)
 
     async def sweep(self, *, older_than: float) -> int:
         before = time.time() - older_than

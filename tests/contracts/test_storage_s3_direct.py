@@ -166,6 +166,18 @@ async def test_each_sweep_has_its_own(store: S3Store, direct: S3Direct) -> None:
     assert await direct.parts(KEY, upload) is None
 
 
+async def test_those_that_are_unfinished(store: S3Store, direct: S3Direct) -> None:
+    other = KEY.replace("0123", "4567")
+    upload, second = await direct.begin(KEY), await direct.begin(other)
+    async with store.writer("main/nar/a.nar.zst") as writer:
+        await writer.write(bytes(2 * MIN_PART_SIZE))
+        assert sorted([key async for key in direct.unfinished()]) == [KEY, other]
+    await direct.complete(KEY, upload, await send(direct, upload, PARTS[2:]))
+    assert [key async for key in direct.unfinished()] == [other]
+    await direct.abort(other, second)
+    assert [key async for key in direct.unfinished()] == []
+
+
 async def test_names_are_keys(direct: S3Direct) -> None:
     asked: list[Any] = [direct.begin("/x"), direct.parts("/x", "y"), direct.publish("/x", "y")]
     for question in asked:

@@ -205,4 +205,33 @@ async def test_a_server_that_has_changed_its_mind(store: TemporaryStore, cache: 
     await pushed(store, cache)
 
     assert stored(store, cache)
-    assert (cache.count("part"), cache.count("bucket")) == (3, 0)
+    assert (cache.count("begin"), cache.count("part"), cache.count("bucket")) == (1, 3, 0)
+
+
+async def test_a_server_without_room_in_its_storage_gets_smaller_parts(store: TemporaryStore, cache: FakeCache) -> None:
+    """Of this NAR, and not of others."""
+
+    async def through(request: web.Request) -> web.StreamResponse:
+        cache.direct = False
+        answered = await cache._begin(request)
+        cache.direct = True
+        return answered
+
+    store.add("other", LARGE[::-1])
+    cache.fail("begin", through)
+    await pushed(store, cache, "large")
+
+    assert stored(store, cache)
+    assert (cache.count("part"), cache.count("bucket"), cache.count("abort")) == (21, 0, 1)
+    await pushed(store, cache, "other")
+    assert cache.count("bucket") == 3
+
+
+async def test_what_has_no_known_size_goes_through_the_server(store: TemporaryStore, cache: FakeCache) -> None:
+    info = store.infos[store_path("large")]
+    store.infos[store_path("large")] = replace(info, nar_size=0)
+    store.unreadable.add(store_path("large"))
+    await pushed(store, cache)
+
+    assert stored(store, cache)
+    assert (cache.count("part"), cache.count("bucket")) == (21, 0)

@@ -16,7 +16,9 @@ import pytest
 import zstandard
 from yarl import URL
 
-from cachesrv.errors import BadInput, Mismatch, NotFound, TooLarge
+from cachesrv.errors import BadInput, Mismatch, NotFound, StoreFull, TooLarge
+from cachesrv.nix.seekable import largest_file
+from cachesrv.services import upload_room
 from cachesrv.services.direct import Direct
 from cachesrv.services.ingest import Ingest
 from cachesrv.services.part_store import Begun, Part, PartStore
@@ -415,7 +417,7 @@ async def test_nars_have_limits(site: Site) -> None:
     """Also when the client said of it that it is small."""
     ingest = Ingest(site.storage, site.catalog, site.metrics, max_nar_size=MIN_PART_SIZE)
     async with process(site, ingest=ingest) as uploads:
-        begun = Begun(LARGE.nar_hash.nix32, 0, "somebody")
+        begun = Begun(LARGE.nar_hash.nix32, 1, "somebody")
         await uploads.begin(site.cache, UPLOAD, LARGE.nar_hash, begun, direct=True)
         await send(uploads, site, [1, 2, 3])
         with pytest.raises(TooLarge):
@@ -423,6 +425,52 @@ async def test_nars_have_limits(site: Site) -> None:
     await ingest.close()
     assert await keys(site) == set()
     assert await leftovers(site) == 0
+
+
+SIZE = largest_file(len(LARGE.nar))
+SECOND = UPLOAD[::-1]
+
+
+async def is_offered(uploads: Uploads, site: Site, upload: str, nar_size: int = len(LARGE.nar)) -> bool:
+    begun = Begun(OTHER.nar_hash.nix32, nar_size, "somebody")
+    return isinstance(await uploads.begin(site.cache, upload, OTHER.nar_hash, begun, direct=True), DirectParts)
+
+
+async def test_what_may_come_counts_before_it_is_offered(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process and in others, until it is there, or gone."""
+    monkeypatch.setattr(upload_room, "_COUNTED_FOR_IF_FULL", 0.0)
+    part = Part(1, len(PARTS[0]), sha256(PARTS[0]).hexdigest())
+    async with process(site, size=2 * SIZE - 1) as uploads, process(site, size=2 * SIZE - 1) as others:
+        await there(uploads, site)
+        assert not await is_offered(uploads, site, SECOND)
+        assert not await is_offered(others, site, SECOND)
+        # It may come through the server, where every part counts with what it has.
+        await others.receive(site.cache, SECOND, part, chunks(PARTS[0]))
+        await others.abort(site.cache, SECOND)
+
+        # What is begun already does not count twice.
+        await there(uploads, site)
+        await there(others, site)
+        await send(uploads, site, [1, 2, 3])
+        await complete(uploads, site)
+        assert await is_offered(uploads, site, SECOND)
+        await uploads.abort(site.cache, SECOND)
+        assert await is_offered(others, site, "a" * 16)
+
+
+async def test_parts_that_come_through_the_server_count_beside_it(site: Site) -> None:
+    part = Part(1, len(PARTS[0]), sha256(PARTS[0]).hexdigest())
+    async with process(site, size=SIZE + len(PARTS[0]) - 1) as uploads:
+        await there(uploads, site)
+        begun = Begun(OTHER.nar_hash.nix32, len(OTHER.nar), "somebody")
+        await uploads.begin(site.cache, SECOND, OTHER.nar_hash, begun)
+        with pytest.raises(StoreFull, match=r"uploads\.limit_size"):
+            await uploads.receive(site.cache, SECOND, part, chunks(PARTS[0]))
+
+
+async def test_what_has_no_known_size_is_not_offered(site: Site) -> None:
+    async with process(site) as uploads:
+        assert not await is_offered(uploads, site, SECOND, nar_size=0)
 
 
 @pytest.mark.parametrize("number", [0, -1, 10_001])
