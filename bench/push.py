@@ -32,7 +32,7 @@ from bench import common, stores
 from bench.common import Peer
 from cachesrv.cli import COMMANDS
 from cachesrv.nix.hashes import Hash
-from cachesrv.nix.nar_writer import dump
+from cachesrv.nix.nar_writer import NarDump, dump
 from cachesrv.nix.path_info import PathInfo
 from cachesrv.nix.seekable import compress_frame, cut
 from cachesrv.nix.store_path import StorePath
@@ -253,7 +253,7 @@ def _digest(pieces: Sequence[bytearray]) -> Hash:
 
 async def _through(file: Path, info: PathInfo) -> None:
     with Pipeline() as pipeline:
-        async with pipeline.nar(LocalNar(dump(file), pipeline.readers), info) as nar:
+        async with pipeline.nar(LocalNar(NarDump(file)), info) as nar:
             async for _ in nar:
                 pass
 

@@ -8,7 +8,9 @@ dump fail but never lead it elsewhere.
 import errno
 import os
 import stat
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from cachesrv.errors import BadInput, CachesrvError, NotFound, StoreError
@@ -18,31 +20,80 @@ from cachesrv.nix.nar import CLOSE, CONTENTS, DIRECTORY, ENTRY, EXECUTABLE, MAGI
 # O_NONBLOCK: a pipe that takes the place of a file must not make the dump wait for its writer.
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_DIRECTORY
+_TOGETHER = 8 * 1024
+"""Bytes of names and links that are gathered, about."""
 _THE_TREE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO))
 
 
 def dump(path: str | bytes | os.PathLike[str], *, chunk_size: int = 256 * 1024) -> Generator[bytes, None, None]:
     """The NAR of the file, directory or symbolic link at `path`.
 
-    Every chunk but the last has `chunk_size` bytes or a name or link more; chunks are the caller's to keep.
-    Memory is two chunks and the names in the directories that are open. A dump that is not read to its end
-    is to be closed, which closes the files.
-    Raises NotFound if nothing is at `path`; BadInput, naming the path, for what no NAR can hold (sockets,
-    devices, pipes, more than MAX_DEPTH levels), for what may not be read and for what changes while it is
-    read; StoreError where the disk fails.
+    Every chunk but the last has `chunk_size` bytes; chunks are the caller's to keep. Memory is two chunks and what
+    NarDump takes. A dump that is not read to its end is to be closed. Raises what NarDump does.
     """
-    chunk = _Chunk(chunk_size)
-    for item in _walk(_root(path), 0):
-        for piece in _file(item, chunk) if isinstance(item, _Entry) else (item,):
-            if chunk.add(piece):
-                yield chunk.take()
-    if chunk.parts:
-        yield chunk.take()
+    with closing(NarDump(path)) as nar:
+        buffer = memoryview(bytearray(chunk_size))
+        while size := nar.read_into(buffer):
+            yield bytes(buffer[:size])
 
 
 def nar_size(path: str | bytes | os.PathLike[str]) -> int:
     """The size in bytes of what `dump` would write, found without opening files; raises what `dump` does."""
-    return sum(_file_size(item) if isinstance(item, _Entry) else len(item) for item in _walk(_root(path), 0))
+    return sum(len(step.before) + (step.file.left if step.file else 0) for step in _tree(path, _looked_at))
+
+
+class NarDump:
+    """The NAR of the file, directory or symbolic link at `path`, read once, into buffers.
+
+    Contents of files go there straight from the system; other memory is the names in the directories that are open. It
+    is to be closed, which closes the files.
+
+    Reading raises NotFound if nothing is at `path`; BadInput, naming the path, for what no NAR can hold (sockets,
+    devices, pipes, more than MAX_DEPTH levels), for what may not be read and for what changes while it is read;
+    StoreError where the disk fails.
+    """
+
+    def __init__(self, path: str | bytes | os.PathLike[str]) -> None:
+        self._steps = _tree(path, _opened)
+        self._before = memoryview(b"")
+        self._file: _File | None = None
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Fill the buffer with what comes next; how many bytes there were, which is less than it holds only at the
+        end.
+        """
+        free = buffer
+        while free:
+            if self._before:
+                size = min(len(self._before), len(free))
+                free[:size] = self._before[:size]
+                self._before, free = self._before[size:], free[size:]
+            elif self._file is not None:
+                free = self._contents(self._file, free)
+            elif step := next(self._steps, None):
+                self._before, self._file = memoryview(step.before), step.file
+            else:
+                break
+        return len(buffer) - len(free)
+
+    def close(self) -> None:
+        """Nothing can be read any more."""
+        self._before, self._file = memoryview(b""), None
+        self._steps.close()
+
+    def _contents(self, file: "_File", free: memoryview) -> memoryview:
+        """What is free after some more of the contents."""
+        wanted = min(file.left + 1, len(free))  # one byte more than there may be, to notice growth
+        try:
+            size = os.readv(file.descriptor, [free[:wanted]])
+        except OSError as error:
+            raise file.entry.failed(error) from error
+        file.left -= size
+        if file.left < 0 or (file.left and not size):
+            raise file.entry.changed()
+        if size < wanted and not file.left:
+            self._file = None
+        return free[size:]
 
 
 class _Entry(NamedTuple):
@@ -61,25 +112,27 @@ class _Entry(NamedTuple):
         return BadInput(f"{os.fsdecode(self.path)!r} changed while it was read")
 
 
-class _Chunk:
-    """Gathers pieces until there are `size` bytes."""
+@dataclass(slots=True)
+class _File:
+    """A regular file, of which `left` bytes are still to be read by `descriptor`."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self.room = size
-        self.parts: list[bytes] = []
+    entry: _Entry
+    descriptor: int
+    left: int
 
-    def add(self, piece: bytes) -> bool:
-        """Whether there is no room left."""
-        self.parts.append(piece)
-        self.room -= len(piece)
-        return self.room <= 0
 
-    def take(self) -> bytes:
-        whole = self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
-        self.parts = []
-        self.room = self._size
-        return whole
+class _Step(NamedTuple):
+    """Bytes of a NAR, and the file whose contents follow."""
+
+    before: bytes
+    file: _File | None
+
+
+_Steps = Generator[_Step, None, bytes]
+"""A part of a NAR; what it returns is still to be written after it."""
+
+_OnFile = Callable[[_Entry, bytes], _Steps]
+"""A regular file's node, after these bytes."""
 
 
 def _root(path: str | bytes | os.PathLike[str]) -> _Entry:
@@ -96,34 +149,37 @@ def _root(path: str | bytes | os.PathLike[str]) -> _Entry:
     return _Entry(None, name, stat.S_IFMT(mode), name)
 
 
-def _walk(entry: _Entry, depth: int) -> Iterator[bytes | _Entry]:
-    """The NAR of `entry` in pieces, a regular file's node being left to the caller to write."""
-    if depth == 0:
-        yield MAGIC
+def _tree(path: str | bytes | os.PathLike[str], on_file: _OnFile) -> Generator[_Step, None, None]:
+    """All of a NAR."""
+    yield _Step((yield from _node(_root(path), 0, MAGIC, on_file)), None)
+
+
+def _node(entry: _Entry, depth: int, before: bytes, on_file: _OnFile) -> _Steps:
     if depth >= MAX_DEPTH:
         raise BadInput(f"{os.fsdecode(entry.path)!r} is deeper than {MAX_DEPTH} levels")
     if entry.kind == stat.S_IFREG:
-        yield entry
-    elif entry.kind == stat.S_IFLNK:
-        yield SYMLINK + token(_target(entry)) + CLOSE
-    elif entry.kind == stat.S_IFDIR:
-        yield from _directory(entry, depth)
-    else:
-        raise BadInput(f"{os.fsdecode(entry.path)!r} is neither file, directory nor symbolic link")
+        return (yield from on_file(entry, before))
+    if entry.kind == stat.S_IFLNK:
+        return before + SYMLINK + token(_target(entry)) + CLOSE
+    if entry.kind == stat.S_IFDIR:
+        return (yield from _directory(entry, depth, before, on_file))
+    raise BadInput(f"{os.fsdecode(entry.path)!r} is neither file, directory nor symbolic link")
 
 
-def _directory(entry: _Entry, depth: int) -> Iterator[bytes | _Entry]:
+def _directory(entry: _Entry, depth: int, before: bytes, on_file: _OnFile) -> _Steps:
     try:
         descriptor = os.open(entry.name, _OPEN_DIRECTORY, dir_fd=entry.directory)
     except OSError as error:
         raise entry.failed(error) from error
     try:
-        yield DIRECTORY
+        before += DIRECTORY
         for child in _children(entry, descriptor):
-            yield ENTRY + token(child.name) + NODE
-            yield from _walk(child, depth + 1)
-            yield CLOSE
-        yield CLOSE
+            before += ENTRY + token(child.name) + NODE
+            before = (yield from _node(child, depth + 1, before, on_file)) + CLOSE
+            if len(before) > _TOGETHER:
+                yield _Step(before, None)
+                before = b""
+        return before + CLOSE
     finally:
         os.close(descriptor)
 
@@ -155,42 +211,30 @@ def _target(entry: _Entry) -> bytes:
         raise entry.failed(error) from error
 
 
-def _file(entry: _Entry, chunk: _Chunk) -> Iterator[bytes]:
-    """The node of a regular file, read in pieces that fill `chunk`."""
+def _opened(entry: _Entry, before: bytes) -> _Steps:
+    """With its contents, which are to be read before the next step."""
     try:
         descriptor = os.open(entry.name, _OPEN_FILE, dir_fd=entry.directory)
         try:
             status = os.fstat(descriptor)
-            yield _file_head(entry, status)
-            yield from _contents(entry, descriptor, status.st_size, chunk)
+            size = status.st_size
+            yield _Step(before + _file_head(entry, status), _File(entry, descriptor, size))
         finally:
             os.close(descriptor)
     except OSError as error:
         raise entry.failed(error) from error
-    yield bytes(-status.st_size % 8) + CLOSE
+    return bytes(-size % 8) + CLOSE
 
 
-def _contents(entry: _Entry, descriptor: int, size: int, chunk: _Chunk) -> Iterator[bytes]:
-    left = size
-    while True:
-        wanted = min(left + 1, max(chunk.room, 1))  # one byte more than there may be, to notice growth
-        data = os.read(descriptor, wanted)
-        left -= len(data)
-        if left < 0 or (left and not data):
-            raise entry.changed()
-        if data:
-            yield data
-        if len(data) < wanted and not left:
-            return
-
-
-def _file_size(entry: _Entry) -> int:
+def _looked_at(entry: _Entry, before: bytes) -> _Steps:
+    """With nothing but the size of its contents."""
     try:
         status = os.stat(entry.name, dir_fd=entry.directory, follow_symlinks=False)
     except OSError as error:
         raise entry.failed(error) from error
     size = status.st_size
-    return len(_file_head(entry, status)) + size + -size % 8 + len(CLOSE)
+    yield _Step(before + _file_head(entry, status), _File(entry, -1, size))
+    return bytes(-size % 8) + CLOSE
 
 
 def _file_head(entry: _Entry, status: os.stat_result) -> bytes:

@@ -84,7 +84,7 @@ def compress_frame(data: Data, level: int = 3) -> bytes:
 
     Equal data, levels and versions of zstd give equal bytes.
     """
-    return zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=True).compress(data)
+    return Frames(level).compress(data)
 
 
 def largest_file(size: int) -> int:
@@ -92,17 +92,21 @@ def largest_file(size: int) -> int:
     return size + size // 64 + 1024
 
 
-class SingleFrames:
-    """Makes files of one frame, one after the other, as `compress_zstd` does of what is not larger than a frame; faster
-    than that for small ones. For one thread at a time.
+class Frames:
+    """Makes frames as `compress_frame` does, one after the other, and much faster where they are small. For one thread
+    at a time.
     """
 
     def __init__(self, level: int = 3) -> None:
         self._compressor = zstandard.ZstdCompressor(level=level, write_checksum=True, write_content_size=True)
 
     def compress(self, data: Data) -> bytes:
-        """The file that holds `data`."""
-        frame = self._compressor.compress(data)
+        """A frame."""
+        return self._compressor.compress(data)
+
+    def file(self, data: Data) -> bytes:
+        """A frame and its seek table, which is what `compress_zstd` makes of what is not larger than a frame."""
+        frame = self.compress(data)
         return frame + seek_table([FrameSize(len(frame), len(data))])
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cachesrv.nix.nar_writer import dump
+from cachesrv.nix.nar_writer import NarDump
 from cachesrv.push.delivery import Delivery
 from cachesrv.push.events import Failed
 from cachesrv.push.failure import MISSING_REFERENCES
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from cachesrv.push.server import Server
     from cachesrv.push.settings import Settings
 
-MAX_READERS = 8
-"""Threads that read and hash; more of them only wait for the others."""
+_READ_AT_ONCE = 8
+"""NARs for each of which there is memory to be read into; more of them only wait for a thread."""
 
 
 class CarryingOut:
@@ -55,13 +55,13 @@ class CarryingOut:
         ) as kept:
             kept.expect(list(plan.those(Decision.UPLOAD, Decision.PUBLISH, Decision.UPSTREAM)))
             level = self._settings.level if options.level is None else options.level
-            with Pipeline(level=level, memory=options.memory, readers=self._readers) as pipeline:
+            with Pipeline(level=level, memory=options.memory, jobs=min(options.jobs, _READ_AT_ONCE)) as pipeline:
 
                 def open_nar(info: PathInfo) -> NarSource:
                     file = store.real_path(info.store_path)
                     if file is None:
-                        return StreamedNar(store.nar(info), pipeline.readers, kept.taps(info))
-                    return LocalNar(dump(file), pipeline.readers, kept.taps(info))
+                        return StreamedNar(store.nar(info), kept.taps(info))
+                    return LocalNar(NarDump(file), kept.taps(info))
 
                 delivery = Delivery(server, pipeline, open_nar, cache, emit=self._emit)
                 packing = Packing(server, pipeline, open_nar, cache.packs, emit=self._emit) if cache.packs else None
@@ -76,7 +76,3 @@ class CarryingOut:
         for path, error in result.refused.items():
             self._emit(Failed(path.base_name, error, MISSING_REFERENCES))
         return published
-
-    @property
-    def _readers(self) -> int:
-        return min(self._options.jobs, MAX_READERS)

@@ -65,7 +65,7 @@ class InParts:
 
     def __init__(self, server: Server, pipeline: Pipeline, cache: CacheAnswer, *, emit: Emit) -> None:
         self._server = server
-        self._threads: Executor = pipeline.readers
+        self._threads: Executor = pipeline.threads
         self._pipeline = pipeline
         self._emit = emit
         self.memory = part_memory(pipeline.shares.parts)

@@ -26,7 +26,7 @@ class Shares:
     bound: int
 
     @classmethod
-    def of(cls, memory: int | None, *, frame_size: int, level: int, cores: int, readers: int) -> Shares:
+    def of(cls, memory: int | None, *, frame_size: int, level: int, cores: int, jobs: int) -> Shares:
         """Divide `memory` bytes, by default 128 MiB or as much more as many cores need. With little memory there are
         fewer threads than cores, with next to none it is exceeded by what a single frame needs.
         """
@@ -35,11 +35,11 @@ class Shares:
         # two buffers for each core: what is compressed and what comes next
         core = thread + 2 * frame_size + bound
         usable = _usable(
-            max(DEFAULT_MEMORY, _with_loss(cores * core + readers * frame_size + _PARTS)) if memory is None else memory
+            max(DEFAULT_MEMORY, _with_loss(cores * core + jobs * frame_size + _PARTS)) if memory is None else memory
         )
-        threads = max(1, min(cores, (usable - readers * frame_size) // core))
+        threads = max(1, min(cores, (usable - jobs * frame_size) // core))
         rest = usable - threads * thread
-        buffers = max(1, min(readers + 2 * threads, (rest - threads * bound) // frame_size))
+        buffers = max(1, min(jobs + 2 * threads, (rest - threads * bound) // frame_size))
         waiting = rest - buffers * frame_size
         parts = min(waiting // 2, max(0, waiting - threads * bound))
         return cls(threads, buffers, max(bound, waiting - parts), parts, bound)

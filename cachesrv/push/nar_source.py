@@ -5,107 +5,106 @@ How much a buffer gets depends on the NAR alone, never on the chunks in which it
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 from cachesrv.nix.hashes import Hash
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-    from concurrent.futures import Executor
+    from collections.abc import AsyncIterator, Sequence
 
     from cachesrv.push.inspection import Tap
 
-Result = TypeVar("Result")
+_STEP = 256 * 1024
+"""Bytes that are hashed as soon as they are read, while they are in the processor's nearest caches."""
 
 
 class NarSource(Protocol):
-    """A NAR, read once, one buffer after the other."""
+    """A NAR, read once, one buffer after the other: `gather` and `fill` by turns."""
 
-    async def read_into(self, buffer: memoryview) -> int:
+    async def gather(self, buffer: memoryview) -> None:
+        """Await what has to be awaited before this buffer can be filled. Raises whatever the source does."""
+
+    def fill(self, buffer: memoryview) -> int:
         """Fill the buffer with what comes next; how many bytes there were, which is less than it holds only at the
-        end. Raises whatever the source does; nothing can be read afterwards. When this is cancelled, the buffer is
-        still in use until `close` has returned.
+        end. Blocks. Raises whatever the source does; nothing can be read afterwards.
         """
 
     def digest(self) -> Hash:
         """sha256 of all that has been read."""
 
-    async def accept(self) -> None:
-        """It has been read to its end, and is what it should be: whoever looked on may keep what was seen."""
+    @property
+    def watched(self) -> bool:
+        """Whether there is anybody whom `accept` tells something."""
+
+    def accept(self) -> None:
+        """It has been read to its end, and is what it should be: whoever looked on may keep what was seen. Blocks."""
 
     async def close(self) -> None:
-        """Let go of files, connections and buffers."""
+        """Let go of files and connections. Nothing may be reading."""
+
+
+class Reading(Protocol):
+    """As `cachesrv.nix.nar_writer.NarDump` is."""
+
+    def read_into(self, buffer: memoryview) -> int: ...
+    def close(self) -> None: ...
 
 
 class LocalNar:
-    """From an iterator that reads files, in threads."""
+    """Read from files."""
 
-    def __init__(self, chunks: Iterator[bytes], threads: Executor, taps: Sequence[Tap] = ()) -> None:
-        self._chunks = chunks
-        self._work = _InThread(threads)
-        self._rest = memoryview(b"")
+    def __init__(self, nar: Reading, taps: Sequence[Tap] = ()) -> None:
+        self._nar = nar
         self._seen = _Seen(taps)
 
-    async def read_into(self, buffer: memoryview) -> int:
-        return await self._work.run(lambda: self._read_into(buffer))
+    @property
+    def watched(self) -> bool:
+        return self._seen.watched
 
-    def read_now(self, most: int) -> bytes:
-        """All of it at once, in the calling thread, instead of `read_into`; of more than `most` bytes, some more."""
-        chunks, size = [], 0
-        while size <= most and (chunk := next(self._chunks, None)) is not None:
-            chunks.append(chunk)
-            size += len(chunk)
-        nar = b"".join(chunks)
-        self._seen.feed(memoryview(nar))
-        return nar
+    async def gather(self, buffer: memoryview) -> None:
+        """There is nothing to wait for but the disk."""
+
+    def fill(self, buffer: memoryview) -> int:
+        filled = 0
+        while filled < len(buffer):
+            free = buffer[filled : filled + _STEP]
+            size = self._nar.read_into(free)
+            self._seen.feed(free[:size])
+            filled += size
+            if size < len(free):
+                break
+        return filled
 
     def digest(self) -> Hash:
         return self._seen.digest()
 
-    def accept_now(self) -> None:
-        """As `accept`, in the calling thread."""
+    def accept(self) -> None:
         self._seen.accept()
 
     def close_now(self) -> None:
-        """As `close`, in the calling thread; after `read_now`."""
+        """As `close`."""
         self._seen.close()
-        self._chunks = iter(())
-
-    async def accept(self) -> None:
-        if self._seen.watched:
-            await self._work.run(self._seen.accept)
+        self._nar.close()
 
     async def close(self) -> None:
-        await self._work.end()
-        self._seen.close()
-        self._chunks = iter(())  # a generator closes its files when it goes
-
-    def _read_into(self, buffer: memoryview) -> int:
-        free = buffer
-        while free:
-            if not self._rest:
-                chunk = next(self._chunks, None)
-                if chunk is None:
-                    break
-                self._rest = memoryview(chunk)
-            free, self._rest = _move(self._rest, free)
-        size = len(buffer) - len(free)
-        self._seen.feed(buffer[:size])
-        return size
+        self.close_now()
 
 
 class StreamedNar:
     """From an asynchronous iterator, such as the Nix daemon's answer."""
 
-    def __init__(self, chunks: AsyncIterator[bytes], threads: Executor, taps: Sequence[Tap] = ()) -> None:
+    def __init__(self, chunks: AsyncIterator[bytes], taps: Sequence[Tap] = ()) -> None:
         self._chunks = chunks
-        self._work = _InThread(threads)
         self._rest = memoryview(b"")
+        self._gathered = 0
         self._seen = _Seen(taps)
 
-    async def read_into(self, buffer: memoryview) -> int:
+    @property
+    def watched(self) -> bool:
+        return self._seen.watched
+
+    async def gather(self, buffer: memoryview) -> None:
         free = buffer
         while free:
             if not self._rest:
@@ -114,19 +113,19 @@ class StreamedNar:
                 except StopAsyncIteration:
                     break
             free, self._rest = _move(self._rest, free)
-        size = len(buffer) - len(free)
-        await self._work.run(lambda: self._seen.feed(buffer[:size]))
-        return size
+        self._gathered = len(buffer) - len(free)
+
+    def fill(self, buffer: memoryview) -> int:
+        self._seen.feed(buffer[: self._gathered])
+        return self._gathered
 
     def digest(self) -> Hash:
         return self._seen.digest()
 
-    async def accept(self) -> None:
-        if self._seen.watched:
-            await self._work.run(self._seen.accept)
+    def accept(self) -> None:
+        self._seen.accept()
 
     async def close(self) -> None:
-        await self._work.end()
         self._seen.close()
         close = getattr(self._chunks, "aclose", None)
         if close is not None:
@@ -161,25 +160,6 @@ class _Seen:
         for tap in self._taps:
             tap.drop()
         self._taps = ()
-
-
-class _InThread:
-    """One call at a time in a thread, which cannot be interrupted, but waited for."""
-
-    def __init__(self, threads: Executor) -> None:
-        self._threads = threads
-        self._running: asyncio.Future[Any] | None = None
-
-    async def run(self, call: Callable[[], Result]) -> Result:
-        running = asyncio.get_running_loop().run_in_executor(self._threads, call)
-        self._running = running
-        return await asyncio.shield(running)
-
-    async def end(self) -> None:
-        if self._running is not None:
-            await asyncio.wait([self._running])
-            if not self._running.cancelled():
-                self._running.exception()  # whoever began it may not have waited for it
 
 
 def _move(chunk: memoryview, free: memoryview) -> tuple[memoryview, memoryview]:

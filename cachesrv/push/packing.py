@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cachesrv import pack
 from cachesrv.api import PackedNar, PackHead
 from cachesrv.errors import CachesrvError
-from cachesrv.nix.seekable import SingleFrames
+from cachesrv.nix.seekable import Frames
 from cachesrv.push.events import Sending, Sent, Stored
 from cachesrv.push.failure import Failure
 from cachesrv.push.nar_source import LocalNar
@@ -101,7 +101,7 @@ class Packing:
             await lease.take(sum(nar.size for nar in nars))
             level = self._pipeline.choose_level()
             with self._pipeline.load.compressing():
-                reading = asyncio.get_running_loop().run_in_executor(self._pipeline.readers, self._read, nars, level)
+                reading = asyncio.get_running_loop().run_in_executor(self._pipeline.threads, self._read, nars, level)
                 made = await reading
             yield made
         finally:
@@ -132,7 +132,7 @@ class Packing:
         return answer
 
     def _read(self, nars: Iterable[Nar], level: int) -> Pack:
-        packed, frames = Pack(level), SingleFrames(level)
+        packed, frames = Pack(level), Frames(level)
         for nar in nars:
             for info in nar.infos:
                 source = self._open_nar(info)
@@ -140,19 +140,20 @@ class Packing:
                     packed.others.append(nar)
                     break
                 try:
-                    packed.ready.append(Ready(nar, info, frames.compress(_read(source, info))))
+                    packed.ready.append(Ready(nar, info, frames.file(_read(source, info))))
                     break
                 except CachesrvError as error:  # a path that turns out to be damaged may have an intact twin
                     packed.failed[info.store_path] = Failure.of(error)
         return packed
 
 
-def _read(source: LocalNar, info: PathInfo) -> bytes:
+def _read(source: LocalNar, info: PathInfo) -> memoryview:
     """The NAR. Raises Mismatch when it is not that of the path, and what the source does."""
     try:
-        nar = source.read_now(info.nar_size)
-        check(info, source.digest(), len(nar))
-        source.accept_now()
+        buffer = memoryview(bytearray(info.nar_size + 1))  # one more than there may be, to notice it
+        size = source.fill(buffer)
+        check(info, source.digest(), size)
+        source.accept()
     finally:
         source.close_now()
-    return nar
+    return buffer[:size]

@@ -1,5 +1,8 @@
 """One pass over a NAR: dump, hash, compress in frames on all cores, hand out for sending.
 
+A thread that has read a frame compresses it at once, while it is in the nearest caches of its core; the next frame of
+that NAR is read by another thread meanwhile. There are as many threads as cores.
+
 The output is a sequence of independent zstd frames of FRAME_SIZE bytes of NAR each, and a seek table: the same bytes
 for the same NAR, level and version of zstd, however many threads there are.
 
@@ -11,15 +14,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import zstandard
 
 from cachesrv.errors import Mismatch, TooLarge
-from cachesrv.nix.seekable import FrameSize, compress_frame, seek_table
+from cachesrv.nix.seekable import Frames, FrameSize, seek_table
 from cachesrv.push.budget import Budget, Buffers
 from cachesrv.push.level import DEFAULT_LEVEL, levels
 from cachesrv.push.load import Leaving, Load
@@ -52,11 +56,11 @@ class Frame:
 
 class Pipeline:
     """Threads and memory, shared by all NARs of a push. `level` as in `level`; `memory` in bytes, see `memory`; `cores`
-    of None means those that this process may use; `readers` are threads that read files and hash them.
+    of None means those that this process may use; `jobs`: NARs that are read at once, about.
     """
 
     def __init__(
-        self, *, level: Level = DEFAULT_LEVEL, memory: int | None = None, cores: int | None = None, readers: int = 8
+        self, *, level: Level = DEFAULT_LEVEL, memory: int | None = None, cores: int | None = None, jobs: int = 8
     ) -> None:
         self._levels = levels(level)
         shares = Shares.of(
@@ -64,21 +68,20 @@ class Pipeline:
             frame_size=FRAME_SIZE,
             level=max(self.levels),
             cores=cores or len(os.sched_getaffinity(0)),
-            readers=readers,
+            jobs=jobs,
         )
         self.shares = shares
         self.buffers = Buffers(shares.buffers, FRAME_SIZE)
         self.budget = Budget(shares.budget)
-        self.readers = ThreadPoolExecutor(readers, "cachesrv-read")
-        self._compressors = ThreadPoolExecutor(shares.threads, "cachesrv-zstd")
+        self.threads = ThreadPoolExecutor(shares.threads, "cachesrv-nar")
+        self._compressors = _Compressors()
         self.load = Load(shares.threads)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.readers.shutdown(cancel_futures=True)
-        self._compressors.shutdown(cancel_futures=True)
+        self.threads.shutdown(cancel_futures=True)
 
     @property
     def levels(self) -> Sequence[int]:
@@ -105,12 +108,56 @@ class Pipeline:
             await asyncio.wait([feeder])
             await nar.close()
 
-    def compress(self, data: memoryview, level: int) -> asyncio.Future[Frame]:
-        """As soon as a thread is free for it."""
-        self.load.begin()
-        compressing = asyncio.get_running_loop().run_in_executor(self._compressors, _compress, data, level)
-        compressing.add_done_callback(lambda _: self.load.end())
-        return compressing
+    def work(self, source: NarSource, buffer: memoryview, level: int) -> _Work:
+        """Have a thread fill the buffer and compress what is in it, as soon as one is free."""
+        loop = asyncio.get_running_loop()
+        read: asyncio.Future[int] = loop.create_future()
+        begun = False
+
+        def work() -> Frame:
+            size = source.fill(buffer)
+            loop.call_soon_threadsafe(was_read, size)
+            return _compress(self._compressors.of(level), buffer[:size])
+
+        def was_read(size: int) -> None:
+            nonlocal begun
+            begun = True
+            self.load.begin()
+            if not read.done():  # whoever waited may have been cancelled
+                read.set_result(size)
+
+        def done(frame: asyncio.Future[Frame]) -> None:
+            if begun:
+                self.load.end()
+            elif frame.cancelled():
+                read.cancel()
+            elif (error := frame.exception()) and not read.done():
+                read.set_exception(error)
+
+        frame = loop.run_in_executor(self.threads, work)
+        frame.add_done_callback(done)
+        return _Work(read, frame)
+
+
+class _Work(NamedTuple):
+    """A frame in the making: how many bytes were read is known first. Both have the exception of a failed reading."""
+
+    read: asyncio.Future[int]
+    frame: asyncio.Future[Frame]
+
+
+class _Compressors(threading.local):
+    """One for each thread, used over and over."""
+
+    def __init__(self) -> None:
+        self._level = 0
+        self._frames = Frames(self._level)
+
+    def of(self, level: int) -> Frames:
+        """The one of this thread."""
+        if level != self._level:
+            self._level, self._frames = level, Frames(level)
+        return self._frames
 
 
 class CompressedNar:
@@ -139,8 +186,7 @@ class CompressedNar:
         self._lease: Lease = pipeline.budget.lease()
         # twice the threads: while one half is compressed, the other is read or waits to be sent
         self._frames: asyncio.Queue[asyncio.Future[Frame] | None] = asyncio.Queue(2 * pipeline.shares.threads)
-        self._compressing: set[asyncio.Future[Frame]] = set()
-        self._buffer: memoryview | None = None
+        self._working: set[asyncio.Future[Any]] = set()
         self._iterator: AsyncIterator[bytes] | None = self._chunks()
 
     def __aiter__(self) -> AsyncIterator[bytes]:
@@ -152,11 +198,11 @@ class CompressedNar:
     async def feed(self) -> None:
         """Read and hash the NAR and have it compressed, as far ahead of the iteration as memory allows."""
         try:
-            size = FRAME_SIZE
-            while size == FRAME_SIZE and (size := await self._read()):
-                await self._frames.put(self._compress(size))
+            while await self._next_frame() == FRAME_SIZE:
+                pass
             check(self.info, self._source.digest(), self.nar_size)
-            await self._source.accept()
+            if self._source.watched:
+                await self._accept()
         except Exception as error:  # noqa: BLE001  the iteration raises it
             self.failure = error
         await self._frames.put(None)
@@ -164,39 +210,48 @@ class CompressedNar:
     async def close(self) -> None:
         """Wait for the threads, give back what is held."""
         self.leaving.close()
+        if self._working:
+            await asyncio.wait(self._working)
         await self._source.close()
-        if self._compressing:
-            await asyncio.wait(self._compressing)
-        if self._buffer is not None:
-            self._pipeline.buffers.give(self._buffer)
         self._lease.close()
 
-    async def _read(self) -> int:
-        """Bytes that are in the buffer now."""
+    async def _next_frame(self) -> int:
+        """Bytes of the NAR in it."""
         await self._lease.take(self._pipeline.shares.bound)
-        if self._buffer is None:
-            self._buffer = await self._pipeline.buffers.take()
-        size = await self._source.read_into(self._buffer)
+        buffer = await self._pipeline.buffers.take()
+        try:
+            await self._source.gather(buffer)
+        except BaseException:
+            self._pipeline.buffers.give(buffer)
+            raise
+        work = self._work(buffer)
+        size = await work.read
         self.nar_size += size
         if 0 < self.info.nar_size < self.nar_size:
             raise Mismatch(f"{self.info.store_path}: its NAR has more than the {self.info.nar_size} bytes {_STATED}")
+        if size:
+            await self._frames.put(work.frame)
         return size
 
-    def _compress(self, size: int) -> asyncio.Future[Frame]:
-        """The buffer is no longer ours, and back in its place when the future is done."""
-        assert self._buffer is not None
-        buffer, self._buffer = self._buffer, None
-        compressing = self._pipeline.compress(buffer[:size], self.level)
-        self._compressing.add(compressing)
+    def _work(self, buffer: memoryview) -> _Work:
+        """The buffer is no longer ours, and back in its place when the frame is done."""
+        work = self._pipeline.work(self._source, buffer, self.level)
+        self._working.add(work.frame)
 
-        def done(future: asyncio.Future[Frame]) -> None:
-            self._compressing.discard(future)
+        def done(frame: asyncio.Future[Frame]) -> None:
+            self._working.discard(frame)
             self._pipeline.buffers.give(buffer)
-            if not future.cancelled() and not future.exception():
-                self._lease.give(self._pipeline.shares.bound - future.result().sizes.compressed)
+            if not frame.cancelled() and not frame.exception():
+                self._lease.give(self._pipeline.shares.bound - frame.result().sizes.compressed)
 
-        compressing.add_done_callback(done)
-        return compressing
+        work.frame.add_done_callback(done)
+        return work
+
+    async def _accept(self) -> None:
+        accepting = asyncio.get_running_loop().run_in_executor(self._pipeline.threads, self._source.accept)
+        self._working.add(accepting)
+        accepting.add_done_callback(self._working.discard)
+        await asyncio.shield(accepting)
 
     async def _chunks(self) -> AsyncIterator[bytes]:
         try:
@@ -234,10 +289,10 @@ def recipe(level: int) -> str:
     return f"zstd {'.'.join(map(str, zstandard.ZSTD_VERSION))}, level {level}, frames of {FRAME_SIZE}"
 
 
-def _compress(data: memoryview, level: int) -> Frame:
+def _compress(frames: Frames, data: memoryview) -> Frame:
     # Copied, since what zstd returns keeps the memory of the largest that it could have become; in pieces of one size,
     # since those leave no holes when they are freed.
-    compressed = memoryview(compress_frame(data, level))
+    compressed = memoryview(frames.compress(data))
     chunks = [bytes(compressed[start : start + _CHUNK_SIZE]) for start in range(0, len(compressed), _CHUNK_SIZE)]
     return Frame(chunks, FrameSize(len(compressed), len(data)))
 

@@ -11,7 +11,7 @@ import pytest
 
 from cachesrv.errors import Mismatch
 from cachesrv.nix import listing
-from cachesrv.nix.nar_writer import dump
+from cachesrv.nix.nar_writer import NarDump, dump
 from cachesrv.push import inspection
 from cachesrv.push.inspection import MAX_CONTENT, Inspection, Seen
 from cachesrv.push.nar_source import LocalNar, StreamedNar
@@ -145,9 +145,7 @@ async def test_a_nar_is_accepted_when_it_turned_out_well(tmp_path: Path, *, stre
 
     with Pipeline() as pipeline:
         source = (
-            StreamedNar(chunks(), pipeline.readers, [tap, other])
-            if streamed
-            else LocalNar(dump(store.file("path")), pipeline.readers, [tap, other])
+            StreamedNar(chunks(), [tap, other]) if streamed else LocalNar(NarDump(store.file("path")), [tap, other])
         )
         async with pipeline.nar(source, info) as nar:
             async for _ in nar:
@@ -170,12 +168,12 @@ async def test_a_nar_that_is_damaged_or_cut_short_is_dropped(tmp_path: Path) -> 
     damaged, left = Watching(), Watching()
 
     with Pipeline() as pipeline:
-        async with pipeline.nar(LocalNar(dump(store.file("path")), pipeline.readers, [damaged]), info) as nar:
+        async with pipeline.nar(LocalNar(NarDump(store.file("path")), [damaged]), info) as nar:
             async for _ in _without_failure(nar):
                 pass
             assert isinstance(nar.failure, Mismatch)
         large = store.add("large", bytes(20_000_000))
-        async with pipeline.nar(LocalNar(dump(store.file("large")), pipeline.readers, [left]), large):
+        async with pipeline.nar(LocalNar(NarDump(store.file("large")), [left]), large):
             pass
 
     assert damaged.told == left.told == ["drop"]

@@ -352,13 +352,13 @@ def test_uploads_are_called_by_all_that_their_bytes_depend_on(changed: str) -> N
 
 def test_the_memory_for_parts_fits_what_there_is() -> None:
     for memory in (16, 32, 64, 128, 256, 1024):
-        shares = Shares.of(memory * MIB, frame_size=FRAME_SIZE, level=3, cores=2, readers=8)
+        shares = Shares.of(memory * MIB, frame_size=FRAME_SIZE, level=3, cores=2, jobs=8)
         parts = part_memory(shares.parts)
         assert MIB <= parts.size <= 8 * MIB
         assert parts.size * parts.count <= max(shares.parts, MIB)
     assert part_memory(100 * MIB).size == 8 * MIB
     for cores in (1, 2, 8, 64):
-        by_default = Shares.of(None, frame_size=FRAME_SIZE, level=3, cores=cores, readers=8)
+        by_default = Shares.of(None, frame_size=FRAME_SIZE, level=3, cores=cores, jobs=8)
         assert part_memory(by_default.parts).count >= 3
 
 

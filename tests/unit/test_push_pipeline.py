@@ -16,7 +16,7 @@ import zstandard
 
 from cachesrv.errors import BadInput, Mismatch, StoreError, TooLarge
 from cachesrv.nix.hashes import Hash
-from cachesrv.nix.nar_writer import dump
+from cachesrv.nix.nar_writer import NarDump, dump
 from cachesrv.nix.seekable import FrameIndex
 from cachesrv.push.budget import Budget, Buffers
 from cachesrv.push.memory import Shares
@@ -54,8 +54,33 @@ def info_of(file: Path) -> PathInfo:
     return replace(path_info("path"), nar_hash=Hash.of("sha256", nar), nar_size=len(nar))
 
 
-async def compressed(pipeline: Pipeline, chunks: Iterator[bytes], info: PathInfo, limit: int = 0) -> bytes:
-    async with pipeline.nar(LocalNar(chunks, pipeline.readers), info, limit=limit) as nar:
+class InChunks:
+    """What a `LocalNar` reads from, a chunk at a time; `before_each` is called before all but the first."""
+
+    def __init__(self, chunks: Iterator[bytes], before_each: Callable[[], object]) -> None:
+        self._chunks = chunks
+        self._before_each = before_each
+        self._rest = next(chunks)
+
+    def read_into(self, buffer: memoryview) -> int:
+        filled = 0
+        while filled < len(buffer):
+            if not self._rest:
+                self._before_each()
+                self._rest = next(self._chunks, b"")
+                if not self._rest:
+                    break
+            size = min(len(self._rest), len(buffer) - filled)
+            buffer[filled : filled + size] = self._rest[:size]
+            filled, self._rest = filled + size, self._rest[size:]
+        return filled
+
+    def close(self) -> None:
+        self._chunks = iter(())
+
+
+async def compressed(pipeline: Pipeline, path: Path, info: PathInfo, limit: int = 0) -> bytes:
+    async with pipeline.nar(LocalNar(NarDump(path)), info, limit=limit) as nar:
         file = b"".join([chunk async for chunk in nar])
         assert nar.failure is None
         assert (nar.nar_size, nar.nar_sent, nar.file_size) == (info.nar_size, info.nar_size, len(file))
@@ -65,7 +90,7 @@ async def compressed(pipeline: Pipeline, chunks: Iterator[bytes], info: PathInfo
 
 async def test_what_comes_out_is_the_nar(large: Path) -> None:
     with Pipeline() as pipeline:
-        file = await compressed(pipeline, dump(large), info_of(large))
+        file = await compressed(pipeline, large, info_of(large))
 
     nar = b"".join(dump(large))
     assert zstandard.ZstdDecompressor().decompressobj(read_across_frames=True).decompress(file) == nar
@@ -83,7 +108,7 @@ async def test_nars_of_every_size_are_whole(tmp_path: Path, contents: bytes) -> 
     info = info_of(file)
 
     with Pipeline() as pipeline:
-        data = await compressed(pipeline, dump(file), info)
+        data = await compressed(pipeline, file, info)
 
     assert zstandard.ZstdDecompressor().decompressobj(read_across_frames=True).decompress(data) == b"".join(dump(file))
     assert FrameIndex.parse(data).content_size == info.nar_size
@@ -92,12 +117,13 @@ async def test_nars_of_every_size_are_whole(tmp_path: Path, contents: bytes) -> 
 async def test_the_file_does_not_depend_on_threads_or_chunks(large: Path) -> None:
     info, nar = info_of(large), b"".join(dump(large))
     files = set()
-    for cores, chunk_size in ((1, 1000), (2, 256 * 1024), (5, 3 * MIB)):
+    for cores in (1, 2, 5):
         with Pipeline(cores=cores, memory=40 * MIB) as pipeline:
-            files.add(await compressed(pipeline, dump(large, chunk_size=chunk_size), info))
-    with Pipeline() as pipeline:
-        async with pipeline.nar(StreamedNar(_stream(nar, 777_777), pipeline.readers), info) as streamed:
-            files.add(b"".join([chunk async for chunk in streamed]))
+            files.add(await compressed(pipeline, large, info))
+    for chunk_size in (777_777, 3 * MIB):
+        with Pipeline() as pipeline:
+            async with pipeline.nar(StreamedNar(_stream(nar, chunk_size)), info) as streamed:
+                files.add(b"".join([chunk async for chunk in streamed]))
 
     assert len(files) == 1
 
@@ -106,7 +132,7 @@ async def test_levels_make_a_difference(large: Path) -> None:
     sizes = []
     for level in (1, 12):
         with Pipeline(level=level) as pipeline:
-            sizes.append(len(await compressed(pipeline, dump(large), info_of(large))))
+            sizes.append(len(await compressed(pipeline, large, info_of(large))))
 
     assert sizes[0] > sizes[1]
 
@@ -127,7 +153,7 @@ def _longer(info: PathInfo) -> PathInfo:
 async def test_a_nar_that_is_not_as_stated_never_ends_well(large: Path, lie: Callable[[PathInfo], PathInfo]) -> None:
     stated = lie(info_of(large))
     with Pipeline() as pipeline:
-        async with pipeline.nar(LocalNar(dump(large), pipeline.readers), stated) as nar:
+        async with pipeline.nar(LocalNar(NarDump(large)), stated) as nar:
             with pytest.raises(Mismatch, match=r"path.*NAR has") as caught:
                 await _drain(nar)
             assert nar.failure is caught.value
@@ -136,14 +162,14 @@ async def test_a_nar_that_is_not_as_stated_never_ends_well(large: Path, lie: Cal
 async def test_an_unknown_size_is_no_lie(large: Path) -> None:
     info = info_of(large)
     with Pipeline() as pipeline:
-        async with pipeline.nar(LocalNar(dump(large), pipeline.readers), replace(info, nar_size=0)) as nar:
+        async with pipeline.nar(LocalNar(NarDump(large)), replace(info, nar_size=0)) as nar:
             await _drain(nar)
             assert nar.nar_size == info.nar_size
 
 
 async def test_a_file_that_gets_too_large_is_not_finished(large: Path) -> None:
     with Pipeline() as pipeline:
-        async with pipeline.nar(LocalNar(dump(large), pipeline.readers), info_of(large), limit=100_000) as nar:
+        async with pipeline.nar(LocalNar(NarDump(large)), info_of(large), limit=100_000) as nar:
             with pytest.raises(TooLarge, match="100000 bytes"):
                 await _drain(nar)
 
@@ -154,10 +180,10 @@ async def test_failures_of_the_source_come_through(tmp_path: Path) -> None:
     (directory / "a").write_bytes(bytes(3 * FRAME_SIZE))
     os.mkfifo(directory / "z")
     with Pipeline() as pipeline:
-        async with pipeline.nar(LocalNar(dump(directory), pipeline.readers), path_info("path", size=0)) as nar:
+        async with pipeline.nar(LocalNar(NarDump(directory)), path_info("path", size=0)) as nar:
             with pytest.raises(BadInput, match="neither file, directory nor"):
                 await _drain(nar)
-        async with pipeline.nar(StreamedNar(_broken_stream(), pipeline.readers), path_info("path", size=0)) as nar:
+        async with pipeline.nar(StreamedNar(_broken_stream()), path_info("path", size=0)) as nar:
             with pytest.raises(StoreError, match="broke"):
                 await _drain(nar)
         assert pipeline.budget.free == pipeline.budget.total
@@ -167,25 +193,21 @@ async def test_whoever_leaves_early_leaves_nothing_behind(large: Path) -> None:
     info, open_files = info_of(large), _open_files()
     with Pipeline() as pipeline:
         for _ in range(5):
-            async with pipeline.nar(LocalNar(dump(large), pipeline.readers), info) as nar:
+            async with pipeline.nar(LocalNar(NarDump(large)), info) as nar:
                 await anext(aiter(nar))
         assert pipeline.budget.free == pipeline.budget.total
         assert _open_files() == open_files
-        assert await compressed(pipeline, dump(large), info)
+        assert await compressed(pipeline, large, info)
     assert len(asyncio.all_tasks()) == 1
 
 
 async def test_a_consumer_that_goes_while_it_waits_does_no_harm(large: Path) -> None:
     info = info_of(large)
     stop = threading.Event()
-
-    def slow() -> Iterator[bytes]:
-        for chunk in dump(large):
-            yield chunk
-            stop.wait(10)
+    slow = InChunks(dump(large), lambda: stop.wait(10))
 
     with Pipeline() as pipeline:
-        async with pipeline.nar(LocalNar(slow(), pipeline.readers), info) as nar:
+        async with pipeline.nar(LocalNar(slow), info) as nar:
             consumer = asyncio.create_task(_drain(nar))
             await asyncio.sleep(0.05)
             consumer.cancel()
@@ -197,12 +219,12 @@ async def test_memory_is_bounded_however_slow_the_receiver(tmp_path: Path) -> No
     file = tmp_path / "file"
     file.write_bytes(random.Random(5).randbytes(12 * FRAME_SIZE))
     info, memory = info_of(file), 30 * MIB
-    with Pipeline(cores=2, memory=memory, readers=2) as pipeline:
+    with Pipeline(cores=2, memory=memory, jobs=2) as pipeline:
         shares = pipeline.shares
         assert shares.buffers * FRAME_SIZE + shares.budget < memory
         async with (
-            pipeline.nar(LocalNar(dump(file), pipeline.readers), info) as one,
-            pipeline.nar(LocalNar(dump(file), pipeline.readers), info) as two,
+            pipeline.nar(LocalNar(NarDump(file)), info) as one,
+            pipeline.nar(LocalNar(NarDump(file)), info) as two,
         ):
             first = aiter(one)
             await anext(first)
@@ -222,7 +244,7 @@ async def test_many_nars_share_little_memory(large: Path) -> None:
 
 
 async def _file(pipeline: Pipeline, path: Path, info: PathInfo) -> bytes:
-    async with pipeline.nar(LocalNar(dump(path), pipeline.readers), info) as nar:
+    async with pipeline.nar(LocalNar(NarDump(path)), info) as nar:
         return hashlib.sha256(b"".join([chunk async for chunk in nar])).digest()
 
 
@@ -293,7 +315,7 @@ async def test_buffers_are_used_again() -> None:
 
 @pytest.mark.parametrize("cores", [1, 2, 12, 64])
 def test_by_default_every_core_has_work(cores: int) -> None:
-    shares = Shares.of(None, frame_size=FRAME_SIZE, level=3, cores=cores, readers=8)
+    shares = Shares.of(None, frame_size=FRAME_SIZE, level=3, cores=cores, jobs=8)
 
     assert shares.threads == cores
     assert shares.buffers >= 2 * cores
@@ -302,7 +324,7 @@ def test_by_default_every_core_has_work(cores: int) -> None:
 
 def test_stated_memory_is_kept_to_on_any_machine() -> None:
     for level in (1, 3, 19):
-        shares = Shares.of(128 * MIB, frame_size=FRAME_SIZE, level=level, cores=64, readers=8)
+        shares = Shares.of(128 * MIB, frame_size=FRAME_SIZE, level=level, cores=64, jobs=8)
 
         assert 0 < shares.threads < 64
         assert shares.buffers * FRAME_SIZE + shares.budget + shares.threads * shares.bound <= 128 * MIB
