@@ -109,14 +109,19 @@ async def fill(services: Services) -> None:
 
 
 @asynccontextmanager
-async def open_site(folder: Path) -> AsyncIterator[Site]:
-    """A site that is filled."""
+async def open_site(folder: Path, *, complete: bool = False) -> AsyncIterator[Site]:
+    """A site that is filled. `complete`: it is known that the catalog knows all paths."""
     (folder / "cachesrv.toml").write_text(_CONFIG)
     (folder / "data" / "keys").mkdir(parents=True)
     loaded = config.load(folder / "cachesrv.toml", folder / "data", {})
     async with wiring.open_services(loaded, Metrics()) as services:
         await fill(services)
-        yield Site(services, wiring.build_rules(wiring.declared(loaded), services.catalog, "http://cache.test"))
+        site = Site(services, wiring.build_rules(wiring.declared(loaded), services.catalog, "http://cache.test"))
+        if complete:
+            assert not await services.completeness.find_out(site.rules.caches.values())
+            for cache in site.rules.caches.values():
+                assert await services.completeness.holds(cache)
+        yield site
 
 
 def counting_apart(site: Site) -> Site:

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Self
 
 from cachesrv.catalog import nars, paths, publishing, refused, tokens
 from cachesrv.catalog.sql_retention import SqlRetention
-from cachesrv.catalog.sqlite import open_database
+from cachesrv.catalog.sqlite import open_database, open_glance
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 
     from cachesrv.catalog.base import ConflictRecord, NarRecord, PathRecord, RefusalRecord, TokenRecord
     from cachesrv.catalog.database import Database
+    from cachesrv.catalog.glance import Glance
     from cachesrv.catalog.retention import Reliance
 
 DEFAULT_POOL_SIZE = 4
@@ -22,15 +23,22 @@ DEFAULT_POOL_SIZE = 4
 class SqlCatalog(SqlRetention):
     """Implements `cachesrv.catalog.base.Catalog`."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, glance: Glance) -> None:
         self._database = database
+        self._glance = glance
+        self.lacks = glance.lacks
 
     @classmethod
     async def open(cls, url: str, *, pool_size: int = DEFAULT_POOL_SIZE) -> Self:
         """The catalog at `sqlite:///<path>`, made or migrated where needed; `pool_size` reads can run at once. Raises
         ConfigError for a URL that is none or a database that is not ours or of a newer version; StoreError.
         """
-        return cls(await asyncio.to_thread(open_database, url, readers=pool_size))
+        database = await asyncio.to_thread(open_database, url, readers=pool_size)
+        try:
+            return cls(database, await asyncio.to_thread(open_glance, url))
+        except BaseException:
+            await database.close()
+            raise
 
     async def publish(self, records: Sequence[PathRecord], reliance: Reliance | None = None) -> int:
         return await self._database.write(publishing.publish, records, reliance)
@@ -116,4 +124,5 @@ class SqlCatalog(SqlRetention):
         return await self._database.write(tokens.revoke, name, at)
 
     async def close(self) -> None:
+        self._glance.close()
         await self._database.close()

@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool, QueuePool
 
 from cachesrv.catalog.database import Database
+from cachesrv.catalog.glance import Glance
 from cachesrv.catalog.migrations import migrate
 from cachesrv.errors import CachesrvError, ConfigError, StoreError, StoreFull, StoreUnavailable
 
@@ -26,6 +27,17 @@ LOCK_TIMEOUT = 30.0
 
 _PRIVATE = 0o600
 _WAL_LIMIT = 64 * 1024 * 1024
+
+
+def open_glance(url: str) -> Glance:
+    """A quick look into the database of a `sqlite:///<path>` URL, while that is open. Blocks. Raises ConfigError for
+    another URL, StoreError.
+    """
+    path = _path(url)
+    try:
+        return Glance(path)
+    except sqlite3.Error as error:
+        raise _explain(path, error) from error
 
 
 def open_database(url: str, *, readers: int) -> Database:

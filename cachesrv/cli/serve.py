@@ -162,6 +162,8 @@ async def _work(
             return wiring.build_rules(latest.read(), services.catalog, url)
 
         site = Site(services, wiring.build_rules(latest.good, services.catalog, url))
+        for cache in site.rules.caches.values():
+            await services.completeness.holds(cache)  # known before the first lookup
         keep_all_there_is()
         async with scheduled(services.catalog, chores), wiring.open_disk_room(config).kept():
             await serve(site, sockets, tls=tls, shutdown_timeout=config.server.shutdown_timeout, reload=rules)

@@ -47,6 +47,10 @@ class BucketSource:
             raise PeerError(f"the narinfo of {info.store_path} lies in storage, but its NAR {info.url} does not")
         return narinfo.render(info)
 
+    def lacks(self, cache: ServedCache, _hash_part: str) -> bool:
+        """See Source."""
+        return not cache.bucket_is_authority and (not self._completeness or self._completeness.is_known(cache))
+
 
 @contextmanager
 def _named(hash_part: str) -> Iterator[None]:

@@ -73,6 +73,10 @@ class Completeness:
                 self._complete.add(cache.name)
         return cache.name in self._complete
 
+    def is_known(self, cache: ServedCache) -> bool:
+        """Whether it was found before that what the catalog does not know is not there."""
+        return cache.name in self._complete
+
     async def demand(self, caches: Iterable[ServedCache]) -> None:
         """Raises StoreUnavailable where it is known not to hold."""
         for cache in caches:

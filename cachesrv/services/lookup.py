@@ -40,6 +40,9 @@ class Source(Protocol):
         cannot be served, now and later.
         """
 
+    def lacks(self, cache: ServedCache, hash_part: str) -> bool:
+        """Whether it is sure not to have it, as far as can be told in microseconds; False where it has to be asked."""
+
 
 class CatalogSource:
     """What was published, by this process or another one."""
@@ -51,6 +54,10 @@ class CatalogSource:
         """See Source."""
         record = await self._catalog.path(cache.name, hash_part)
         return record.narinfo if record else None
+
+    def lacks(self, cache: ServedCache, hash_part: str) -> bool:
+        """See Source."""
+        return self._catalog.lacks(cache.name, hash_part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,13 @@ class Lookup:
             return known if isinstance(known, Present) else None
         text = await self._ask_once(cache, hash_part)
         return present(text) if text is not None else None
+
+    def lacks(self, cache: ServedCache, hash_part: str) -> bool:
+        """Whether it is certain, and can be told at once, that a path is not there of which the index knows nothing.
+        That is not written to the index, which is no quicker to ask by much, and would have to be told otherwise later.
+        """
+        # The catalog is first of them, and the only one that takes a look to tell.
+        return all(source.lacks(cache, hash_part) for source in reversed(self._sources))
 
     async def forget(self, cache: ServedCache, hash_part: str) -> None:
         """Take what the index says of a path for nothing, and look it up anew next time. Raises StoreError."""

@@ -138,6 +138,10 @@ class Upstreams:
         found = await self.find(cache, hash_part)
         return narinfo.render(as_ours(cache, found[1])) if found else None
 
+    def lacks(self, cache: ServedCache, _hash_part: str) -> bool:
+        """See `cachesrv.services.lookup.Source`."""
+        return not cache.pull_through
+
     async def resolve(self, cache: ServedCache, hash_parts: Collection[str]) -> set[str]:
         """Those of them that an upstream of the cache has. Raises PeerError when that cannot be told."""
         answers = await asyncio.gather(*(self._resolves(cache, hash_part) for hash_part in hash_parts))

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 
 from cachesrv.errors import StoreError
 from cachesrv.index.base import ABSENT, head_of
+from cachesrv.nix.store_path import is_hash_part
 from cachesrv.web.app import SERVER
 from cachesrv.web.cache import MISS_HEADERS, MISS_TEXT, NAR_TYPE
+from cachesrv.web.known import ABSENT as KNOWN_ABSENT
 from cachesrv.web.objects import IMMUTABLE
 from cachesrv.web.open_files import OpenFiles
 from cachesrv.web.plain import Blocks
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from cachesrv.services.caches import ServedCache
-    from cachesrv.web.known import Answer
     from cachesrv.web.open_files import OpenFile
     from cachesrv.web.plain import Block
     from cachesrv.web.site import Rules, Site
@@ -51,6 +52,7 @@ class Form:
     `before` come first and `after` last; the key in the index is `prefix` and what stands from `start` to `end`.
     """
 
+    cache: ServedCache
     before: bytes
     after: bytes
     length: int
@@ -78,6 +80,7 @@ class FastAnswers:
         self._delivery = site.services.delivery
         self._raw = site.services.index.raw
         self.snapshot = site.services.index.snapshot
+        self._lookup = site.services.lookup
         self._usage = site.services.usage
         self._blocks = Blocks()
         metrics = site.services.metrics
@@ -118,20 +121,27 @@ class FastAnswers:
         self._files.close()
         return True
 
-    def find(self, get: Callable[[bytes], bytes | None], form: Form, data: bytes) -> Answer | None:
-        """What the index says to a request of this form, by the `get` of a snapshot; None when it does not know."""
-        key = form.prefix + data[form.start : form.end]
+    def find(self, get: Callable[[bytes], bytes | None], form: Form, data: bytes) -> tuple[bytes, float] | None:
+        """What is `Known` of a request of this form, by the `get` of a snapshot, and until when in seconds since the
+        epoch; None when the sources have to be asked.
+        """
+        hash_part = data[form.start : form.end]
+        key = form.prefix + hash_part
         try:
             value = get(key)
         except Exception:  # noqa: BLE001  whatever it was, the handlers meet it too, and have words for it
             return None
-        if not value:
-            return None
-        if value[0] != ABSENT:
+        if value and value[0] != ABSENT:
             self._usage.add(key)
             return value, math.inf
-        until = int.from_bytes(value[1:], "big")
-        return (None, until) if until > self.now else None
+        if value and (until := int.from_bytes(value[1:], "big")) > self.now:
+            return KNOWN_ABSENT, until
+        return (KNOWN_ABSENT, math.inf) if self._lacks(form.cache, hash_part) else None
+
+    def _lacks(self, cache: ServedCache, hash_part: bytes) -> bool:
+        """Whether it is certain at once that the path is absent, of which the index knows nothing."""
+        text = hash_part.decode("latin-1")
+        return is_hash_part(text) and self._lookup.lacks(cache, text)
 
     def count(self, hits: int, misses: int) -> None:
         """So many GET requests for narinfos were answered by what `find` gave."""
@@ -151,7 +161,7 @@ class FastAnswers:
         if cache is None or not cache.public:
             return None
         start, end = match.span(2)
-        return Form(data[:start], data[end:], len(data), f"{cache.name}/".encode("ascii"), start, end)
+        return Form(cache, data[:start], data[end:], len(data), f"{cache.name}/".encode("ascii"), start, end)
 
     def file(self, data: bytes) -> FileAnswer | None:
         """The answer to the one request that `data` is, if that is a GET for a NAR of a public cache that can be sent
@@ -225,15 +235,14 @@ class FastAnswers:
         except StoreError:
             # Aiohttp's handler meets it too, and has words for it.
             return None
-        if not value:
-            return None
-        if value[0] != ABSENT:
+        if value and value[0] != ABSENT:
             self._cells[self._cell[method, "narinfo", 200]] += 1
             self._usage.add(key)
             if method == "GET":
                 return self.ok + value
             return self.ok + head_of(value)
-        if int.from_bytes(value[1:], "big") <= self.now:
+        is_known = value and int.from_bytes(value[1:], "big") > self.now
+        if not is_known and not self._lacks(cache, target[slash + 1 :]):
             return None
         self._cells[self._cell[method, "narinfo", 404]] += 1
         return self.miss if method == "GET" else self.miss_head

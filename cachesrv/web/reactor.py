@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cachesrv.web.fast import FastAnswers, FileAnswer, Form
-    from cachesrv.web.known import Answer
 
 _log = structlog.get_logger()
 
@@ -193,10 +192,10 @@ class Reactor:
                 connection.form = None
         # What follows runs for each request: names are local, and calls into Python are few.
         connections, readable, append = self._connections, select.EPOLLIN, into.append
-        ok, miss, now = answers.ok, answers.miss, answers.now
+        ok, miss = answers.ok, answers.miss
         hits = misses = 0
         get, done, version = answers.snapshot()
-        known = self._known.at(version, now)
+        known = self._known.at(version, answers.now)
         try:
             for descriptor, event in events:
                 asking = connections.get(descriptor)
@@ -209,25 +208,22 @@ class Reactor:
                 except OSError as error:
                     self._failed(connection, error)
                     continue
-                answer = known.get(data) or self._find(connection, data, get)
-                if answer is None:
-                    continue
-                value, until = answer
-                if value is not None:
+                value = known.get(data)
+                if value is None:
+                    value = self._find(connection, data, get)
+                if value:
                     hits += 1
                     append((connection, ok + value))
-                elif until > now:
+                elif value is not None:
                     misses += 1
                     append((connection, miss))
-                else:
-                    self._leave(connection, data)
         finally:
             done()
             answers.count(hits, misses)
 
-    def _find(self, connection: _Connection, data: bytes, get: Callable[[bytes], bytes | None]) -> Answer | None:
-        """The answer to a request that is not known yet, by the `get` of a snapshot; None when all that can be done for
-        it is done.
+    def _find(self, connection: _Connection, data: bytes, get: Callable[[bytes], bytes | None]) -> bytes | None:
+        """What is `Known` of a request from now on, by the `get` of a snapshot; None when all that can be done for it
+        is done.
         """
         if len(data) == _READ:
             with contextlib.suppress(BlockingIOError, ConnectionError):
@@ -239,9 +235,11 @@ class Reactor:
         answer = self._answers.find(get, form, data)
         if answer is None:
             self._leave(connection, data)
-        elif not self._known.is_full and len(data) != _READ:
-            self._known.remember(data, answer)
-        return answer
+            return None
+        value, until = answer
+        if len(data) != _READ:
+            self._known.remember(data, value, until)
+        return value
 
     def _understand(self, connection: _Connection, data: bytes) -> None:
         """Answer what has no known form."""

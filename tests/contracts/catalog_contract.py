@@ -244,6 +244,15 @@ class LookupContract(Fixtures):
         await catalog.remove("main", asked)
         assert await scanned(catalog) == records[1::2]
 
+    async def test_what_is_published_is_never_lacked(self, catalog: Catalog, open_catalog: OpenCatalog) -> None:
+        other = await open_catalog()
+        for number in range(20):
+            catalog.lacks("main", hash_part(number))
+            other.lacks("main", hash_part(number))
+            await catalog.publish([path(number)])
+            assert not catalog.lacks("main", hash_part(number))
+            assert not other.lacks("main", hash_part(number))
+
     async def test_a_scan_begins_beyond_a_hash_part(self, catalog: Catalog) -> None:
         await catalog.publish([path(3), path(1), path(2)])
         assert await scanned(catalog, after=hash_part(1)) == [path(2), path(3)]

@@ -44,6 +44,9 @@ class Known:
             raise self.error
         return self.known.get(hash_part)
 
+    def lacks(self, cache: ServedCache, hash_part: str) -> bool:
+        return not self.error and hash_part not in self.known
+
 
 def lookup(index: MemoryIndex, *sources: Known) -> Lookup:
     return Lookup(index, sources, negative_ttl=TTL, timeout=10)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -18,6 +18,7 @@ from cachesrv.nix import narinfo
 from cachesrv.services import breaker as breaking
 from cachesrv.services.breaker import Breaker
 from cachesrv.services.bucket import BucketSource
+from cachesrv.services.completeness import Completeness
 from cachesrv.services.http_reader import HttpReader
 from cachesrv.services.lookup import CatalogSource, Lookup, Source
 from cachesrv.services.upstream import Upstream, Upstreams
@@ -119,6 +120,17 @@ async def test_each_source_in_its_turn_and_once(chain: Chain) -> None:
 async def test_what_another_node_published_is_found_in_the_catalog(chain: Chain) -> None:
     chain.site.index.delete([("main", PUSHED.path.hash_part)])
     assert await chain.find(PUSHED.path.hash_part)
+    assert chain.asked == (0, 0)
+
+
+async def test_nothing_is_certain_that_others_may_have(chain: Chain) -> None:
+    alone = served_cache()
+    assert chain.lookup.lacks(alone, ABSENT)
+    assert not chain.lookup.lacks(alone, PUSHED.path.hash_part)
+    assert not chain.lookup.lacks(replace(alone, bucket_is_authority=True), ABSENT)
+    assert not chain.lookup.lacks(replace(alone, pull_through=True), ABSENT)
+    incomplete = Completeness(chain.bucket, chain.site.catalog)
+    assert not BucketSource(chain.bucket, Breaker(), incomplete).lacks(alone, ABSENT)
     assert chain.asked == (0, 0)
 
 

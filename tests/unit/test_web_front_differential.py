@@ -124,7 +124,7 @@ def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         stack = AsyncExitStack()
 
         async def start() -> Servers:
-            site = await stack.enter_async_context(open_site(tmp_path_factory.mktemp("site")))
+            site = await stack.enter_async_context(open_site(tmp_path_factory.mktemp("site"), complete=True))
             behind_front, plain = counting_apart(site), counting_apart(site)
             by_reactor = request.param == "reactor"
             served = await stack.enter_async_context(front_server(behind_front, by_reactor=by_reactor))

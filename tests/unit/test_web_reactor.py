@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from aiohttp import web
 
+from cachesrv.catalog.base import PathRecord
 from cachesrv.index.base import IndexEntry
 from cachesrv.services.answer import present
 from cachesrv.web.app import create_app
@@ -30,6 +31,7 @@ from tests.front_site import (
     PRESENT,
     UNKNOWN,
     counting_apart,
+    hash_part,
     listening,
     nar,
     narinfo,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
     from cachesrv.web.site import Site
 
+FURTHER = [hash_part(number) for number in range(301, 330)]
 NAMES = {size: name for name, size in NARS.items()}
 
 
@@ -69,9 +72,11 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(folder: Path, *, idle_timeout: float = 60, send_buffer: int | None = None) -> AsyncIterator[Served]:
+async def serving(
+    folder: Path, *, idle_timeout: float = 60, send_buffer: int | None = None, complete: bool = False
+) -> AsyncIterator[Served]:
     async with AsyncExitStack() as stack:
-        site = counting_apart(await stack.enter_async_context(open_site(folder)))
+        site = counting_apart(await stack.enter_async_context(open_site(folder, complete=complete)))
         runner = web.AppRunner(create_app(site, [reporting]), **RUNNER_OPTIONS)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
@@ -100,6 +105,23 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
 
 def get(target: str, *fields: str) -> bytes:
     return "\r\n".join([f"GET {target} HTTP/1.1", "Host: cache.test", *fields, "", ""]).encode()
+
+
+def record(part: str, number: int) -> PathRecord:
+    return PathRecord(
+        cache="main",
+        hash_part=part,
+        name="published",
+        narinfo=narinfo(number),
+        nar_key="main/nar/published.nar",
+        nar_hash="sha256:" + "0" * 52,
+        nar_size=1,
+        file_size=1,
+        references=(),
+        deriver=None,
+        ca=None,
+        registered_at=1,
+    )
 
 
 async def answers_to(connection: Connection, *requests: bytes) -> list[tuple[bytes, bytes]]:
@@ -165,6 +187,41 @@ async def test_an_absence_that_ends_while_it_is_known_is_believed_no_more(served
     served.answers.now += 2
     assert await answers_to(connection, request) == [(MISS, b"no such path\n")]
     await served.until(reactor=0, fronts=1)
+
+
+async def test_what_nobody_has_asked_for_is_looked_up_at_once(tmp_path: Path) -> None:
+    async with serving(tmp_path, complete=True) as served:
+        connection = await served.connect()
+        found = get(f"/main/{PRESENT[0]}.narinfo")
+        unknown = [get(f"/{cache}{part}.narinfo") for part in (UNKNOWN, ENDED, *FURTHER) for cache in ("", "main/")]
+        answers = await answers_to(connection, found, *unknown, *unknown)
+        assert answers == [(OK, narinfo(0)), *[(MISS, b"no such path\n")] * 2 * len(unknown)]
+        assert (len(served.reactor), len(served.fronts)) == (1, 0)
+        assert served.site.services.index.get("main", UNKNOWN) is None
+
+        index, catalog = served.site.services.index, served.site.services.catalog
+        await catalog.publish([record(UNKNOWN, 5)])
+        index.put([IndexEntry("main", UNKNOWN, present(narinfo(5)))])
+        assert await answers_to(connection, unknown[0]) == [(OK, narinfo(5))]
+        assert (len(served.reactor), len(served.fronts)) == (1, 0)
+
+
+async def test_what_only_the_catalog_has_is_found_there(tmp_path: Path) -> None:
+    async with serving(tmp_path, complete=True) as served:
+        connection = await served.connect()
+        found, unknown = get(f"/main/{PRESENT[0]}.narinfo"), get(f"/main/{UNKNOWN}.narinfo")
+        await served.site.services.catalog.publish([record(UNKNOWN, 5)])
+        assert await answers_to(connection, found, unknown, unknown) == [(OK, narinfo(n)) for n in (0, 5, 5)]
+
+
+@pytest.mark.parametrize("end", [b"e", b"~", b"U"])
+async def test_what_is_no_hash_part_is_not_looked_up_at_once(tmp_path: Path, end: bytes) -> None:
+    async with serving(tmp_path, complete=True) as served:
+        connection = await served.connect()
+        found = get(f"/main/{PRESENT[0]}.narinfo")
+        assert await answers_to(connection, found) == [(OK, narinfo(0))]
+        await connection.send(found.replace(PRESENT[0].encode(), b"0" * 31 + end))
+        await served.until(reactor=0, fronts=1)
 
 
 async def test_use_is_noted(served: Served) -> None:
