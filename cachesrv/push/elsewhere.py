@@ -18,14 +18,18 @@ from cachesrv.push.traffic import Traffic
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Mapping
+    from contextlib import AbstractAsyncContextManager
 
     import aiohttp
 
     from cachesrv.push.connection import Chunk, Timeouts
+    from cachesrv.turns import Turn
 
 _MAX_ERROR_SIZE = 16 * 1024
 _SAID = re.compile(r"<(Code|Message)>([^<]*)</")
-_ALTERED = "BadDigest"
+_PASSING = frozenset({"BadDigest", "ExpiredToken", "IncompleteBody"})
+_MAYBE_EXPIRED = 403
+"""What a URL gets that has expired. AWS says so in words, Ceph does not: it may be that. The next URL is a new one."""
 _SLOWER = frozenset({"RequestTimeout", "ServiceUnavailable", "SlowDown"})
 
 
@@ -47,12 +51,16 @@ class Elsewhere:
         if self._session is not None:
             await self._session.close()
 
-    async def put(self, url: str, headers: Mapping[str, str], chunks: AsyncIterable[Chunk]) -> str:
-        """Send a part, once; its ETag, without quotes. Raises TryAgain when that may pass; NotThere when there is no
-        such upload; ServerError when it is not taken; BadInput when that is no URL for it.
+    def turn(self) -> AbstractAsyncContextManager[Turn]:
+        """To be waited for before a URL is signed: it does not grow old waiting."""
+        return self._traffic.turn()
+
+    async def put(self, turn: Turn, url: str, headers: Mapping[str, str], chunks: AsyncIterable[Chunk]) -> str:
+        """Send a part, once; its ETag, without quotes. Raises TryAgain when that may pass, by another URL; NotThere
+        when there is no such upload; ServerError when it is not taken; BadInput when that is no URL for it.
         """
         host = _host(url)
-        async with self._traffic.request():
+        with self._traffic.heard(turn):
             return await self._put(host, url, headers, chunks)
 
     async def _put(self, host: str, url: str, headers: Mapping[str, str], chunks: AsyncIterable[Chunk]) -> str:
@@ -93,6 +101,6 @@ def _refusal(response: aiohttp.ClientResponse, said: Mapping[str, str], host: st
         return NotThere(f"{host} does not know the upload: {because}")
     if response.status in TOO_MUCH or code in _SLOWER:
         return Overloaded(f"{host} says {because}", seconds_until(response.headers.get("Retry-After", "")))
-    if response.status >= 500 or code == _ALTERED:
+    if response.status == _MAYBE_EXPIRED or response.status >= 500 or code in _PASSING:
         return TryAgain(f"{host} says {because}", seconds_until(response.headers.get("Retry-After", "")))
     return ServerError(f"{host} does not take a part: {because}")

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from cachesrv.push.connection import Chunk
     from cachesrv.push.events import Emit
     from cachesrv.push.server import Server
+    from cachesrv.turns import Turn
 
 _FIRST_ATTEMPTS = 3
 """To send a part to storage that none has reached yet: there is another way."""
@@ -214,12 +215,16 @@ class _Direct:
         return self._there.get(number) == digest.hex()
 
     async def put(self, number: int, digest: bytes, size: int, body: Body) -> None:
+        async with self._server.elsewhere.turn() as turn:
+            await self._put(turn, number, digest, size, body)
+
+    async def _put(self, turn: Turn, number: int, digest: bytes, size: int, body: Body) -> None:
         question = msgspec.json.encode(SignRequest(digest.hex()))
         signed = await self._server.ask_once("POST", f"{self._action}/parts/{number}", question, SignAnswer)
         headers = {name: value for name, value in signed.headers.items() if name.lower().startswith(_SIGNED_HEADERS)}
         headers["Content-Length"] = str(size)
         try:
-            self._tags[number] = await self._server.elsewhere.put(signed.url, headers, body())
+            self._tags[number] = await self._server.elsewhere.put(turn, signed.url, headers, body())
         except NotThere:
             raise
         except TryAgain as error:

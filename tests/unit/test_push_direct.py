@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import pytest
 from aiohttp import web
 
-from cachesrv.push import events
+from cachesrv.push import elsewhere, events
 from cachesrv.push.address import Address
 from cachesrv.push.connection import Timeouts
 from cachesrv.push.retry import Backoff
 from cachesrv.push.run import Options, push
 from cachesrv.push.settings import Settings
 from cachesrv.push.token import TokenVariable
+from cachesrv.push.traffic import Traffic
 from tests.push_doubles import FakeCache, TemporaryStore, answer, drop, store_path
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 MIB = 2**20
 LARGE = random.Random(6).randbytes(20 * MIB)
 QUICK = Options(backoff=Backoff(attempts=4, first=0.01), timeouts=Timeouts(connect=20, answer=20, stall=20, store=20))
+REFUSED = answer(400, "<Error><Code>InvalidRequest</Code><Message>not\nso</Message></Error>")
 EXPIRED = answer(403, "<Error><Code>AccessDenied</Code><Message>Request has\nexpired</Message></Error>")
 
 
@@ -108,8 +110,11 @@ async def test_what_was_sent_before_is_not_sent_again(store: TemporaryStore, cac
         drop,
         answer(503, "<Error><Code>SlowDown</Code></Error>"),
         answer(400, "<Error><Code>BadDigest</Code></Error>"),
+        answer(400, "<Error><Code>RequestTimeout</Code></Error>"),
+        answer(400, "<Error><Code>ExpiredToken</Code></Error>"),
+        EXPIRED,
     ],
-    ids=["drop", "slow-down", "altered"],
+    ids=["drop", "slow-down", "altered", "too-slow", "credentials-expired", "url-expired"],
 )
 async def test_what_passes_is_tried_again_with_another_url(
     store: TemporaryStore, cache: FakeCache, fault: Handler
@@ -123,7 +128,7 @@ async def test_what_passes_is_tried_again_with_another_url(
     assert notes(told) == []
 
 
-@pytest.mark.parametrize("faults", [[EXPIRED], [drop] * 20], ids=["refused", "gone"])
+@pytest.mark.parametrize("faults", [[REFUSED], [EXPIRED] * 20, [drop] * 20], ids=["refused", "denied", "gone"])
 async def test_where_the_bucket_fails_parts_go_through_the_server(
     store: TemporaryStore, cache: FakeCache, faults: list[Handler]
 ) -> None:
@@ -139,10 +144,21 @@ async def test_where_the_bucket_fails_parts_go_through_the_server(
     (note,) = notes(told)
     assert "through the server instead" in note
     assert "\n" not in note
-    if faults == [EXPIRED]:
-        assert "AccessDenied: Request has expired" in note
+    if faults == [REFUSED]:
+        assert "InvalidRequest: not so" in note
     # Nothing is left where nobody goes on with it.
     assert cache.count("abort") >= 1
+
+
+async def test_no_url_is_asked_for_before_its_time(
+    store: TemporaryStore, cache: FakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a slow link it would have expired when there is a connection for it."""
+    monkeypatch.setattr(elsewhere, "Traffic", lambda _, patience: Traffic(1, patience=patience))
+    await pushed(store, cache)
+
+    assert stored(store, cache)
+    assert [route for route in cache.requests if route in {"sign", "bucket"}] == ["sign", "bucket"] * 3
 
 
 async def test_a_bucket_that_cannot_be_reached_is_given_up_soon(store: TemporaryStore, cache: FakeCache) -> None:
