@@ -207,8 +207,7 @@ def nars(options: argparse.Namespace, site: Site) -> Iterator[tuple[Question, li
 
     def measure(peer: Peer) -> Run:
         if peer.name != GATEWAY:
-            for file in (site.servers[peer.name].data_dir / "nar-cache").rglob("*.nar"):
-                file.unlink()
+            site.servers[peer.name].forget_nars()
         return fetch(options, site, peer)
 
     yield in_mib("NARs of 64 MiB from the bucket", measure), [OURS, GATEWAY]

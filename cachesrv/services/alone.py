@@ -6,10 +6,12 @@ import asyncio
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING
 
+from cachesrv.errors import StoreError
 from cachesrv.services.fetch import Fetch
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
+    from typing import NoReturn
 
     from cachesrv.services.fetch import Remote
     from cachesrv.storage.base import ByteRange
@@ -77,6 +79,10 @@ class _Window:
         self._begin += len(data)
         self._taken.set()
         return data
+
+    def reopened(self) -> NoReturn:
+        """See IncomingObject."""
+        raise StoreError("what passes the disk cache lies in no file")
 
     async def commit(self) -> None:
         """See IncomingObject."""

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from cachesrv.services.caches import ServedCache
     from cachesrv.services.fetch import Fetches, Remote
     from cachesrv.services.ingest import Ingest
-    from cachesrv.storage.base import ByteRange, ObjectCache, ObjectStore
+    from cachesrv.storage.base import ByteRange, FilePart, ObjectCache, ObjectStore
 
 
 @dataclass(frozen=True, slots=True)
 class Coming:
-    """The object comes from afar: `read` gives a part of its `size` bytes."""
+    """The object comes from afar: `read` gives a part of its `size` bytes, as they come or where they lie by then."""
 
     size: int
-    read: Callable[[ByteRange], AsyncIterator[bytes]]
+    read: Callable[[ByteRange], AsyncIterator[bytes | FilePart]]
 
 
 NarDelivery = LocalFile | PresignedUrl | Coming
@@ -108,7 +108,7 @@ class Delivery:
             return None
         if fetch.size is not None:
             await fetch.begun()
-            return Coming(fetch.size, fetch.read)
+            return Coming(fetch.size, fetch.follow)
         await fetch.done()
         return await self.open(cache, name, None, not_at=not_at)
 
@@ -142,10 +142,11 @@ class Delivery:
         return Coming(size, partial(_shared, self._far_away.fetches, stored))
 
 
-async def _shared(fetches: Fetches, stored: StoredNar, part: ByteRange) -> AsyncGenerator[bytes, None]:
+async def _shared(fetches: Fetches, stored: StoredNar, part: ByteRange) -> AsyncGenerator[bytes | FilePart, None]:
     """A part of a stored NAR: by a fetch of the whole for all who want it; past the disk cache where that has no room;
     and straight from storage for who wants but the end of it.
     """
+    chunks: AsyncGenerator[bytes | FilePart, None]
     if part.start and not fetches.under_way(stored.key):
         chunks = stored.part(part)
     else:
@@ -155,7 +156,7 @@ async def _shared(fetches: Fetches, stored: StoredNar, part: ByteRange) -> Async
         except StoreError:
             chunks = read_alone(stored, part)
         else:
-            chunks = fetch.read(part)
+            chunks = fetch.follow(part)
     async with aclosing(chunks):
         async for chunk in chunks:
             yield chunk

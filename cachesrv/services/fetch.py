@@ -9,22 +9,24 @@ concern to the fetch.
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, ExitStack, aclosing
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
 from cachesrv.errors import BadInput, CachesrvError, Mismatch, PeerError, PeerUnavailable, StoreUnavailable
+from cachesrv.storage.base import ByteRange, FilePart
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
 
-    from cachesrv.storage.base import ByteRange, IncomingObject, ObjectCache
+    from cachesrv.storage.base import IncomingObject, ObjectCache
 
 _log = structlog.get_logger()
 
 _READ = 256 * 1024
+_FOLLOWED = 4 * 1024 * 1024
 _TRIES = 5
 """Transfers in a row that may bring nothing."""
 _PAUSE = 0.2
@@ -68,6 +70,7 @@ class Fetch:
         self._incoming: IncomingObject | None = None
         self._begun = False
         self._verified = False
+        self._done = False
         self._error: Exception | None = None
         self._followers = 0
         self._moved = asyncio.Event()
@@ -75,7 +78,7 @@ class Fetch:
     @property
     def ended(self) -> bool:
         """Whether it is of no use any more to who comes now: found right and kept, or failed."""
-        return self._verified or self._error is not None
+        return self._done or self._error is not None
 
     async def begun(self) -> None:
         """Wait until there is room for it, here and wherever it is to be kept. Raises why there is none."""
@@ -83,19 +86,33 @@ class Fetch:
 
     async def done(self) -> None:
         """Wait until it is found right, and kept. Raises what ended it."""
-        await self._until(lambda: self._verified)
+        await self._until(lambda: self._done)
 
     async def read(self, part: ByteRange) -> AsyncGenerator[bytes, None]:
         """The part, as it comes. Raises what ended the fetch."""
+        async with aclosing(self._coming(part, _READ)) as pieces:
+            async for incoming, piece in pieces:
+                yield await incoming.read(piece.start, piece.length)
+
+    async def follow(self, part: ByteRange) -> AsyncGenerator[FilePart, None]:
+        """The same, as it lies in the file that it is written to."""
+        with ExitStack() as stack:
+            file = None
+            async with aclosing(self._coming(part, _FOLLOWED)) as pieces:
+                async for incoming, piece in pieces:
+                    file = file or stack.enter_context(incoming.reopened())
+                    yield FilePart(file, piece)
+
+    async def _coming(self, part: ByteRange, most: int) -> AsyncGenerator[tuple[IncomingObject, ByteRange], None]:
         self._followers += 1
         try:
             position = part.start
             while position < part.end:
                 await self._until(lambda: self._available > position)  # noqa: B023  it does not outlive the round
                 assert self._incoming is not None
-                data = await self._incoming.read(position, min(_READ, self._available - position, part.end - position))
-                position += len(data)
-                yield data
+                end = min(self._available, part.end, position + most)
+                yield self._incoming, ByteRange(position, end)
+                position = end
         finally:
             self._followers -= 1
             self._announce()
@@ -124,7 +141,7 @@ class Fetch:
                 async with turn:
                     self._incoming = await stack.enter_async_context(cache.incoming(self._remote.key, self.size))
                     await self._receive(self._incoming)
-                self._verified = True
+                self._done = True
             except CachesrvError as error:
                 if self._begun:
                     _log.warning("a fetch failed", key=self._remote.key, error=str(error))
@@ -140,6 +157,9 @@ class Fetch:
     async def _receive(self, incoming: IncomingObject) -> None:
         async with aclosing(self._written(incoming)) as chunks:
             await self._remote.receive(chunks)
+        self._verified = True
+        # Clients do not wait for the disk.
+        self._announce()
         if self._remote.keep:
             await incoming.commit()
 

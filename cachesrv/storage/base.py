@@ -27,15 +27,17 @@ needs it. The stores of this package are used from one event loop; several proce
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from cachesrv.errors import BadInput
+from cachesrv.errors import BadInput, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
+    from typing import BinaryIO
 
 STAGING = "~uploads/"
 """What the keys of objects begin with that are not whole yet, or not checked; of no cache do keys begin so."""
@@ -261,6 +263,21 @@ class DirectStore(Protocol):
         """Abort uploads in which nothing has happened for so many seconds; how many there were."""
 
 
+@dataclass(frozen=True, slots=True)
+class FilePart:
+    """Bytes that lie in a file, which is read by position only, and may be closed when more is asked for."""
+
+    file: BinaryIO
+    part: ByteRange
+
+    def read(self) -> bytes:
+        """The bytes; this blocks. Raises StoreError when they are not there any more."""
+        data = os.pread(self.file.fileno(), self.part.length, self.part.start)
+        if len(data) != self.part.length:
+            raise StoreError(f"{self.file.name} has become shorter")
+        return data
+
+
 class IncomingObject(Protocol):
     """An object on its way into a cache, that can be read as far as it has come. `written`: bytes so far."""
 
@@ -271,6 +288,11 @@ class IncomingObject(Protocol):
 
     async def read(self, position: int, length: int) -> bytes:
         """Bytes that were written, fewer than `length` where no more were."""
+
+    def reopened(self) -> BinaryIO:
+        """A file, for its caller to close, that has what was written; to be read by position only. Raises StoreError,
+        also when it lies in none.
+        """
 
     async def commit(self) -> None:
         """Make it visible; if it is there already, that one stays."""

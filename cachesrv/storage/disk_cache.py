@@ -28,6 +28,7 @@ from cachesrv.storage.warm import WarmFiles
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+    from typing import BinaryIO
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -279,6 +280,12 @@ class Incoming:
             self._readers -= 1
             if not self._readers:
                 self._unread.set()
+
+    def reopened(self) -> BinaryIO:
+        if self._ended:
+            raise StoreError("the object is no longer on its way")
+        with in_words("use the disk cache"):
+            return self.file.reopened()
 
     async def unread(self) -> None:
         """Let nobody begin to read, and wait for those who do: the file is closed next, and its number given away."""

@@ -23,6 +23,7 @@ from cachesrv.storage.tree import split
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping
+    from typing import BinaryIO
 
     from cachesrv.storage.tree import Found, Tree
 
@@ -42,6 +43,7 @@ class IncomingFile:
         self._temporary = _PREFIX + secrets.token_hex(12)
         self._folder = -1
         self._file = -1
+        self._end = 0
 
     def create(self, size: int | None, folder: int | None = None) -> None:
         """Make the file, and reserve `size` bytes for it if that is known; `folder` is a descriptor of the one that it
@@ -72,7 +74,10 @@ class IncomingFile:
         for buffer in buffers:
             rest = memoryview(buffer).cast("B")
             while rest:
-                rest = rest[os.write(self._file, rest) :]
+                # Readers share the description, and with it the position.
+                written = os.pwrite(self._file, rest, self._end)
+                self._end += written
+                rest = rest[written:]
 
     def truncate(self, size: int) -> None:
         """Give back the room that was reserved beyond `size` bytes."""
@@ -81,6 +86,10 @@ class IncomingFile:
     def read(self, position: int, length: int) -> bytes:
         """What was written there, which may be less than `length` bytes."""
         return os.pread(self._file, length, position)
+
+    def reopened(self) -> BinaryIO:
+        """A descriptor for somebody else, who may close it later than this one; to be read by position only."""
+        return os.fdopen(os.dup(self._file), "rb", buffering=0)
 
     def finish(self, last: bytes | bytearray, *, replace: bool) -> bool:
         """Write the last bytes, have all on disk and give the file its name; False when there is a file of that name

@@ -47,7 +47,7 @@ _SIGNED_FOR = 900
 _REFRESH_AHEAD = 15 * 60
 """Seconds before their end at which the SDK renews temporary credentials, by a call that blocks."""
 _SENT_TOGETHER = 2**18
-_READ_TOGETHER = 2**19
+_READ_TOGETHER = 2**20
 
 
 class S3Client:
@@ -219,7 +219,7 @@ class S3Client:
                 connector=aiohttp.TCPConnector(limit=0, ssl=context),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 proxy=None if bypass else getproxies().get(endpoint.scheme),
-                read_bufsize=_READ_TOGETHER,
+                read_bufsize=2**19,
                 timeout=aiohttp.ClientTimeout(sock_connect=_CONNECT_TIMEOUT, sock_read=_READ_TIMEOUT),
             )
         return self._http

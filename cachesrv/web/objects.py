@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from aiohttp import web
 
 from cachesrv.errors import StoreError
-from cachesrv.storage.base import ByteRange
+from cachesrv.storage.base import ByteRange, FilePart
 from cachesrv.web import ranges
 from cachesrv.web.errors import BEGUN
 
@@ -113,39 +113,23 @@ class FileBody:
         """See Body."""
         if part.length > small:
             return None
-        return await asyncio.to_thread(self._read, part)
-
-    def _read(self, part: ByteRange) -> bytes:
-        self._file.seek(part.start)
-        data = self._file.read(part.length)
-        if len(data) != part.length:
-            raise StoreError(f"{self._file.name} has become shorter")
-        return data
+        return await asyncio.to_thread(FilePart(self._file, part).read)
 
     async def send(self, request: web.Request, response: web.StreamResponse, part: ByteRange) -> None:
-        """Let the kernel copy it, unless it has to be encrypted."""
-        transport = request.transport
-        if transport is None or transport.is_closing():
-            raise ConnectionResetError("the client has gone")
-        if transport.get_extra_info("sslcontext") is not None:
-            # The event loop's own way, 16 KiB a time, loses count of what waits, and fails when the client goes.
-            for start in range(part.start, part.end, _TOGETHER):
-                piece = ByteRange(start, min(start + _TOGETHER, part.end))
-                await response.write(await asyncio.to_thread(self._read, piece))
-            return
-        sent = await asyncio.get_running_loop().sendfile(transport, self._file, part.start, part.length)
-        if sent != part.length:
-            raise StoreError(f"{self._file.name} has become shorter")
+        """See Body."""
+        await _send_file(request, response, self._file, part)
 
 
 class ChunksBody:
-    """What comes bit by bit: `read` gives the chunks of a part. An asynchronous context manager, to be sent once."""
+    """What comes bit by bit: `read` gives the chunks of a part, or says in which file they lie. An asynchronous context
+    manager, to be sent once.
+    """
 
-    def __init__(self, size: int, read: Callable[[ByteRange], AsyncIterator[bytes]]) -> None:
+    def __init__(self, size: int, read: Callable[[ByteRange], AsyncIterator[bytes | FilePart]]) -> None:
         self.size = size
         self._read = read
-        self._first = b""
-        self._chunks: AsyncIterator[bytes] | None = None
+        self._first: bytes | FilePart = b""
+        self._chunks: AsyncIterator[bytes | FilePart] | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -159,16 +143,43 @@ class ChunksBody:
         """See Body. Of a large part the first chunk is waited for."""
         self._chunks = self._read(part)
         if part.length <= small:
-            return b"".join([chunk async for chunk in self._chunks])
+            return b"".join([await _in_memory(chunk) async for chunk in self._chunks])
         self._first = await anext(self._chunks, b"")
         return None
 
-    async def send(self, _request: web.Request, response: web.StreamResponse, _part: ByteRange) -> None:
+    async def send(self, request: web.Request, response: web.StreamResponse, _part: ByteRange) -> None:
         """Pass it on as it comes."""
         assert self._chunks is not None
-        await response.write(self._first)
+        await _send_chunk(request, response, self._first)
         async for chunk in self._chunks:
-            await response.write(chunk)
+            await _send_chunk(request, response, chunk)
+
+
+async def _send_chunk(request: web.Request, response: web.StreamResponse, chunk: bytes | FilePart) -> None:
+    if isinstance(chunk, FilePart):
+        await _send_file(request, response, chunk.file, chunk.part)
+    else:
+        await response.write(chunk)
+
+
+async def _in_memory(chunk: bytes | FilePart) -> bytes:
+    return await asyncio.to_thread(chunk.read) if isinstance(chunk, FilePart) else chunk
+
+
+async def _send_file(request: web.Request, response: web.StreamResponse, file: BinaryIO, part: ByteRange) -> None:
+    """Let the kernel copy a part of a file, unless it has to be encrypted."""
+    transport = request.transport
+    if transport is None or transport.is_closing():
+        raise ConnectionResetError("the client has gone")
+    if transport.get_extra_info("sslcontext") is not None:
+        # The event loop's own way, 16 KiB a time, loses count of what waits, and fails when the client goes.
+        for start in range(part.start, part.end, _TOGETHER):
+            piece = ByteRange(start, min(start + _TOGETHER, part.end))
+            await response.write(await asyncio.to_thread(FilePart(file, piece).read))
+        return
+    sent = await asyncio.get_running_loop().sendfile(transport, file, part.start, part.length)
+    if sent != part.length:
+        raise StoreError(f"{file.name} has become shorter")
 
 
 async def _send_part(request: web.Request, headers: dict[str, str], body: Body, etag: str | None) -> web.StreamResponse:

@@ -171,6 +171,13 @@ class Server:
         (line,) = [line for line in lines if line.startswith("cachesrv_index_absences ")]
         return int(float(line.split()[1]))
 
+    def forget_nars(self) -> None:
+        """Take from its disk cache what is in it, behind its back; what is on its way there is waited for."""
+        cache = self.data_dir / "nar-cache"
+        until(lambda: not any(cache.rglob(".incoming-*")), "something is always on its way into the disk cache")
+        for file in cache.rglob("*.nar*"):
+            file.unlink()
+
     def snapshot(self) -> dict[str, Any]:
         """All that is stored, unfinished objects too, and every published path."""
         return self.stored.state() | {"published": self.query(_EVERYTHING)}

@@ -68,19 +68,13 @@ def shared_server(
 @pytest.fixture
 def server(shared_server: Server) -> Server:
     """They do not lie on its own disk."""
-    forget(shared_server)
+    shared_server.forget_nars()
     return shared_server
 
 
 def kept(server: Server) -> list[bytes]:
     """What its disk cache holds."""
     return [file.read_bytes() for file in (server.data_dir / "nar-cache").rglob("*.nar")]
-
-
-def forget(server: Server) -> None:
-    """Take from the disk cache what is in it, behind its back."""
-    for file in (server.data_dir / "nar-cache").rglob("*.nar*"):
-        file.unlink()
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
@@ -97,7 +91,7 @@ def test_no_answer_looks_whole(server: Server, proxy: FaultProxy, fault: fault_p
         assert all(content == sample.file for content in kept(server))
         proxy.calm()
         assert server.client().get(sample.nar_url).body == sample.file
-        forget(server)
+        server.forget_nars()
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["cut", "half-closed"])
@@ -124,7 +118,7 @@ def test_nix_gets_what_was_built(
     builder.log_in(cache.token)
     program, large = builder.build(CHAIN, "program")[0], builder.add("large", LARGE.content)
     builder.run("nix", "copy", "--to", f"{cache.main}?compression=none", program, large)
-    forget(cache)
+    cache.forget_nars()
     for fault in (fault_proxy.Truncate(100), fault_proxy.Drop(), fault_proxy.Truncate(0, half=True)):
         proxy.plan(fault, method="GET", path="/nar/", times=2)
     client = make_client(cache)

@@ -28,7 +28,7 @@ from cachesrv.services.http_reader import HttpReader
 from cachesrv.services.lookup import Lookup
 from cachesrv.services.pull_through import PullThrough
 from cachesrv.services.upstream import Upstream, Upstreams
-from cachesrv.storage.base import ByteRange, LocalFile, PresignedUrl
+from cachesrv.storage.base import ByteRange, FilePart, LocalFile, PresignedUrl
 from cachesrv.storage.disk_cache import DiskCache
 from cachesrv.storage.kept import KeepingStore
 from cachesrv.storage.memory import MemoryStore
@@ -168,7 +168,11 @@ async def taken(delivery: NarDelivery | None, start: int = 0, end: int | None = 
             return file.read()[start:end]
     assert isinstance(delivery, Coming)
     part = ByteRange(start, delivery.size if end is None else end)
-    return b"".join([chunk async for chunk in delivery.read(part)])
+    return b"".join([in_memory(chunk) async for chunk in delivery.read(part)])
+
+
+def in_memory(chunk: bytes | FilePart) -> bytes:
+    return chunk.read() if isinstance(chunk, FilePart) else chunk
 
 
 async def as_far_as_it_came(delivery: NarDelivery | None) -> tuple[int, CachesrvError | None]:
@@ -176,7 +180,7 @@ async def as_far_as_it_came(delivery: NarDelivery | None) -> tuple[int, Cachesrv
     size = 0
     try:
         async for chunk in delivery.read(ByteRange(0, delivery.size)):
-            size += len(chunk)
+            size += len(in_memory(chunk))
     except CachesrvError as error:
         return size, error
     return size, None

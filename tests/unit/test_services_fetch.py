@@ -15,7 +15,7 @@ from cachesrv.services import fetch as fetching
 from cachesrv.services.alone import read_alone
 from cachesrv.services.fetch import Fetches
 from cachesrv.storage.base import ByteRange
-from cachesrv.storage.disk_cache import DiskCache
+from cachesrv.storage.disk_cache import DiskCache, Incoming
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -192,6 +192,60 @@ async def test_it_is_passed_on_while_it_comes(fetches: Fetches) -> None:
             if len(data) == 300_000:
                 gate.set()
     assert data == DATA
+
+
+async def test_it_is_followed_where_it_is_written(fetches: Fetches, cache: DiskCache) -> None:
+    """Also when its last reader comes to the end after it has left the disk cache."""
+    gate = asyncio.Event()
+    source = Source(held(gate, 300_000))
+    fetch = fetches.start(source)
+    data = b""
+    async with aclosing(fetch.follow(ByteRange(10, len(DATA)))) as pieces:
+        async for piece in pieces:
+            data += piece.read()
+            if not gate.is_set():
+                gate.set()
+                await fetch.done()
+                await cache.discard(source.key)
+    assert data == DATA[10:]
+    await settled(fetches)
+    assert await cache.used() == 0
+
+
+async def test_clients_do_not_wait_for_the_disk(
+    fetches: Fetches, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_disk = asyncio.Event()
+    commit = Incoming.commit
+
+    async def slow(incoming: Incoming) -> None:
+        await on_disk.wait()
+        await commit(incoming)
+
+    monkeypatch.setattr(Incoming, "commit", slow)
+    source = Source()
+    fetch = fetches.start(source)
+    assert await asyncio.wait_for(whole(fetch), 5) == DATA
+    assert fetches.start(source) is fetch
+    assert await cache.get(source.key) is None
+    on_disk.set()
+    await fetch.done()
+    assert await cache.get(source.key)
+
+
+async def test_what_cannot_be_kept_is_given_out_all_the_same(
+    fetches: Fetches, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(_: Incoming) -> None:
+        raise StoreError("the disk is broken")
+
+    monkeypatch.setattr(Incoming, "commit", fail)
+    fetch = fetches.start(Source())
+    assert await whole(fetch) == DATA
+    with pytest.raises(StoreError, match="the disk is broken"):
+        await fetch.done()
+    await settled(fetches)
+    assert await cache.used() == 0
 
 
 async def test_the_last_byte_waits_until_all_is_found_right(fetches: Fetches) -> None:

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from cachesrv.errors import BadInput, StoreError, StoreFull
 from cachesrv.storage import disk_cache
-from cachesrv.storage.base import LocalFile
+from cachesrv.storage.base import ByteRange, FilePart, LocalFile
 from cachesrv.storage.disk_cache import DiskCache, Incoming
 from cachesrv.storage.tree import Tree
 
@@ -218,6 +218,23 @@ async def test_it_can_be_read_as_far_as_it_has_come(cache: DiskCache) -> None:
         assert await cache.get("a")
     with pytest.raises(StoreError, match="no longer on its way"):
         await incoming.read(0, 1)
+
+
+async def test_its_file_outlives_it_for_who_reopened_it(cache: DiskCache) -> None:
+    """And is written to by position: where readers are does not matter."""
+    async with cache.incoming("a", 10) as incoming:
+        await incoming.write(b"01234")
+        file = incoming.reopened()
+        file.seek(0)
+        await incoming.write(b"56789")
+        await incoming.commit()
+    await cache.discard("a")
+    with file:
+        assert FilePart(file, ByteRange(0, 10)).read() == b"0123456789"
+        with pytest.raises(StoreError, match="has become shorter"):
+            FilePart(file, ByteRange(5, 11)).read()
+    with pytest.raises(StoreError, match="no longer on its way"):
+        incoming.reopened()
 
 
 async def test_it_is_not_closed_under_a_reader(cache: DiskCache) -> None:

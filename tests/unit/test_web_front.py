@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import socket
-import ssl
-import subprocess
 from contextlib import suppress
 from dataclasses import replace
 from time import monotonic, time
@@ -19,6 +16,7 @@ from cachesrv.index.base import IndexEntry
 from cachesrv.services.answer import present
 from cachesrv.web.fast import MANY_SLOW, SMALL_NAR, FastAnswers
 from cachesrv.web.plain import MAX_BLOCK, Blocks
+from tests import certificate
 from tests.exchange import Connection
 from tests.front_site import (
     ABSENT,
@@ -38,6 +36,7 @@ from tests.front_site import (
 )
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
@@ -571,25 +570,7 @@ async def test_limits(served: Served, name: str, segment: int, caplog: pytest.Lo
 class TestTls:
     @pytest.fixture
     def contexts(self, tmp_path: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-        openssl = shutil.which("openssl")
-        assert openssl
-        key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-        names = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost")
-        command = [
-            openssl,
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:prime256v1",
-            "-nodes",
-            *names,
-        ]
-        subprocess.run([*command, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
-        server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        server.load_cert_chain(certificate, key)
-        return server, ssl.create_default_context(cafile=str(certificate))
+        return certificate.contexts(tmp_path)
 
     @pytest.fixture
     async def served(self, site: Site, contexts: tuple[ssl.SSLContext, ssl.SSLContext]) -> AsyncIterator[Served]:
