@@ -3,7 +3,8 @@
     python -m bench.s3 [--only lookups redirect nars cached] [--markdown]
 
 The bucket is that of the gateway that the tests use too (radosgw, with objects in memory), on this machine and on all
-of its cores. What it answers by itself, to clients that need no credentials, is what cachesrv is compared with; NARs
+of its cores. What it answers by itself, to clients that need no credentials, is what cachesrv is compared with, and for
+NARs also what comes by way of a server that does the least (`bench.relay`), on the core that cachesrv has too. Those
 from the disk cache are compared with those that lie in files. Requests to the bucket are counted for each question.
 """
 
@@ -14,6 +15,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import ExitStack, closing, contextmanager
@@ -40,7 +42,9 @@ QUESTIONS = ("lookups", "redirect", "nars", "cached")
 PATHS = 500
 LARGE, NUMBER = 64 * data.MIB, 8
 """Bytes of a NAR, and how many of them are fetched; so many that no answer is in anybody's memory."""
-GATEWAY, FILES, REDIRECT = "the gateway", "cachesrv, from files", "cachesrv, by redirect"
+GATEWAY, RELAY, FILES, REDIRECT = "the gateway", "a bare relay", "cachesrv, from files", "cachesrv, by redirect"
+COSTLESS = {GATEWAY, RELAY, FILES}
+"""Whose requests to the bucket are not counted."""
 COLUMNS = (*common.COLUMNS, "to the bucket")
 
 
@@ -53,6 +57,10 @@ class Site:
     samples: list[Sample]
     nars: list[Sample]
     servers: dict[str, Server] = field(default_factory=dict)
+
+    def bucket_url(self, port: int) -> str:
+        """The cache, where the gateway or a relay listens on this port."""
+        return f"http://127.0.0.1:{port}/{self.bucket.name}/{self.bucket.prefix}/main"
 
     @property
     def data(self) -> Path:
@@ -112,12 +120,28 @@ def serving(options: argparse.Namespace, site: Site, gateway: Gateway, names: Se
         peers = []
         for name in names:
             if name == GATEWAY:
-                peers.append(Peer(name, f"{gateway.endpoint}/{site.bucket.name}/{site.bucket.prefix}/main"))
+                peers.append(Peer(name, site.bucket_url(gateway.port)))
+                continue
+            if name == RELAY:
+                relay = stack.enter_context(relaying(options, site, gateway))
+                peers.append(Peer(name, site.bucket_url(int(relay.stdout.readline())), [relay.pid]))  # type: ignore[union-attr]  # a pipe
                 continue
             server = stack.enter_context(started(options, site, name))
             site.servers[name] = server
             peers.append(Peer(name, server.main, [server.process.pid]))
         yield peers
+
+
+@contextmanager
+def relaying(options: argparse.Namespace, site: Site, gateway: Gateway) -> Iterator[subprocess.Popen[str]]:
+    command = ["taskset", "-c", options.server_core, sys.executable, "-m", "bench.relay"]
+    with subprocess.Popen(
+        [*command, str(gateway.port), str(site.folder)], cwd=common.ROOT, stdout=subprocess.PIPE, text=True
+    ) as relay:
+        try:
+            yield relay
+        finally:
+            relay.kill()
 
 
 @contextmanager
@@ -152,13 +176,13 @@ def asked(options: argparse.Namespace, site: Site, question: Question, peers: li
     answers: Answers = common.ask(question, peers, options.rounds)
     for peer, row in zip(peers, common.rows(answers), strict=True):
         made = sum(run.requests for run in answers.runs[peer.name])
-        cost = "" if peer.name in {GATEWAY, FILES} else f"{(requests(site, peer) - before[peer.name]) / made:.2f}"
+        cost = "" if peer.name in COSTLESS else f"{(requests(site, peer) - before[peer.name]) / made:.2f}"
         yield (*row, cost)
 
 
 def requests(site: Site, peer: Peer) -> float:
     """How many the bucket got from a server so far."""
-    if peer.name == GATEWAY:
+    if peer.name in {GATEWAY, RELAY}:
         return 0
     lines = site.servers[peer.name].client().get("/metrics").text.splitlines()
     return sum(float(line.split()[1]) for line in lines if line.startswith("cachesrv_bucket_requests_total "))
@@ -206,11 +230,11 @@ def nars(options: argparse.Namespace, site: Site) -> Iterator[tuple[Question, li
     """Each is fetched once, by a server that does not have it."""
 
     def measure(peer: Peer) -> Run:
-        if peer.name != GATEWAY:
+        if peer.name == OURS:
             site.servers[peer.name].forget_nars()
         return fetch(options, site, peer)
 
-    yield in_mib("NARs of 64 MiB from the bucket", measure), [OURS, GATEWAY]
+    yield in_mib("NARs of 64 MiB from the bucket", measure), [OURS, GATEWAY, RELAY]
 
 
 def cached(options: argparse.Namespace, site: Site) -> Iterator[tuple[Question, list[str]]]:
