@@ -169,6 +169,16 @@ class Bucket:
             listed = client.list_multipart_uploads(Bucket=self.name, Prefix=f"{self.prefix}/")
             return {upload["UploadId"] for upload in listed.get("Uploads", ())}
 
+    def parts(self) -> set[int]:
+        """Numbers of the parts of all these."""
+        with closing(self._gateway.client()) as client:
+            listed = client.list_multipart_uploads(Bucket=self.name, Prefix=f"{self.prefix}/")
+            answers = [
+                client.list_parts(Bucket=self.name, Key=upload["Key"], UploadId=upload["UploadId"])
+                for upload in listed.get("Uploads", ())
+            ]
+        return {part["PartNumber"] for answer in answers for part in answer.get("Parts", ())}
+
     def _keys(self, prefix: str) -> Iterator[tuple[str, object]]:
         """Keys, and what tells one writing of them from another."""
         with closing(self._gateway.client()) as client:

@@ -16,12 +16,12 @@ import pytest
 import zstandard
 from yarl import URL
 
-from cachesrv.errors import BadInput, Mismatch, NotFound, StoreFull, TooLarge
+from cachesrv.errors import BadInput, Mismatch, NotFound, StoreFull, StoreUnavailable, TooLarge
 from cachesrv.nix.seekable import largest_file
 from cachesrv.services import upload_room
 from cachesrv.services.direct import Direct
 from cachesrv.services.ingest import Ingest
-from cachesrv.services.part_store import Begun, Part, PartStore
+from cachesrv.services.part_store import Begun, Part, PartStore, Place
 from cachesrv.services.uploads import DirectParts, Limits, Missing, Uploads, Verifying
 from cachesrv.storage import decorators
 from cachesrv.storage.disk_cache import DiskCache
@@ -383,6 +383,31 @@ async def test_what_is_aborted_or_silent_leaves_nothing(site: Site) -> None:
         assert await uploads.sweep() == 0
     async with process(site, seconds=-60) as later:
         assert await later.sweep() == 1
+    assert await keys(site) == set()
+    assert await leftovers(site) == 0
+
+
+async def test_what_a_killed_server_left_behind_is_found(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upload that is noted nowhere, and an object that is complete, with nobody who comes to have it checked."""
+    assert isinstance(site.storage, S3Store)
+    place = Place.of("main", "a" * 16)
+    await site.storage.direct.begin(place.staged_key("0123-5"))
+
+    async def die(*_: object) -> None:
+        raise StoreUnavailable("as told")
+
+    async with process(site) as uploads:
+        await there(uploads, site)
+        await send(uploads, site, [1, 2, 3])
+        with monkeypatch.context() as patched:
+            patched.setattr(Direct, "make", die)
+            with pytest.raises(StoreUnavailable, match="as told"):
+                await complete(uploads, site)
+        assert await keys(site) == {"staged"}
+        assert [key async for key in site.storage.direct.unfinished()] == [place.staged_key("0123-5")]
+        assert await uploads.sweep() == 0
+    async with process(site, seconds=-60) as later:
+        assert await later.sweep() == 2
     assert await keys(site) == set()
     assert await leftovers(site) == 0
 
