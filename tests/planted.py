@@ -126,7 +126,12 @@ class Repaired:
 
     @property
     def results(self) -> dict[str, str]:
-        return {outcome.path[33:] or outcome.path: outcome.result for outcome in self.outcomes}
+        return {_name(outcome.path): outcome.result for outcome in self.outcomes}
+
+
+def _name(path: str) -> str:
+    """Of a path, by its base name; hash parts and keys of objects are names themselves."""
+    return path if "/" in path else path[33:] or path
 
 
 async def repair(

@@ -33,6 +33,9 @@ class Kind(Enum):
     UNTRUSTED_NARINFO = "untrusted-narinfo", "let a key that the cache trusts sign it, or have no trusted_keys"
     ORPHAN_NAR = "orphan-nar", f"{_REPAIR} leaves it to the next collection after [collect] nar_grace"
     LEFTOVER = "stale-temporary-file", f"{_REPAIR} removes it; a server does so too, after a day"
+    BAD_REALISATION = "bad-realisation", f"{_REPAIR} takes it out of sight; a push of the same output brings it back"
+    DANGLING_REALISATION = "dangling-realisation", f"{_REPAIR} takes it out of sight"
+    FOREIGN_OBJECT = "foreign-object", "no client asks for it by this name: move it away"
     UNDECIDED = "undecided", "run `cachesrv verify` again when it answers"
 
     def __init__(self, label: str, advice: str) -> None:

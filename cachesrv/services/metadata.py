@@ -91,7 +91,7 @@ class Metadata:
         """Those of these objects that are not there. Raises BadInput."""
         return [
             realisation.object_name(output)
-            for output in await self._realisations.missing(cache, map(_output_named, names))
+            for output in await self._realisations.missing(cache, map(output_named, names))
         ]
 
     async def put_log(self, cache: ServedCache, name: str, chunks: AsyncIterable[bytes]) -> None:
@@ -115,7 +115,8 @@ def _parts(kind: MetadataKind, name: str) -> tuple[str, ...]:
     return match.groups()
 
 
-def _output_named(name: str) -> realisation.RealisedOutput:
+def output_named(name: str) -> realisation.RealisedOutput:
+    """The output that the object of this name speaks of, in either layout. Raises BadInput."""
     kind = kind_of(name)
     if kind not in {REALISATION, BUILD_TRACE}:
         raise BadInput(f"{name[:200]!r} is not the name of a realisation")

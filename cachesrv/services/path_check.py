@@ -16,6 +16,7 @@ from cachesrv.nix import narinfo
 from cachesrv.services.caches import ReferencePolicy
 from cachesrv.services.flaws import Flaw, Kind
 from cachesrv.services.path_judge import PathJudge, Seen
+from cachesrv.services.reading import read_all
 from cachesrv.services.several import several
 
 if TYPE_CHECKING:
@@ -125,26 +126,8 @@ class PathCheck:
     async def _texts(self, hash_parts: Collection[str]) -> dict[str, bytes | CachesrvError]:
         """Narinfos by hash part; for those that cannot be read, why."""
         keys = {self._cache.narinfo_key(hash_part): hash_part for hash_part in hash_parts}
-        texts: Mapping[str, bytes] = {}
-        try:
-            texts = await self._stores.storage.get_many(keys, limit=narinfo.DEFAULT_LIMIT)
-        except StoreUnavailable:
-            raise
-        except CachesrvError:
-            texts = {}  # one of them is to blame; each is asked for by itself
-        found: dict[str, bytes | CachesrvError] = {keys[key]: text for key, text in texts.items()}
-        missing = [keys[key] for key in keys.keys() - texts.keys()]
-        singly = await several(self._text, missing, at_a_time=_ASKED_TOGETHER)
-        found.update((hash_part, text) for hash_part, text in zip(missing, singly, strict=True) if text is not None)
-        return found
-
-    async def _text(self, hash_part: str) -> bytes | CachesrvError | None:
-        try:
-            return await self._stores.storage.get(self._cache.narinfo_key(hash_part), limit=narinfo.DEFAULT_LIMIT)
-        except StoreUnavailable:
-            raise
-        except CachesrvError as error:
-            return error
+        texts = await read_all(self._stores.storage, keys, limit=narinfo.DEFAULT_LIMIT)
+        return {keys[key]: text for key, text in texts.items()}
 
     async def _nar_sizes(self, keys: Collection[str]) -> dict[str, int | str | None]:
         """Bytes by key, None for what is not there; words for what cannot be looked at."""

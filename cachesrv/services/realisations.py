@@ -38,17 +38,19 @@ class Realisations:
 
     async def put(self, cache: ServedCache, output: RealisedOutput, data: bytes) -> None:
         """Keep what `data` says of an output: it may gain signatures, but does not come to mean another path. Raises
-        BadInput, Unsigned, MissingReferences, Conflict.
+        BadInput, Unsigned, MissingReferences, Conflict, BeingRemoved.
         """
-        given = _parse(output, data)
+        given = parse(output, data)
         _check_trust(cache, output, given)
         await self._check_references(cache, output, given)
         key = cache.key(object_name(output))
         for _ in range(_TRIES):
+            fence = await self._catalog.fence([key])
             there = await self._storage.get(key, limit=layouts.DEFAULT_LIMIT)
             published = await self._published(cache, output, there)
             merged = layouts.render(output, _merged(cache, output, given, published))
-            if there == merged or await self._storage.put(key, merged, replace=there is not None):
+            written = there == merged or await self._storage.put(key, merged, replace=there is not None)
+            if written and await self._catalog.fence([key]) == fence:
                 return
         raise BeingRemoved(f"{object_name(output)} is being written by somebody else; try again")
 
@@ -69,7 +71,7 @@ class Realisations:
         client could use it.
         """
         try:
-            published = None if data is None else _parse(output, data)
+            published = None if data is None else parse(output, data)
         except BadInput:
             return None
         if published is None or cache.references is ReferencePolicy.ANY:
@@ -88,7 +90,8 @@ class Realisations:
                 raise MissingReferences(f"the realisation needs {missing[0]}, which is not in the cache; push it first")
 
 
-def _parse(output: RealisedOutput, data: bytes) -> Realisation:
+def parse(output: RealisedOutput, data: bytes) -> Realisation:
+    """Read what the object of an output says. Raises BadInput."""
     if isinstance(output, OutputId):
         return layouts.parse_realisation(data, output)
     return layouts.parse_build_trace(data)
@@ -129,6 +132,12 @@ def _believable(cache: ServedCache, signatures: Iterable[Signature], texts: tupl
     for signature in signatures:
         if signature.name not in known or _holds(signature, texts, known):
             yield signature
+
+
+def unbelievable(output: RealisedOutput, given: Realisation, keys: Mapping[str, PublicKey]) -> list[str]:
+    """The names of those of these keys that signatures claim to be by, and that did not make them."""
+    texts = layouts.fingerprints(output, given)
+    return sorted({one.name for one in given.signatures if one.name in keys and not _holds(one, texts, keys)})
 
 
 def _holds(signature: Signature, texts: tuple[bytes, ...], keys: Mapping[str, PublicKey]) -> bool:

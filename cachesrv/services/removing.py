@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from cachesrv.nix.store_path import is_hash_part
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Awaitable, Callable, Collection, Mapping
 
     from cachesrv.catalog.base import Catalog
     from cachesrv.catalog.retention import Removal, Removed
@@ -82,6 +82,21 @@ class Removing:
         doomed = await self._catalog.doom_unpublished([cache.name for cache in caches], objects, holder=holder)
         await self._delete(doomed, [(cache.name, hash_part) for cache in caches for hash_part in objects])
         return doomed
+
+    async def metadata(self, key: str, is_wrong: Callable[[], Awaitable[bool]], *, holder: str) -> bool:
+        """Remove an object that belongs to no path, if it `is_wrong` still when nobody is writing it any more; whether
+        it was.
+        """
+        doomed = await self._catalog.doom_unpublished((), {"": [key]}, holder=holder)
+        wrong = False
+        try:
+            wrong = await is_wrong()
+        finally:
+            if not wrong:
+                await self._catalog.settle(doomed)
+        if wrong:
+            await self._delete(doomed, [])
+        return wrong
 
     async def _delete(self, doomed: list[str], paths: list[tuple[str, str]]) -> None:
         """Delete objects, and have the index forget what was looked up while they were still there."""

@@ -11,17 +11,19 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 
-from cachesrv.errors import BadInput, CachesrvError, Conflict, StoreUnavailable
+from cachesrv.errors import BadInput, Conflict
 from cachesrv.nix import narinfo
 from cachesrv.nix.store_path import is_hash_part
 from cachesrv.services.adopting import Adopting
 from cachesrv.services.flaws import Kind
 from cachesrv.services.importing import Importing
+from cachesrv.services.keeping_removed import KeepingRemoved
 from cachesrv.services.mending import NAR_KINDS, NARINFO_KINDS, Mending, Sources
+from cachesrv.services.mending_metadata import MendingMetadata
+from cachesrv.services.metadata_check import MetadataCheck
 from cachesrv.services.path_check import PathCheck
 from cachesrv.services.path_judge import PathJudge
 from cachesrv.services.removing import Removing, objects_of
-from cachesrv.services.replacement import replace_file
 from cachesrv.services.taking_away import TakingAway
 
 if TYPE_CHECKING:
@@ -49,8 +51,12 @@ _MOST_ADOPTED = 10_000
 _NOT_FOR_US = (Kind.UNDECIDED.label, Kind.UNTRUSTED_NARINFO.label)
 """Flaws about which nothing can be done here."""
 
+_OF_REALISATIONS = (Kind.BAD_REALISATION.label, Kind.DANGLING_REALISATION.label)
+
+_OF_OTHERS = "others write to this storage, and it is for them to mend it"
+
 _MANY_SIGNATURES = 10
-"""Signatures that do not hold; with more, it is the key that is wrong."""
+"""Signatures that do not hold, or realisations that are no good; with more, it is the key that is wrong."""
 
 MENDED, REMOVED, LEFT = "mended", "removed", "left"
 
@@ -78,8 +84,8 @@ class Listener(Protocol):
 @dataclass(frozen=True, slots=True)
 class Means:
     """What repair needs beside the stores. `places` may have other copies; `keys`, by cache and name, tell right
-    signatures from wrong; narinfos that nobody can serve are moved to the folder `removed`; temporary files are
-    `abandoned` after so many seconds; `forced`: however many paths have to go.
+    signatures from wrong; narinfos and realisations that are of no use are moved to the folder `removed`; temporary
+    files are `abandoned` after so many seconds; `forced`: however many paths have to go.
     """
 
     ingest: Ingest
@@ -102,6 +108,8 @@ class Repair:
         self._means = means
         self._holder = holder
         self._many_signatures = False
+        self._many_realisations = False
+        self._keeping = KeepingRemoved(stores.storage, means.removed)
         self._removing = Removing(stores.storage, stores.catalog, stores.index)
         self._taking = TakingAway(stores.catalog, self._removing, caches, holder=holder, by=BY, forced=means.forced)
 
@@ -118,6 +126,8 @@ class Repair:
         # What the catalog has lost comes first: others may need nothing else. What lacks something then comes again.
         wrong_signatures = sum(flaw.kind == Kind.WRONG_SIGNATURE.label for flaw in flaws())
         self._many_signatures = wrong_signatures > _MANY_SIGNATURES and not self._means.forced
+        realisations = sum(flaw.kind in _OF_REALISATIONS for flaw in flaws())
+        self._many_realisations = realisations > _MANY_SIGNATURES and not self._means.forced
         many = sum(flaw.kind == Kind.UNPUBLISHED.label for flaw in flaws()) > _MOST_ADOPTED
         for again in (False, True):
             for flaw in flaws():
@@ -141,6 +151,10 @@ class Repair:
                     outcomes.append(Outcome(MENDED, cache, flaw.object, "it is left to the next collection"))
                 case Kind.LEFTOVER.label:
                     outcomes += await self._sweep(flaw)
+                case kind if kind in _OF_REALISATIONS:
+                    outcomes.append(await self._realisation(flaw))
+                case Kind.FOREIGN_OBJECT.label:
+                    outcomes.append(Outcome(LEFT, cache, flaw.object, flaw.what))
                 case Kind.DANGLING_INDEX_ENTRY.label:
                     how = await self._of(cache).mending.index([path])
                     outcomes.append(Outcome(MENDED, cache, path, how))
@@ -153,6 +167,21 @@ class Repair:
     async def _sweep(self, flaw: Flaw) -> list[Outcome]:
         await self._stores.storage.sweep(older_than=self._means.abandoned)
         return [Outcome(MENDED, flaw.cache, flaw.object, "the temporary file is gone")]
+
+    async def _realisation(self, flaw: Flaw) -> Outcome:
+        cache = self._caches[flaw.cache]
+        if cache.bucket_is_authority:
+            return Outcome(LEFT, cache.name, flaw.object, f"{flaw.what}; {_OF_OTHERS}")
+        if self._many_realisations:
+            what = f"{flaw.what}, as many others: was the key changed? --force takes them away all the same"
+            return Outcome(LEFT, cache.name, flaw.object, what)
+        sharing = [other.name for other in self._sharing(cache)]
+        check = MetadataCheck(self._stores, cache, self._means.keys[cache.name], sharing)
+        mending = MendingMetadata(cache, check, self._removing, self._keeping, holder=self._holder)
+        back = await mending.take_away(flaw.object)
+        if back is None:
+            return Outcome(MENDED, cache.name, flaw.object, "it is well by now")
+        return Outcome(REMOVED, cache.name, flaw.object, flaw.what, back)
 
     def _of(self, cache: str) -> _OfCache:
         return _OfCache(self._stores, self._caches[cache], self._means)
@@ -226,12 +255,12 @@ class Repair:
     async def _stray(self, of: _OfCache, path: str, hash_part: str, flaws: list[Flaw]) -> list[Outcome]:
         """A narinfo in storage that cannot be served, of a path that the catalog does not have."""
         if of.cache.bucket_is_authority:
-            what = f"{flaws[0].what}; others write to this storage, and it is for them to mend it"
-            return [Outcome(LEFT, of.cache.name, path, what)]
+            return [Outcome(LEFT, of.cache.name, path, f"{flaws[0].what}; {_OF_OTHERS}")]
         if all(flaw.kind == Kind.UNPUBLISHED.label for flaw in flaws):
             return [Outcome(LEFT, of.cache.name, path, "what it needs is not published")]
         info = await of.adopting.described(hash_part)
-        kept = await self._keep(of, hash_part)
+        key = of.cache.narinfo_key(hash_part)
+        kept = await self._keeping.object(of.cache, key, limit=narinfo.DEFAULT_LIMIT)
         objects = {hash_part: objects_of(of.cache, hash_part)}
         await self._removing.unpublished(self._sharing(of.cache), objects, holder=self._holder)
         if info and _has_bad_nar(flaws):
@@ -241,22 +270,6 @@ class Repair:
         if is_hash_part(hash_part) and (where := await of.importing.path(hash_part)):
             return [Outcome(MENDED, of.cache.name, path, f"it was taken from {where}")]
         return [Outcome(REMOVED, of.cache.name, path, flaws[0].what, kept)]
-
-    async def _keep(self, of: _OfCache, hash_part: str) -> str:
-        """Save a narinfo that is about to go; where it is then."""
-        try:
-            text = await self._stores.storage.get(of.cache.narinfo_key(hash_part), limit=narinfo.DEFAULT_LIMIT)
-        except StoreUnavailable:
-            raise
-        except CachesrvError:
-            text = None
-        if text is None:
-            return "push it again"
-        folder = self._means.removed / of.cache.name
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{hash_part}.narinfo"
-        replace_file(file, text, mode=0o640)
-        return f"push it again; what lay there is in {file}"
 
 
 class _OfCache:

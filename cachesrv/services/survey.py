@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Protocol
 
-from cachesrv.errors import BadInput, CachesrvError, StoreUnavailable
+from cachesrv.errors import BadInput, CachesrvError
 from cachesrv.nix import narinfo
 from cachesrv.services.findings import Finding, Listed
 from cachesrv.services.flaws import Kind
 from cachesrv.services.judging import flawed, judge, with_nar
+from cachesrv.services.reading import read_all
 from cachesrv.services.several import several
 from cachesrv.services.taking import found
 
@@ -90,26 +91,8 @@ class Survey:
     async def _texts(self, listed: Sequence[Listed]) -> dict[str, bytes | CachesrvError | None]:
         """Narinfos by hash part; for those that cannot be read, why; None for those that are gone."""
         keys = {self._cache.narinfo_key(one.hash_part): one.hash_part for one in listed}
-        texts: Mapping[str, bytes] = {}
-        try:
-            texts = await self._storage.get_many(keys, limit=narinfo.DEFAULT_LIMIT)
-        except StoreUnavailable:
-            raise
-        except CachesrvError:
-            # One of them is to blame; each is asked for by itself.
-            texts = {}
-        found: dict[str, bytes | CachesrvError | None] = {keys[key]: text for key, text in texts.items()}
-        missing = [keys[key] for key in keys.keys() - texts.keys()]
-        found.update(zip(missing, await several(self._text, missing, at_a_time=_ASKED_TOGETHER), strict=True))
-        return found
-
-    async def _text(self, hash_part: str) -> bytes | CachesrvError | None:
-        try:
-            return await self._storage.get(self._cache.narinfo_key(hash_part), limit=narinfo.DEFAULT_LIMIT)
-        except StoreUnavailable:
-            raise
-        except CachesrvError as error:
-            return error
+        texts = await read_all(self._storage, keys, limit=narinfo.DEFAULT_LIMIT)
+        return {hash_part: texts.get(key) for key, hash_part in keys.items()}
 
     def _judged(
         self, batch: Sequence[tuple[Listed, Finding | None]], texts: Mapping[str, bytes | CachesrvError | None]

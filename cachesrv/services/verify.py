@@ -1,8 +1,8 @@
 """Verification: whether all that is published, stored and indexed is whole, and agrees.
 
-Nothing is changed. The stores are gone through page by page, in four stages: the paths that the catalog has; what lies
-in storage beyond that; what the index says beyond that; what writers left behind. Others publish and remove meanwhile,
-so that whatever looks wrong is looked at once more after a while.
+Nothing is changed. The stores are gone through page by page, in stages: the paths that the catalog has; what lies in
+storage beyond that; realisations and build logs; what the index says beyond that; what writers left behind. Others
+publish and remove meanwhile, so that whatever looks wrong is looked at once more after a while.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from cachesrv.errors import BeingRemoved
 from cachesrv.index.base import Present
 from cachesrv.services.flaws import Flaw, Kind
+from cachesrv.services.metadata_check import MetadataCheck
 from cachesrv.services.path_check import PathCheck
 from cachesrv.services.verify_journal import Position
 
@@ -35,7 +36,13 @@ VERIFIED = "verified"
 FLAWS_FOUND = "flaws"
 """The note that says how many flaws were found then."""
 
-PUBLISHED, STORED, INDEXED, LEFT = STAGES = ("published paths", "storage", "the index", "temporary files")
+PUBLISHED, STORED, BESIDE, INDEXED, LEFT = STAGES = (
+    "published paths",
+    "storage",
+    "realisations and build logs",
+    "the index",
+    "temporary files",
+)
 
 _TOGETHER = 500
 _READ_TOGETHER = 64
@@ -122,6 +129,7 @@ class Verify:
                 yield cache.name, PUBLISHED
                 if cache.prefix not in prefixes:
                     yield cache.name, STORED
+                    yield cache.name, BESIDE
                 prefixes.add(cache.prefix)
                 yield cache.name, INDEXED
         yield "", LEFT
@@ -135,6 +143,8 @@ class Verify:
             return self._published(cache, check, after)
         if stage == STORED:
             return self._stored(cache, check, after)
+        if stage == BESIDE:
+            return self._beside(cache)
         return self._indexed(cache, check, after)
 
     async def _published(self, cache: ServedCache, check: PathCheck, after: str) -> AsyncIterator[_Step]:
@@ -169,9 +179,17 @@ class Verify:
             async for flaws in self._strays(cache, check.unpublished_nars):
                 yield _Step(flaws)
 
+    async def _beside(self, cache: ServedCache) -> AsyncIterator[_Step]:
+        check = MetadataCheck(self._stores, cache, self._keys[cache.name], self._sharing(cache))
+        async for flaws in check.all(self._allow.patience):
+            yield _Step(flaws)
+
+    def _sharing(self, cache: ServedCache) -> list[str]:
+        return [other.name for other in self._caches.values() if other.prefix == cache.prefix]
+
     async def _unknown_narinfos(self, cache: ServedCache, digit: str) -> AsyncIterator[str]:
         """What narinfos in storage are called that no cache publishes which has them."""
-        sharing = [other.name for other in self._caches.values() if other.prefix == cache.prefix]
+        sharing = self._sharing(cache)
         prefix = cache.key("")
         old = time.time() - (0 if cache.bucket_is_authority else self._allow.young)
 

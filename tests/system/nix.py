@@ -45,6 +45,24 @@ MANY = """
 """
 """Text files: a word for all of them, and how many. Each refers to the one before it and to that at half its number."""
 
+CONTENT_ADDRESSED = """
+    let
+      sh = name: references: script: derivation {
+        inherit name references;
+        system = builtins.currentSystem;
+        builder = "/bin/sh";
+        args = [ "-c" ("PATH=/usr/bin:/bin; " + script) ];
+        __contentAddressed = true;
+        outputHashMode = "recursive";
+        outputHashAlgo = "sha256";
+      };
+    in rec {
+      library = sh "library" [ ] "mkdir $out; echo $out > $out/self";
+      program = sh "program" [ library ] "echo $references > $out";
+    }
+"""
+"""Two builds whose paths follow from what is in them."""
+
 
 class Nix:
     """A machine. Its store is a chroot store, unless it `builds`: then its store directory is a folder of its own,

@@ -11,6 +11,7 @@ import pytest
 import zstandard
 
 from tests.system.conftest import every_storage
+from tests.system.nix import CONTENT_ADDRESSED
 from tests.system.push import attempt, both_ways, by_copy, events, push
 
 if TYPE_CHECKING:
@@ -20,23 +21,6 @@ if TYPE_CHECKING:
     from tests.system.server import Server
 
 pytestmark = every_storage
-
-CONTENT_ADDRESSED = """
-    let
-      sh = name: references: script: derivation {
-        inherit name references;
-        system = builtins.currentSystem;
-        builder = "/bin/sh";
-        args = [ "-c" ("PATH=/usr/bin:/bin; " + script) ];
-        __contentAddressed = true;
-        outputHashMode = "recursive";
-        outputHashAlgo = "sha256";
-      };
-    in rec {
-      library = sh "library" [ ] "mkdir $out; echo $out > $out/self";
-      program = sh "program" [ library ] "echo $references > $out";
-    }
-"""
 
 BUILD_ID = "0123456789abcdef0123456789abcdef01234567"
 WITH_DEBUG_INFO = f"""{{

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from cachesrv.nix.hashes import Hash
-from tests.system.nix import CHAIN
+from tests.system.nix import CHAIN, CONTENT_ADDRESSED
 from tests.system.push import push
 from tests.system.server import CACHESRV, until
 
@@ -158,6 +158,24 @@ def test_other_copies_mend_what_is_broken(builder: Nix, cache: Server, client: N
     assert (status, summary["mended"]) == (0, 1)
     assert events[-1]["what"] == "its NAR was taken from the local Nix store"
     assert report(cache, "--contents")[0] == 0
+
+
+def test_realisations_are_looked_at_and_come_back(builder: Nix, cache: Server, client: Nix) -> None:
+    (program,) = builder.build(CONTENT_ADDRESSED, "program")
+    push(builder, cache, program)
+    assert report(cache)[0] == 0
+    broken, swapped, *_ = sorted((cache.objects / "realisations").iterdir())
+    swapped.write_bytes(broken.read_bytes())
+    broken.write_text("garbage")
+    status, summary, _ = report(cache)
+    assert (status, summary["flaws"]) == (3, {"bad-realisation": 2})
+    status, summary, events = repair(cache)
+    assert (status, summary["removed"], summary["left"]) == (3, 2, 0)
+    assert all("push it again; what lay there is in " in event["get_back"] for event in events if "get_back" in event)
+    assert report(cache)[0] == 0
+    push(builder, cache, program)
+    assert client.build(CONTENT_ADDRESSED, "program") == [program]
+    assert report(cache)[0] == 0
 
 
 def test_a_catalog_that_is_gone_is_found_out(builder: Nix, cache: Server) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cachesrv.nix.realisation import OutputId, Realisation, object_name, render
+from cachesrv.services.realisations import Realisations
 from cachesrv.storage.decorators import Direct, Limited, Retrying
 from cachesrv.storage.s3 import S3Store
 from tests.planted import CHAIN, FAULTS, LOST, Fault, Repaired, leave_temporary_file, nar_key, repair, verify
@@ -67,6 +69,18 @@ async def test_an_upload_that_somebody_left_is_found_and_removed(
         assert removed(await repair(site, found.flaws)) == set()
         assert (await verify(site, journal)).flaws == []
         assert "Uploads" not in sdk.list_multipart_uploads(Bucket=bucket, Prefix=site.storage._prefix)
+
+
+async def test_realisations_are_found_and_removed(site: Site, journal: Path) -> None:
+    output, other = (OutputId(f"sha256:{digit * 64}", "out") for digit in "01")
+    given = render(output, Realisation(CHAIN[0].path, ()))
+    await Realisations(site.storage, site.catalog).put(site.cache, output, given)
+    await site.storage.put(f"main/{object_name(other)}", given)
+    found = await verify(site, journal)
+    assert found.found == {("bad-realisation", f"main/{object_name(other)}")}
+    assert (await repair(site, found.flaws)).results == {f"main/{object_name(other)}": "removed"}
+    assert (await verify(site, journal)).flaws == []
+    assert await site.storage.head(f"main/{object_name(output)}")
 
 
 async def test_a_nar_that_is_lost_stays_lost_for_clients_too(site: Site, journal: Path) -> None:
