@@ -147,7 +147,8 @@ class FakeCache:
     `complete` says first that it takes longer. It takes packs within the limits `packs`, if any; it refuses those NARs
     of a pack whose hash is in `unpackable`. `direct`: parts go to a bucket, with the routes `sign` and `bucket`;
     `seen_by_bucket` are the headers that it has seen. It `bears` so many requests at once, 0 for any number, and
-    answers 503 to others; `crowds` has how many there were when each came.
+    answers 503 to others; `crowds` has how many there were when each came. It `takes` bodies of so many bytes, 0 for
+    any size, and answers 413 to others; `sizes` has those of all then.
     """
 
     token: str | None = "secret"
@@ -161,6 +162,8 @@ class FakeCache:
     packs: api.PackLimits | None = None
     bears: int = 0
     crowds: list[int] = field(default_factory=list)
+    takes: int = 0
+    sizes: list[int] = field(default_factory=list)
     unpackable: set[str] = field(default_factory=set)
     upstreams: list[api.UpstreamAnswer] = field(default_factory=list)
     nars: dict[str, bytes] = field(default_factory=dict)
@@ -230,11 +233,19 @@ class FakeCache:
             try:
                 if 0 < self.bears < self._under_way:
                     return await answer(503, "too many")(request)
+                if self.takes and await self._size(request) > self.takes:
+                    return await answer(413, "<html>too large</html>")(request)
                 return await handler(request)
             finally:
                 self._under_way -= 1
 
         return handle
+
+    async def _size(self, request: web.Request) -> int:
+        """Of the body."""
+        size = len(await request.read()) if request.content_length is None else request.content_length
+        self.sizes.append(size)
+        return size
 
     async def _cache(self, request: web.Request) -> web.Response:
         return _json(

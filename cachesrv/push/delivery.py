@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from cachesrv.push.body_limit import BodyTooLarge
 from cachesrv.push.events import Sending, Sent, Stored
 from cachesrv.push.in_parts import InParts
 from cachesrv.push.plan import wanted
@@ -61,8 +62,16 @@ class Delivery:
 
     async def _send(self, info: PathInfo) -> tuple[int, int]:
         """Bytes of the file, and the level of its compression."""
-        if self._in_parts and self._in_parts.is_for(info.nar_size):
-            return await self._send_in_parts(info, self._in_parts)
+        while True:
+            try:
+                if self._in_parts and self._in_parts.is_for(info.nar_size):
+                    return await self._send_in_parts(info, self._in_parts)
+                return await self._send_whole(info)
+            except BodyTooLarge:  # in smaller parts, then
+                if self._in_parts is None:
+                    raise
+
+    async def _send_whole(self, info: PathInfo) -> tuple[int, int]:
         async with self._server.streaming() as send:
             self._emit(Sending(info.store_path.base_name, info.nar_size))
             async with self._pipeline.nar(self._open_nar(info), info, limit=self._max_file_size) as nar:

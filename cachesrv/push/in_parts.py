@@ -69,9 +69,13 @@ class InParts:
         self._pipeline = pipeline
         self._emit = emit
         self.memory = part_memory(pipeline.shares.parts)
-        self._part_size = min(cache.part_size, self.memory.size)
+        self._largest = min(cache.part_size, self.memory.size)
         self._direct = cache.direct and self.memory.size >= _SMALLEST_DIRECT
         self._not_direct: set[Hash] = set()
+
+    @property
+    def _part_size(self) -> int:
+        return self._server.bodies.within(self._largest)
 
     def is_for(self, nar_size: int) -> bool:
         """Whether a NAR of so many bytes may become more than one part; 0 if its size is not known."""

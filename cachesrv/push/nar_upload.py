@@ -182,10 +182,9 @@ class _Through:
     async def put(self, number: int, digest: bytes, size: int, body: Body) -> None:
         headers = {
             "Content-Type": "application/octet-stream",
-            "Content-Length": str(size),
             "Content-Digest": f"sha-256=:{b64encode(digest).decode()}:",
         }
-        await self._server.put(self._server.address.api(f"{self._action}/parts/{number}"), body(), headers)
+        await self._server.put(self._server.address.api(f"{self._action}/parts/{number}"), body(), size, headers)
 
     def making(self, nar_hash: str) -> CompleteRequest:
         return CompleteRequest(nar_hash, _in_order(self._digests))

@@ -61,6 +61,11 @@ class Pack:
         """Those whose NARs are in it."""
         return (info.store_path for ready in self.ready for info in ready.nar.infos)
 
+    def halves(self) -> Iterator[Pack]:
+        """What can be sent, in two packs."""
+        half = len(self.ready) // 2
+        return (Pack(self.level, ready) for ready in (self.ready[:half], self.ready[half:]))
+
 
 class Packing:
     """Packs for a server that takes them within `limits`."""
@@ -85,7 +90,8 @@ class Packing:
         group: list[Nar] = []
         size = 0
         for nar in filter(self.takes, nars):
-            if len(group) == self._nars or size + nar.size > self._size:
+            most = self._server.bodies.within(self._size)
+            if group and (len(group) == self._nars or size + nar.size > most):
                 yield group
                 group, size = [], 0
             group.append(nar)
@@ -108,13 +114,14 @@ class Packing:
             lease.close()
 
     def request(self, packed: Pack, paths: Sequence[PathToPublish]) -> tuple[PackHead, bytes] | None:
-        """Head and body of what can be sent; None when there is no room in it for so many references."""
+        """Head and body of what can be sent; None when there is no room in it for these paths."""
         head = PackHead(
             [PackedNar(one.info.nar_hash.nix32, one.info.nar_size, len(one.file)) for one in packed.ready], list(paths)
         )
         body = pack.encode(head, [one.file for one in packed.ready])
         size = len(body) - sum(nar.file_size for nar in head.nars)
-        return (head, body) if size <= self._limits.head_size or not paths else None
+        fits = size <= self._limits.head_size and self._server.bodies.within(len(body)) == len(body)
+        return (head, body) if fits or not paths else None
 
     async def send(self, packed: Pack, head: PackHead, body: bytes) -> PackAnswer:
         """What the server says, asked again where that may help. Raises what `Server.send_pack` raises."""

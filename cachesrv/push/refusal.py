@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cachesrv.api import ErrorAnswer
-from cachesrv.errors import CachesrvError, Conflict, NotAllowed, NotAuthenticated, Refused, ServerError, TooLarge
+from cachesrv.errors import CachesrvError, Conflict, NotAllowed, NotAuthenticated, Refused, ServerError
+from cachesrv.push.body_limit import BodyTooLarge
 from cachesrv.push.one_line import one_line
 from cachesrv.push.retry import Overloaded, TryAgain
 from cachesrv.push.token import is_nowhere
@@ -57,7 +58,7 @@ def refusal(
     if status == 409:
         return Conflict(said or "the cache has it otherwise")
     if status == 413:
-        return TooLarge(f"too large for the server or a proxy before it{because}")
+        return BodyTooLarge(f"too large for {address} or a proxy before it{because}")
     if status == _NO_ROOM:
         return ServerError(f"{address} has no room left{because}")
     if status in _MAY_PASS or (status >= 500 and status not in _WILL_NOT_PASS):

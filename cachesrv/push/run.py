@@ -170,4 +170,5 @@ class _Push:
 async def _ask(server: Server, infos: Sequence[PathInfo]) -> Answers:
     """What the server says of all the paths, in as few questions as it takes."""
     batches = [infos[start : start + MAX_BATCH] for start in range(0, len(infos), MAX_BATCH)]
-    return Answers.merge([await server.missing([wanted(info) for info in batch]) for batch in batches])
+    asked = [await server.missing([wanted(info) for info in batch]) for batch in batches]
+    return Answers.merge(answer for answers in asked for answer in answers)

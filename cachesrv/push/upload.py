@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cachesrv.api import MAX_BATCH, PathToPublish
 from cachesrv.errors import CachesrvError, ConfigError, NotAllowed, ServerError
+from cachesrv.push.body_limit import BodyTooLarge
 from cachesrv.push.events import Failed, Published
 from cachesrv.push.failure import MISSING_NAR, MISSING_REFERENCES, Failure
 from cachesrv.push.foremost import foremost
@@ -151,6 +152,11 @@ class Upload:
             assert request is not None
         try:
             answer = await packing.send(pack, *request)
+        except BodyTooLarge:
+            self._put_back(batch)
+            if len(pack.ready) == 1:
+                return [pack.ready[0].nar]
+            return [nar for half in pack.halves() for nar in await self._send_pack(packing, half)]
         except CachesrvError as error:
             if concerns_all(error):
                 raise

@@ -299,7 +299,7 @@ async def test_a_damaged_path_leaves_no_parts(store: TemporaryStore, cache: Fake
 
 async def test_a_part_that_the_server_refuses_is_the_end_of_its_path(store: TemporaryStore, cache: FakeCache) -> None:
     store.add("good", b"good")
-    cache.fail("part", answer(413))
+    cache.fail("part", answer(422))
     summary = await pushed(store, cache, "large", "good")
 
     assert (summary.uploaded, summary.failed) == (1, 1)

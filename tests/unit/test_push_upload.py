@@ -85,7 +85,7 @@ def wanted(*names: str) -> list[api.WantedPath]:
         (404, ServerError, "no cache main at http://cache.example.org, or what is there is no cachesrv: said"),
         (408, TryAgain, "status 408: said"),
         (409, Conflict, "^said$"),
-        (413, TooLarge, "too large for the server or a proxy before it: said"),
+        (413, TooLarge, "too large for http://cache.example.org/main or a proxy before it: said"),
         (422, Refused, "^said$"),
         (425, TryAgain, "said"),
         (429, TryAgain, "said"),
@@ -183,7 +183,7 @@ async def test_questions_survive_what_passes(cache: FakeCache, fault: Handler) -
     told: list[Event] = []
     cache.fail("missing", fault)
     async with talking(cache, timeouts=HURRY, told=told) as server:
-        assert (await server.missing(wanted("a"))).missing == ["a"]
+        assert [answer.missing for answer in await server.missing(wanted("a"))] == [["a"]]
 
     assert len(told) == 1
 
@@ -196,7 +196,7 @@ async def test_a_token_that_was_renewed_is_read_again(cache: FakeCache, tmp_path
         await server.describe()
         cache.token = "new"
         file.write_text("new")
-        assert (await server.missing(wanted("a"))).missing == ["a"]
+        assert [answer.missing for answer in await server.missing(wanted("a"))] == [["a"]]
 
         cache.token = "newer"
         with pytest.raises(NotAuthenticated, match=str(file)):

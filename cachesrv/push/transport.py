@@ -1,0 +1,217 @@
+"""Requests to one server and its answers, over HTTP: who asks, how many at once, how large they are.
+
+Redirects are not followed: a body cannot be sent twice, and the token belongs to nobody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+import zstandard
+
+from cachesrv.api import MAX_REQUEST_SIZE
+from cachesrv.errors import NotAuthenticated, ServerError, TooLarge
+from cachesrv.push.body_limit import BodyLimit, BodyTooLarge
+from cachesrv.push.connection import may_need_proxy
+from cachesrv.push.events import Noted
+from cachesrv.push.questions import Questions
+from cachesrv.push.refusal import refusal, said_in, seconds_until
+from cachesrv.push.retry import TryAgain
+from cachesrv.push.traffic import Traffic
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+
+    import aiohttp
+
+    from cachesrv.push.address import Address
+    from cachesrv.push.connection import Chunk, Timeouts
+    from cachesrv.push.events import Emit
+    from cachesrv.push.token import TokenSource
+
+    Exchange = Callable[[str, str, AsyncIterable[Chunk], Mapping[str, str]], Awaitable[bytes]]
+    """What is answered to a request: method, URL, body, headers."""
+
+_COMPRESS_FROM = 1024
+_MAX_ERROR_SIZE = 64 * 1024
+
+
+class Transport:
+    """To the server at an address, with a token. A server that asks for more than `patience` seconds is not waited for.
+
+    Raises ConfigError; all requests raise TryAgain, ServerError, and what `refusal` says, BodyTooLarge only where
+    smaller bodies may be taken.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        tokens: TokenSource,
+        *,
+        connections: int,
+        patience: float,
+        timeouts: Timeouts,
+        emit: Emit,
+    ) -> None:
+        self.bodies = BodyLimit()
+        self._address = address
+        self._tokens = tokens
+        self._token = tokens.read()
+        self._connections = connections
+        self._timeouts = timeouts
+        self._emit = emit
+        self._traffic = Traffic(connections, patience=patience)
+        self._questions = Questions(address, timeouts, limit=MAX_REQUEST_SIZE)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        """End all connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    @asynccontextmanager
+    async def streaming(self) -> AsyncIterator[Exchange]:
+        """For a request whose body is still being made: what sends it."""
+        async with self._traffic.request(streams=True):
+            yield self._stream
+
+    async def send(
+        self, method: str, url: str, chunks: AsyncIterable[Chunk], size: int, headers: Mapping[str, str]
+    ) -> bytes:
+        """What is answered to a body of which all `size` bytes are here."""
+        headers = {**headers, "Content-Length": str(size)}
+        async with self._body(size), self._traffic.request():
+            return await self._exchange(method, url, chunks, headers)
+
+    async def ask(self, method: str, url: str, body: bytes) -> bytes:
+        """What is answered to JSON, or to nothing."""
+        headers = self._headers() | {"Accept": "application/json"}
+        if body:
+            headers["Content-Type"] = "application/json"
+        if len(body) >= _COMPRESS_FROM:
+            headers["Content-Encoding"] = "zstd"
+            body = zstandard.ZstdCompressor().compress(body)
+        async with self._body(len(body)), self._traffic.request():
+            if self._session is None and not may_need_proxy(os.environ):
+                said = await self._questions.ask(method, url, headers, body)
+                self._check(said.status, said.headers, said.body)
+                return said.body
+            return await self._ask_in_session(method, url, headers, body)
+
+    def _refused(self, size: int, error: BodyTooLarge) -> NoReturn:
+        """A body of so many bytes, or more, was not taken: raise what that means."""
+        before = self.bodies.within(size)
+        if not self.bodies.refused(size):
+            raise TooLarge(f"{error}, with its {size} bytes") from error
+        if self.bodies.within(size) < before:
+            self._emit(Noted(f"{error}: bodies of at most {self.bodies.within(size)} bytes are sent"))
+        raise error
+
+    @asynccontextmanager
+    async def _body(self, size: int) -> AsyncIterator[None]:
+        """For sending a body of so many bytes. Raises BodyTooLarge when it is not taken and smaller ones may be; it is
+        not sent when that is known.
+        """
+        if self.bodies.within(size) < size:
+            raise BodyTooLarge(f"{size} bytes in one request are too many for {self._address} or a proxy before it")
+        try:
+            yield
+        except BodyTooLarge as error:
+            self._refused(size, error)
+
+    async def _stream(self, method: str, url: str, chunks: AsyncIterable[Chunk], headers: Mapping[str, str]) -> bytes:
+        size = 0
+
+        async def counted() -> AsyncIterator[Chunk]:
+            nonlocal size
+            async for chunk in chunks:
+                size += len(chunk)
+                yield chunk
+
+        try:
+            return await self._exchange(method, url, counted(), headers)
+        except BodyTooLarge as error:
+            self._refused(size, error)
+
+    async def _exchange(self, method: str, url: str, chunks: AsyncIterable[Chunk], headers: Mapping[str, str]) -> bytes:
+        """What is answered to a body that may take its time."""
+        from cachesrv.push.session import for_nars, our_errors, watched  # noqa: PLC0415  brings the library with it
+
+        session = self._opened()
+        with our_errors(self._address):
+            async with (
+                asyncio.timeout(None) as deadline,
+                session.request(
+                    method,
+                    url,
+                    data=watched(chunks, deadline, self._timeouts),
+                    headers={**self._headers(), **headers},
+                    allow_redirects=False,
+                    timeout=for_nars(self._timeouts),
+                ) as response,
+            ):
+                deadline.reschedule(asyncio.get_running_loop().time() + self._timeouts.answer)
+                return await self._answered(response)
+
+    async def _ask_in_session(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> bytes:
+        from cachesrv.push.session import for_answers, our_errors  # noqa: PLC0415  brings the library with it
+
+        session = self._opened()
+        with our_errors(self._address):
+            async with session.request(
+                method,
+                url,
+                data=body or None,
+                headers=headers,
+                allow_redirects=False,
+                timeout=for_answers(self._timeouts),
+            ) as response:
+                return await self._answered(response)
+
+    def _opened(self) -> aiohttp.ClientSession:
+        """The session, from the first time on that something is sent."""
+        from cachesrv.push.session import open_session  # noqa: PLC0415  brings the library with it
+
+        if self._session is None:
+            self._session = open_session(self._address.base, self._connections + 1)
+        return self._session
+
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self._token}"} if self._token is not None else {}
+
+    async def _answered(self, response: aiohttp.ClientResponse) -> bytes:
+        if 200 <= response.status < 300:
+            return await _read(response, MAX_REQUEST_SIZE)
+        headers = {name.lower(): value for name, value in response.headers.items()}
+        self._check(response.status, headers, await response.content.read(_MAX_ERROR_SIZE))
+        raise ServerError(f"{self._address} answers with status {response.status}")
+
+    def _check(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        """Raise what an answer without success means. A token that was renewed meanwhile is worth another try."""
+        if 200 <= status < 300:
+            return
+        error = refusal(
+            status,
+            said_in(body[:_MAX_ERROR_SIZE], headers.get("content-type", "").partition(";")[0].strip().lower()),
+            self._address,
+            self._tokens,
+            location=headers.get("location", ""),
+            retry_after=seconds_until(headers.get("retry-after", "")),
+        )
+        if isinstance(error, NotAuthenticated):
+            used, self._token = self._token, self._tokens.read()
+            if used != self._token:
+                raise TryAgain(f"the token from {self._tokens} has been renewed")
+        raise error
+
+
+async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > limit:
+            raise ServerError(f"an answer of more than {limit} bytes")
+    return bytes(body)
