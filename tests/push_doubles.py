@@ -145,7 +145,8 @@ class FakeCache:
     `cache`, `missing`, `paths`, `nar`, `pack`, and for parts `begun`, `begin`, `part`, `complete`, `abort`. `part_size`
     is what it takes in one part, 0 for none; `uploads` has the parts of each upload by number; `slow` is how often
     `complete` says first that it takes longer. It takes packs within the limits `packs`, if any; it refuses those NARs
-    of a pack whose hash is in `unpackable`. `direct`: parts go to a bucket, with the routes `sign` and `bucket`;
+    of a pack whose hash is in `unpackable`. `direct`: parts go to a bucket, with the routes `sign` and `bucket`; they
+    are to have so many bytes or more, all but the last, and there are at most so many, as `direct_limits` says;
     `seen_by_bucket` are the headers that it has seen. It `bears` so many requests at once, 0 for any number, and
     answers 503 to others; `crowds` has how many there were when each came. It `takes` bodies of so many bytes, 0 for
     any size, and answers 413 to others; `sizes` has those of all then.
@@ -158,6 +159,7 @@ class FakeCache:
     uploads: dict[str, dict[int, bytes]] = field(default_factory=dict)
     slow: int = 0
     direct: bool = False
+    direct_limits: tuple[int, int] = (5 * 2**20, 10_000)
     seen_by_bucket: list[Mapping[str, str]] = field(default_factory=list)
     packs: api.PackLimits | None = None
     bears: int = 0
@@ -328,7 +330,7 @@ class FakeCache:
         there = self.uploads.setdefault(request.match_info["upload"], {})
         if asked.direct and self.direct:
             tags = [api.DirectPart(number, _tag(data)) for number, data in there.items()]
-            return _json(api.UploadAnswer(stored=False, direct=api.DirectAnswer(5 * 2**20, 10_000, tags)))
+            return _json(api.UploadAnswer(stored=False, direct=api.DirectAnswer(*self.direct_limits, tags)))
         parts = [api.UploadedPart(number, len(data), sha256(data).hexdigest()) for number, data in there.items()]
         return _json(api.UploadAnswer(stored=False, parts=parts))
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from concurrent.futures import Executor
 
-    from cachesrv.api import CacheAnswer
+    from cachesrv.api import CacheAnswer, DirectAnswer
     from cachesrv.nix.hashes import Hash
     from cachesrv.nix.path_info import PathInfo
     from cachesrv.push.connection import Chunk
@@ -118,8 +118,8 @@ class InParts:
             way = await upload.begin(direct=direct)
             if way is None:
                 return False
-            if direct and not way.direct and self.memory.size > self._part_size:
-                await self._begin_in_smaller_parts(upload)
+            if direct and not self._fits(nar.info, way.direct):
+                await self._begin_otherwise(upload)
             transfer = _Transfer(nar.info.store_path.base_name, share, upload, way)
             await self._send_all(transfer, first, parts)
         if transfer.resumed:
@@ -127,13 +127,18 @@ class InParts:
         await upload.complete(way)
         return True
 
-    async def _begin_in_smaller_parts(self, upload: NarUpload) -> NoReturn:
+    def _fits(self, info: PathInfo, offered: DirectAnswer | None) -> bool:
+        """Whether what was cut to go to the server's storage can go the way that the server says."""
+        size = self.memory.size
+        if offered is None:
+            return size <= self._part_size
+        return offered.least <= size and largest_file(info.nar_size) <= offered.most * size
+
+    async def _begin_otherwise(self, upload: NarUpload) -> NoReturn:
         self._not_direct.add(upload.nar_hash)
         with suppress(CachesrvError):
             await upload.abort()
-        raise TryAgain(
-            "the server does not have us send it to its storage: it goes through the server, in smaller parts"
-        )
+        raise TryAgain("the server does not take it in these parts in its storage: it goes through the server")
 
     async def _send_whole(self, nar: CompressedNar, part: Part) -> None:
         name = nar.info.store_path.base_name

@@ -62,12 +62,12 @@ class NoStorage(TryAgain):
 
 
 class Parts(Protocol):
-    """The way that parts of one NAR go, each known by a digest. `direct`: to the server's storage; `proven`: it is
-    known to work.
+    """The way that parts of one NAR go, each known by a digest. `direct`: to the server's storage, within these limits;
+    `proven`: it is known to work.
     """
 
     @property
-    def direct(self) -> bool: ...
+    def direct(self) -> DirectAnswer | None: ...
 
     @property
     def proven(self) -> bool: ...
@@ -163,7 +163,7 @@ class NarUpload:
 class _Through:
     """Parts through the server, known by their sha256."""
 
-    direct = False
+    direct = None
     proven = True
 
     def __init__(self, server: Server, action: str, there: Sequence[UploadedPart]) -> None:
@@ -193,9 +193,8 @@ class _Through:
 class _Direct:
     """Parts to the server's storage, which knows them by their MD5, or calls them something else when it has them."""
 
-    direct = True
-
     def __init__(self, server: Server, action: str, answer: DirectAnswer) -> None:
+        self.direct = answer
         self._server = server
         self._action = action
         self._there = {part.number: part.etag for part in answer.parts}

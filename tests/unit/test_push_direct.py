@@ -243,6 +243,17 @@ async def test_a_server_without_room_in_its_storage_gets_smaller_parts(store: Te
     assert cache.count("bucket") == 3
 
 
+@pytest.mark.parametrize("limits", [(8 * MIB + 1, 10_000), (5 * MIB, 2)], ids=["too-small", "too-many"])
+async def test_a_storage_that_takes_other_parts(
+    store: TemporaryStore, cache: FakeCache, limits: tuple[int, int]
+) -> None:
+    cache.direct_limits = limits
+    await pushed(store, cache)
+
+    assert stored(store, cache)
+    assert (cache.count("part"), cache.count("bucket"), cache.count("abort")) == (21, 0, 1)
+
+
 async def test_what_has_no_known_size_goes_through_the_server(store: TemporaryStore, cache: FakeCache) -> None:
     info = store.infos[store_path("large")]
     store.infos[store_path("large")] = replace(info, nar_size=0)
