@@ -188,6 +188,9 @@ class Catalog(Retention, Protocol):
     async def nar(self, key: str) -> NarRecord | None:
         """A verified NAR by its key."""
 
+    async def listings(self, keys: Collection[str]) -> dict[str, bytes]:
+        """The listings of those NARs of which one is kept, by their keys."""
+
     async def nars_by_hash(self, scope: str, nar_hashes: Collection[str]) -> dict[str, NarRecord]:
         """Verified NARs by NAR hash; where several have it, the one verified first. Their listing is left out."""
 

@@ -29,6 +29,9 @@ _BY_HASH = (
     .order_by(nars.c.verified_at, nars.c.key)
 )
 _KNOWN = select(nars.c.key).where(nars.c.key.in_(bindparam("keys", expanding=True)))
+_LISTINGS = select(nars.c.key, nars.c.listing).where(
+    nars.c.key.in_(bindparam("keys", expanding=True)), nars.c.listing.is_not(None)
+)
 _INSERT = insert(nars)
 _DROP_LISTINGS = (
     update(nars)
@@ -73,6 +76,11 @@ def by_hash(connection: Connection, scope: str, nar_hashes: Collection[str]) -> 
         for row in connection.execute(_BY_HASH, {"scope": scope, "nar_hashes": some}):
             found.setdefault(row.nar_hash, _record(row))
     return found
+
+
+def listings(connection: Connection, keys: Collection[str]) -> dict[str, bytes]:
+    """See `Catalog.listings`."""
+    return {row.key: row.listing for some in batches(keys) for row in connection.execute(_LISTINGS, {"keys": some})}
 
 
 def known(connection: Connection, keys: Collection[str]) -> set[str]:

@@ -93,6 +93,9 @@ class SqlCatalog(SqlRetention):
     async def nar(self, key: str) -> NarRecord | None:
         return await self._database.read(nars.find, key)
 
+    async def listings(self, keys: Collection[str]) -> dict[str, bytes]:
+        return await self._database.read(nars.listings, keys)
+
     async def nars_by_hash(self, scope: str, nar_hashes: Collection[str]) -> dict[str, NarRecord]:
         return await self._database.read(nars.by_hash, scope, nar_hashes)
 

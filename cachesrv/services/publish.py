@@ -23,16 +23,18 @@ from cachesrv.errors import (
     Refused,
 )
 from cachesrv.nix import narinfo
+from cachesrv.nix.compression import decompress
 from cachesrv.services import admission
 from cachesrv.services.batch import Batcher
 from cachesrv.services.caches import ReferencePolicy
 from cachesrv.services.content import needs_reading
 from cachesrv.services.disk_room import DiskRoom
 from cachesrv.services.locks import NamedLocks
+from cachesrv.services.verify_nar import LISTING_LIMIT
 from cachesrv.services.writing import Admitted, Writing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from cachesrv.catalog.base import Catalog, NarRecord
     from cachesrv.index.base import Index
@@ -51,6 +53,17 @@ class FreshNar:
 
     record: NarRecord
     listing: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """What is here for some paths: NARs by their hashes, keys of NARs and listings in storage, and listings that the
+    catalog keeps, by the keys of their NARs.
+    """
+
+    nars: Mapping[str, NarRecord]
+    objects: Collection[str]
+    listings: Mapping[str, bytes]
 
 
 Outcome = CachesrvError | None
@@ -108,12 +121,12 @@ class Publish:
         await self._room.for_records()
         async with self._locks.hold(f"{cache.name}/{path.store_path.hash_part}" for path in paths):
             known, elsewhere = await self._known(cache, paths)
-            nars = await self._nars_by_hash(cache, paths, fresh)
+            stored = await self._stored(cache, [path for path in paths if _is_stored(path, fresh)])
             outcomes: list[Outcome] = [None] * len(paths)
             admitted: dict[int, Admitted] = {}
             for number, path in enumerate(paths):
                 try:
-                    record, listing = await self._admit(cache, path, known, nars, fresh)
+                    record, listing = await self._admit(cache, path, known, stored, fresh)
                     record = replace(record, pusher=pusher)
                     admitted[number] = Admitted(cache, record, listing, _relied_on(cache, path) - elsewhere)
                     known.setdefault(path.store_path.hash_part, None)
@@ -160,18 +173,24 @@ class Publish:
             elsewhere = await self._upstreams.resolve(cache, wanted - resolved)
         return records | dict.fromkeys(resolved | elsewhere), elsewhere
 
-    async def _nars_by_hash(
-        self, cache: ServedCache, paths: Sequence[Candidate], fresh: Mapping[str, FreshNar]
-    ) -> dict[str, NarRecord]:
-        hashes = {path.nar_hash.nix32 for path in paths if path.file is None} - fresh.keys()
-        return await self._catalog.nars_by_hash(cache.prefix, hashes) if hashes else {}
+    async def _stored(self, cache: ServedCache, paths: Sequence[Candidate]) -> _Stored:
+        """What is here for these paths."""
+        if not paths:
+            return _Stored({}, frozenset(), {})
+        listed = [(path.nar_hash.nix32, cache.listing_key(path.store_path.hash_part)) for path in paths]
+        nars = await self._catalog.nars_by_hash(cache.prefix, {nar_hash for nar_hash, _ in listed})
+        keys = {nar.key for nar in nars.values()}.union(key for _, key in listed)
+        objects = await self._storage.existing(keys)
+        unlisted = nars.keys() & {nar_hash for nar_hash, key in listed if key not in objects}
+        listings = await self._catalog.listings([nars[nar_hash].key for nar_hash in unlisted])
+        return _Stored(nars, objects, listings)
 
     async def _admit(
         self,
         cache: ServedCache,
         path: Candidate,
         known: dict[str, PathRecord | None],
-        nars: dict[str, NarRecord],
+        stored: _Stored,
         fresh: Mapping[str, FreshNar],
     ) -> tuple[PathRecord, bytes | None]:
         """Its record and its listing. Raises what speaks against it."""
@@ -181,22 +200,33 @@ class Publish:
         admission.check_immutable(path, published)
         admission.check_references(cache, path, known)
         just_sent = fresh.get(path.nar_hash.nix32) if path.file is None else None
-        nar = just_sent.record if just_sent else await self._nar(cache, path, nars)
+        nar = just_sent.record if just_sent else await self._nar(cache, path, stored)
         admission.check_nar(path, nar)
         if path.ca and needs_reading(path.ca, path):
             await self._ingest.check_contents(nar, path.ca, path)
         admission.check_trust(cache, path, content_addressed=path.ca is not None)
         info = admission.to_publish(cache, path, nar, published)
-        record = _record(cache, info, nar)
-        return record, just_sent.listing if just_sent else await self._writing.listing(cache, record.hash_part, nar)
+        return _record(cache, info, nar), just_sent.listing if just_sent else await self._listing(
+            cache, path, nar, stored
+        )
 
-    async def _nar(self, cache: ServedCache, path: Candidate, nars: dict[str, NarRecord]) -> NarRecord:
+    async def _listing(self, cache: ServedCache, path: Candidate, nar: NarRecord, stored: _Stored) -> bytes | None:
+        """To be written to storage, None when it is there or there can be none."""
+        hash_part = path.store_path.hash_part
+        if path.file:
+            return await self._writing.listing(cache, hash_part, nar)
+        if cache.listing_key(hash_part) in stored.objects:
+            return None
+        kept = stored.listings.get(nar.key) or await self._ingest.listing(cache, nar)
+        return decompress("zstd", kept, LISTING_LIMIT) if kept else None
+
+    async def _nar(self, cache: ServedCache, path: Candidate, stored: _Stored) -> NarRecord:
         """What is known of the path's NAR; read now when the catalog does not know it. Raises MissingNar."""
         if path.file:
             known = await self._ingest.known(cache, path.file.name)
             return known or await self._ingest.adopt(cache, path.file.name, path.file.compression)
-        nar = nars.get(path.nar_hash.nix32)
-        if nar is None or await self._storage.head(nar.key) is None:
+        nar = stored.nars.get(path.nar_hash.nix32)
+        if nar is None or nar.key not in stored.objects:
             raise MissingNar(f"there is no NAR with the hash {path.nar_hash.nix32}: send it before its path")
         return nar
 
@@ -259,6 +289,11 @@ def _refusal(cache: ServedCache, path: Candidate, error: CachesrvError, pusher: 
         pusher=pusher,
         at=int(time.time()),
     )
+
+
+def _is_stored(path: Candidate, fresh: Mapping[str, FreshNar]) -> bool:
+    """Whether its NAR, known by its hash alone, came earlier."""
+    return path.file is None and path.nar_hash.nix32 not in fresh
 
 
 def _relied_on(cache: ServedCache, path: Candidate) -> set[str]:

@@ -184,6 +184,9 @@ class ObjectStore(Protocol):
     async def head(self, key: str) -> ObjectInfo | None:
         """What is known of an object, or None when it is not there."""
 
+    async def existing(self, keys: Collection[str]) -> set[str]:
+        """Those of them that are there."""
+
     async def delete(self, keys: Sequence[str]) -> None:
         """Delete them; those that are not there are passed over. Where they go one by one, those of a folder go in this
         order.

@@ -140,6 +140,11 @@ class FilesystemStore:
         found = await self._threads.run(f"look at {key}", self._tree.stat, validate_key(key))
         return None if found is None else ObjectInfo(key, found.st_size, found.st_mtime)
 
+    async def existing(self, keys: Collection[str]) -> set[str]:
+        for key in keys:
+            validate_key(key)
+        return await self._threads.run("look at objects", self._tree.existing, keys)
+
     async def delivery(self, key: str) -> LocalFile | None:
         found = await self._threads.run(f"look at {key}", self._tree.stat, validate_key(key))
         return None if found is None else LocalFile(str(self._tree.root / key), found.st_size)

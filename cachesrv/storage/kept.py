@@ -123,6 +123,9 @@ class KeepingStore:
     def read(self, key: str, byte_range: ByteRange | None = None) -> AsyncIterator[bytes]:
         return self._store.read(key, byte_range)
 
+    async def existing(self, keys: Collection[str]) -> set[str]:
+        return await self._store.existing(keys)
+
     async def head(self, key: str) -> ObjectInfo | None:
         return await self._store.head(key)
 

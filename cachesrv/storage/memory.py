@@ -84,6 +84,9 @@ class MemoryStore:
         for position in range(start, end, _READ_TOGETHER):
             yield data[position : min(position + _READ_TOGETHER, end)]
 
+    async def existing(self, keys: Collection[str]) -> set[str]:
+        return {key for key in keys if self._find(validate_key(key)) is not None}
+
     async def head(self, key: str) -> ObjectInfo | None:
         if self._find(key) is None:
             return None

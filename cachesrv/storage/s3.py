@@ -172,6 +172,18 @@ class S3Store:
         coded = bool(codings(found.get("ContentEncoding", "")))
         return ObjectInfo(key, found["ContentLength"], found["LastModified"].timestamp(), coded=coded)
 
+    async def existing(self, keys: Collection[str]) -> set[str]:
+        for key in keys:
+            validate_key(key)
+        found: set[str] = set()
+
+        async def head(key: str) -> None:
+            if await self._head(self._name(key)) is not None:
+                found.add(key)
+
+        await _together(keys, head)
+        return found
+
     async def delete(self, keys: Sequence[str]) -> None:
         names = [self._name(key) for key in keys]
         self._client.demand_open()

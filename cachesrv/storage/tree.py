@@ -122,6 +122,17 @@ class Tree:
             return None
         return found if _is_file(found, key) else None
 
+    def existing(self, keys: Iterable[str]) -> set[str]:
+        """Those of them that are files. Raises StoreError for a link."""
+        found = set()
+        for path, together in groupby(sorted(keys, key=split), key=_folder):
+            with suppress(FileNotFoundError), self.folder(path) as folder:
+                for key in together:
+                    with suppress(FileNotFoundError):
+                        if _is_file(os.stat(split(key)[1], dir_fd=folder, follow_symlinks=False), key):
+                            found.add(key)
+        return found
+
     def open_file(self, key: str) -> tuple[int, int] | None:
         """A descriptor to read a file by, for the caller to close, and the file's size; None when there is none of that
         name. Raises StoreError for a link.

@@ -340,6 +340,13 @@ class NarContract(Fixtures):
         assert await catalog.nar(nar(1).key) == nar(1, listing=None)
         assert await catalog.nar(nar(2).key) == nar(2)
 
+    async def test_listings_of_many(self, catalog: Catalog) -> None:
+        await catalog.put_nars([nar(1), nar(2, listing=None), *(nar(number) for number in range(3, 5_000))])
+        await catalog.publish([path(3, nar_key=nar(3).key)])
+        listings = await catalog.listings([nar(number).key for number in range(5_001)])
+        assert listings == {nar(number).key: nar(number).listing for number in range(1, 5_000) if number not in (2, 3)}
+        assert await catalog.listings([]) == {}
+
     async def test_removed_nars_are_gone(self, catalog: Catalog) -> None:
         await catalog.put_nar(nar(1))
         await catalog.put_nar(nar(2))

@@ -147,6 +147,15 @@ class StorageContract:
         with pytest.raises(BadInput):
             await store.get_many(["y", "../up"], limit=1)
 
+    async def test_of_many_those_that_are_there(self, store: ObjectStore) -> None:
+        objects = {f"main/{number}.narinfo": b"%d" % number for number in range(70)} | {"main/nar/x": b"x", "y": b""}
+        await store.put_many(objects)
+        assert await store.existing([*objects, "main/never-there", "nowhere/at/all", "main/nar"]) == objects.keys()
+        assert await store.existing(["main/never-there"]) == set()
+        assert await store.existing([]) == set()
+        with pytest.raises(BadInput):
+            await store.existing(["y", "../up"])
+
     async def test_what_is_had_at_once_is_whole(self, store: ObjectStore) -> None:
         """Or nothing: nobody promises that it is in memory."""
         objects = {"main/empty": b"", "main/small": b"12345", "main/large": LARGE}
