@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cachesrv.errors import BadInput, NotFound, StoreError
 from cachesrv.storage import s3_sweep
 from cachesrv.storage.decorators import TryAgain
-from cachesrv.storage.s3_errors import Denied, Exists
+from cachesrv.storage.s3_errors import Denied, Exists, UploadGone
 from cachesrv.storage.s3_parts import content_md5
 
 if TYPE_CHECKING:
@@ -138,6 +138,13 @@ def _requests(client: S3Client, prefix: str) -> Iterator[Callable[[], Awaitable[
         begun = sdk.create_multipart_upload(Bucket=bucket, Key=key)
         sdk.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=begun["UploadId"])
 
+    async def list_parts() -> None:
+        def ask(sdk: Sdk) -> None:
+            sdk.list_parts(Bucket=bucket, Key=key, UploadId="none")
+
+        with suppress(UploadGone, NotFound):
+            await client.call("ListParts", key, ask)
+
     def delete(sdk: Sdk) -> None:
         sdk.delete_object(Bucket=bucket, Key=f"{key}-not-there")
 
@@ -150,4 +157,5 @@ def _requests(client: S3Client, prefix: str) -> Iterator[Callable[[], Awaitable[
     yield read
     yield lambda: client.call("AbortMultipartUpload", key, upload, changes=True)
     yield lambda: client.call("ListMultipartUploads", prefix, list_uploads)
+    yield list_parts
     yield lambda: client.call("DeleteObjects", key, delete, changes=True)

@@ -400,6 +400,7 @@ async def test_every_missing_permission_is_named(
         "s3:PutObject",
         "s3:GetObject",
         "s3:ListBucketMultipartUploads",
+        "s3:ListMultipartUploadParts",
         "s3:DeleteObject",
     ):
         assert permission in missing

@@ -48,7 +48,7 @@ def test_permissions_that_are_missing(gateway: Gateway, bucket: str, tmp_path: P
     }
     status, said = probe(tmp_path, gateway.endpoint, environment)
     assert status == 2
-    assert said.count("access denied: the credentials need s3:") == 6
+    assert said.count("access denied: the credentials need s3:") == 7
 
 
 def test_an_endpoint_that_is_not_there(gateway: Gateway, tmp_path: Path) -> None:
