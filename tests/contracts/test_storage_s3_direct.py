@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+from datetime import timedelta
 from hashlib import md5
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+import botocore.auth
 import pytest
+from botocore.compat import get_current_datetime
 from yarl import URL
 
 from cachesrv.errors import BadInput, NotFound, StoreError
+from cachesrv.push.connection import Timeouts
+from cachesrv.push.elsewhere import Elsewhere
+from cachesrv.push.retry import TryAgain
 from cachesrv.storage import s3_upload
 from cachesrv.storage.decorators import Direct, Retrying
 from cachesrv.storage.s3 import S3Store
@@ -112,6 +118,34 @@ async def test_nothing_is_taken_but_what_was_signed(direct: S3Direct) -> None:
         assert old in signed.url
         assert (await put(type(signed)(signed.url.replace(old, new), signed.headers), PARTS[0]))[0] == 403
     assert await direct.parts(KEY, upload) == []
+
+
+async def test_an_uploader_asks_for_another_url_when_one_has_expired(
+    direct: S3Direct, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def yesterday(**arguments: Any) -> Any:
+        return get_current_datetime(**arguments) - timedelta(days=1)
+
+    async def send(signed: SignedPut) -> str:
+        async with elsewhere.turn() as turn:
+            return await elsewhere.put(turn, signed.url, {**signed.headers, "Content-Length": "100"}, once(PARTS[2]))
+
+    upload = await direct.begin(KEY)
+    digest = md5(PARTS[2])
+    with monkeypatch.context() as patched:
+        patched.setattr(botocore.auth, "get_current_datetime", yesterday)
+        expired = await direct.sign(KEY, upload, 1, digest.digest())
+    elsewhere = Elsewhere(1, Timeouts(), patience=1)
+    try:
+        with pytest.raises(TryAgain, match="AccessDenied"):
+            await send(expired)
+        assert await send(await direct.sign(KEY, upload, 1, digest.digest())) == digest.hexdigest()
+    finally:
+        await elsewhere.close()
+
+
+async def once(data: bytes) -> AsyncIterator[bytes]:
+    yield data
 
 
 async def test_an_upload_that_is_not_there(direct: S3Direct) -> None:
