@@ -236,10 +236,10 @@ async def _chunks(data: bytes) -> AsyncIterator[bytes]:
 
 
 @asynccontextmanager
-async def open_stores() -> AsyncIterator[Stores]:
-    """All of it in memory: what has to be on disk has tests of its own."""
+async def open_stores(open_storage: Callable[[], ObjectStore] = MemoryStore) -> AsyncIterator[Stores]:
+    """All of it in memory, unless objects are to be elsewhere: what has to be on disk has tests of its own."""
     with tempfile.TemporaryDirectory(prefix="cachesrv-test-", dir="/dev/shm") as folder:
-        storage, index = MemoryStore(), MemoryIndex(clock=lambda: time.time())  # noqa: PLW0108  it is patched later
+        storage, index = open_storage(), MemoryIndex(clock=lambda: time.time())  # noqa: PLW0108  it is patched later
         catalog = await SqlCatalog.open(f"sqlite:///{folder}/catalog.sqlite")
         try:
             yield Stores(storage, catalog, index)

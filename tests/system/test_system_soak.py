@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+
 from bench.soak import Soak
+from tests.system.conftest import FILES, PROXY
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-SECONDS = 12
+    from tests.system.conftest import MakeBucket
+
+SECONDS = {FILES: 12, PROXY: 18}
 
 
-def test_no_client_sees_a_hole(tmp_path: Path) -> None:
-    world = Soak(tmp_path, seed=6).run(SECONDS)
+@pytest.mark.parametrize("storage", [FILES, PROXY], indirect=True)
+def test_no_client_sees_a_hole(tmp_path: Path, storage: str, make_bucket: MakeBucket) -> None:
+    stored = None if storage == FILES else make_bucket(storage)
+    world = Soak(tmp_path / "soak", seed=6, stored=stored).run(SECONDS[storage])
     assert world.violations == []
     for what in ("pushed", "NARs", "lookups", "collections", "collectors killed", "collected: path"):
         assert world.counts[what], f"{what}: nothing, this shows nothing"

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack, suppress
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from cachesrv.errors import BeingRemoved, CachesrvError, MissingNar, MissingReferences, NotFound, StoreError
+from cachesrv.storage.decorators import Direct, Limited, Retrying
+from cachesrv.storage.memory import MemoryStore
+from cachesrv.storage.s3 import S3Store
 from tests.collecting import (
     HOUR,
     LEASE,
@@ -35,6 +39,9 @@ from tests.samples import Sample, path_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    from cachesrv.storage.base import ObjectStore
+    from tests.radosgw import Gateway
 
 MAIN = cache()
 CACHES = {"main": MAIN}
@@ -61,14 +68,14 @@ def name_of(node: int) -> str:
 class CollectMachine(RuleBasedStateMachine):
     """`references` of what the model has, and when that was used last."""
 
-    def __init__(self) -> None:
+    def __init__(self, open_storage: Callable[[], ObjectStore] = MemoryStore) -> None:
         super().__init__()
         self.clock = Clock()
         self.patched = self.clock.in_force()
         self.patched.start()
         self.runner = asyncio.Runner()
         self.opened = AsyncExitStack()
-        self.stores: Stores = self.run(self.opened.enter_async_context(open_stores()))
+        self.stores: Stores = self.run(self.opened.enter_async_context(open_stores(open_storage)))
         self.references: dict[str, frozenset[str]] = {}
         self.used: dict[str, int] = {}
         self.leased: dict[str, int] = {}
@@ -332,3 +339,18 @@ async def _no_result(work: Awaitable[Any]) -> None:
 
 TestCollectMachine = CollectMachine.TestCase
 TestCollectMachine.settings = settings(derandomize=True, max_examples=40, stateful_step_count=25, deadline=None)
+
+
+def test_the_same_in_a_bucket(gateway: Gateway, bucket: str) -> None:
+    session = gateway.session()
+
+    def open_storage() -> ObjectStore:
+        requests = Retrying(Limited(Direct()))
+        return S3Store(bucket, requests=requests, endpoint=gateway.endpoint, prefix=token_hex(8), session=session)
+
+    class InABucket(CollectMachine):
+        def __init__(self) -> None:
+            super().__init__(open_storage)
+
+    few = settings(derandomize=True, max_examples=6, stateful_step_count=15, deadline=None)
+    run_state_machine_as_test(InABucket, settings=few)
