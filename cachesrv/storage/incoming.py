@@ -18,6 +18,7 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from cachesrv.errors import StoreError, StoreFull
+from cachesrv.storage import syncing
 from cachesrv.storage.base import ObjectInfo
 from cachesrv.storage.tree import split
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 _PREFIX = ".incoming-"
 _MODE = 0o644
+MOST_WAITING = 8 * 2**20
+"""Bytes of a file that are only in memory, about, before the disk is told to begin with them."""
 _NO_RESERVATIONS = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -44,6 +47,7 @@ class IncomingFile:
         self._folder = -1
         self._file = -1
         self._end = 0
+        self._begun = 0
 
     def create(self, size: int | None, folder: int | None = None) -> None:
         """Make the file, and reserve `size` bytes for it if that is known; `folder` is a descriptor of the one that it
@@ -78,6 +82,10 @@ class IncomingFile:
                 written = os.pwrite(self._file, rest, self._end)
                 self._end += written
                 rest = rest[written:]
+        waiting = self._end - self._begun
+        if waiting >= MOST_WAITING:
+            syncing.begin_writing(self._file, self._begun, waiting)
+            self._begun = self._end
 
     def truncate(self, size: int) -> None:
         """Give back the room that was reserved beyond `size` bytes."""

@@ -16,6 +16,7 @@ from cachesrv.errors import StoreError, StoreFull
 from cachesrv.storage import syncing
 from cachesrv.storage.base import LocalFile
 from cachesrv.storage.filesystem import FilesystemStore
+from cachesrv.storage.incoming import MOST_WAITING
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -52,6 +53,35 @@ async def write_large(store: FilesystemStore, key: str) -> bool:
         await writer.write(LARGE[: 2**20 + 1])
         await writer.write(LARGE[2**20 + 1 :])
         return await writer.commit()
+
+
+async def test_the_disk_begins_with_a_large_object_before_it_is_whole(
+    store: FilesystemStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the sync at the end would have to wait for all of it."""
+    begun: list[tuple[int, int]] = []
+    real = syncing.begin_writing
+
+    def begin_writing(descriptor: int, start: int, size: int) -> None:
+        real(descriptor, start, size)
+        begun.append((start, size))
+
+    monkeypatch.setattr(syncing, "begin_writing", begin_writing)
+    size = 3 * MOST_WAITING + 5
+    async with store.writer("main/a", size=size) as writer:
+        for start in range(0, size, 2**20):
+            await writer.write(bytes(min(2**20, size - start)))
+        assert await writer.commit()
+
+    assert begun == [(number * MOST_WAITING, MOST_WAITING) for number in range(3)]
+    assert await store.get("main/a", limit=size) == bytes(size)
+
+
+def test_what_cannot_be_begun_is_passed_over() -> None:
+    reading, writing = os.pipe()
+    syncing.begin_writing(writing, 0, 2**20)
+    os.close(reading)
+    os.close(writing)
 
 
 async def test_the_folder_is_a_binary_cache_as_it_lies_there(store: FilesystemStore, root: Path) -> None:
@@ -231,7 +261,7 @@ async def test_a_file_system_that_cannot_reserve_still_stores(
     assert await store.put("main/a", b"a")
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "link", "posix_fallocate"])
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "link", "posix_fallocate"])
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES])
 async def test_what_fails_on_the_way_is_told_and_leaves_nothing(
     store: FilesystemStore, root: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: int
@@ -265,7 +295,7 @@ async def test_after_a_failed_write_the_writer_cannot_commit(
     async with store.writer("main/a") as writer:
         await writer.write(b"begin")
         with monkeypatch.context() as patched:
-            patched.setattr(os, "write", fail)
+            patched.setattr(os, "pwrite", fail)
             with pytest.raises(StoreFull):
                 await writer.write(LARGE)
         with pytest.raises(StoreError):
@@ -276,8 +306,8 @@ async def test_after_a_failed_write_the_writer_cannot_commit(
 
 
 async def test_short_writes_and_reads_are_continued(store: FilesystemStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, pread = os.write, os.pread
-    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:100_001]))
+    pwrite, pread = os.pwrite, os.pread
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:100_001], at))
     monkeypatch.setattr(os, "pread", lambda fd, length, at: pread(fd, min(length, 99_999), at))
     await write_large(store, "main/a")
     assert await store.get("main/a", limit=LIMIT) == LARGE
