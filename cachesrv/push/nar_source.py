@@ -22,6 +22,11 @@ _STEP = 256 * 1024
 class NarSource(Protocol):
     """A NAR, read once, one buffer after the other: `gather` and `fill` by turns."""
 
+    async def begin(self) -> None:
+        """Await what it takes to begin, such as a connection for which others are in line, who may be waiting for
+        memory: to be called before any is taken. Raises whatever the source does.
+        """
+
     async def gather(self, buffer: memoryview) -> None:
         """Await what has to be awaited before this buffer can be filled. Raises whatever the source does."""
 
@@ -61,6 +66,9 @@ class LocalNar:
     @property
     def watched(self) -> bool:
         return self._seen.watched
+
+    async def begin(self) -> None:
+        """There is nobody in line."""
 
     async def gather(self, buffer: memoryview) -> None:
         """There is nothing to wait for but the disk."""
@@ -103,6 +111,9 @@ class StreamedNar:
     @property
     def watched(self) -> bool:
         return self._seen.watched
+
+    async def begin(self) -> None:
+        self._rest = memoryview(await anext(self._chunks, b""))
 
     async def gather(self, buffer: memoryview) -> None:
         free = buffer

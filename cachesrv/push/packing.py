@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cachesrv import pack
@@ -25,12 +25,19 @@ if TYPE_CHECKING:
     from cachesrv.nix.store_path import StorePath
     from cachesrv.push.delivery import OpenNar
     from cachesrv.push.events import Emit
+    from cachesrv.push.nar_source import NarSource
     from cachesrv.push.pipeline import Pipeline
     from cachesrv.push.plan import Nar
     from cachesrv.push.server import Server
 
 PACK_NARS = 500
 """NARs in one pack, at most: a second of the server's work, and not much to send again."""
+
+PACKS_AT_ONCE = 2
+"""While one is on its way, the next one is made."""
+
+STREAMS_AT_ONCE = 8
+"""NARs that are asked for before the first one has come: a few more than a daemon is asked for at once."""
 
 PACK_SIZE = 4 * 1024 * 1024
 """Bytes of the NARs in one pack, at most, before compression."""
@@ -80,6 +87,8 @@ class Packing:
         self._emit = emit
         self._size = min(PACK_SIZE, limits.size // 2, pipeline.budget.total)
         self._nars = min(PACK_NARS, limits.nars)
+        # Who streams a NAR may have to wait for memory, while it has what we wait for.
+        self._may_wait = PACKS_AT_ONCE * self._size + pipeline.shares.bound <= pipeline.budget.total
 
     def takes(self, nar: Nar) -> bool:
         """Whether it is small, and known to be."""
@@ -109,9 +118,42 @@ class Packing:
             with self._pipeline.load.compressing():
                 reading = asyncio.get_running_loop().run_in_executor(self._pipeline.threads, self._read, nars, level)
                 made = await reading
+            if self._may_wait:
+                made = await self._with_streamed(made)
             yield made
         finally:
             lease.close()
+
+    async def _with_streamed(self, packed: Pack) -> Pack:
+        """With those of the others that come from a daemon."""
+        waiting = enumerate(packed.others)
+        came: dict[int, Ready] = {}
+
+        async def take() -> None:
+            for number, nar in waiting:
+                if ready := await self._take(nar, packed):
+                    came[number] = ready
+
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(min(STREAMS_AT_ONCE, len(packed.others))):
+                tasks.create_task(take())
+        return replace(packed, ready=[*packed.ready, *(came[number] for number in sorted(came))], others=[])
+
+    async def _take(self, nar: Nar, packed: Pack) -> Ready | None:
+        loop, threads = asyncio.get_running_loop(), self._pipeline.threads
+        for info in nar.infos:
+            source = self._open_nar(info)
+            buffer = _room(info)
+            try:
+                try:
+                    await source.gather(buffer)
+                    file = await loop.run_in_executor(threads, _file, source, info, buffer, packed.level)
+                finally:
+                    await source.close()
+                return Ready(nar, info, file)
+            except CachesrvError as error:
+                packed.failed[info.store_path] = Failure.of(error)
+        return None
 
     def request(self, packed: Pack, paths: Sequence[PathToPublish]) -> tuple[PackHead, bytes] | None:
         """Head and body of what can be sent; None when there is no room in it for these paths."""
@@ -147,20 +189,27 @@ class Packing:
                     packed.others.append(nar)
                     break
                 try:
-                    packed.ready.append(Ready(nar, info, frames.file(_read(source, info))))
+                    packed.ready.append(Ready(nar, info, frames.file(_checked(source, info, _room(info)))))
                     break
                 except CachesrvError as error:  # a path that turns out to be damaged may have an intact twin
                     packed.failed[info.store_path] = Failure.of(error)
+                finally:
+                    source.close_now()
         return packed
 
 
-def _read(source: LocalNar, info: PathInfo) -> memoryview:
+def _room(info: PathInfo) -> memoryview:
+    """For its NAR, and for one byte more than there may be, to notice it."""
+    return memoryview(bytearray(info.nar_size + 1))
+
+
+def _checked(source: NarSource, info: PathInfo, buffer: memoryview) -> memoryview:
     """The NAR. Raises Mismatch when it is not that of the path, and what the source does."""
-    try:
-        buffer = memoryview(bytearray(info.nar_size + 1))  # one more than there may be, to notice it
-        size = source.fill(buffer)
-        check(info, source.digest(), size)
-        source.accept()
-    finally:
-        source.close_now()
+    size = source.fill(buffer)
+    check(info, source.digest(), size)
+    source.accept()
     return buffer[:size]
+
+
+def _file(source: NarSource, info: PathInfo, buffer: memoryview, level: int) -> bytes:
+    return Frames(level).file(_checked(source, info, buffer))

@@ -198,6 +198,7 @@ class CompressedNar:
     async def feed(self) -> None:
         """Read and hash the NAR and have it compressed, as far ahead of the iteration as memory allows."""
         try:
+            await self._source.begin()
             while await self._next_frame() == FRAME_SIZE:
                 pass
             check(self.info, self._source.digest(), self.nar_size)

@@ -16,6 +16,7 @@ from cachesrv.push.events import Failed, Published
 from cachesrv.push.failure import MISSING_NAR, MISSING_REFERENCES, Failure
 from cachesrv.push.foremost import foremost
 from cachesrv.push.one_line import one_line
+from cachesrv.push.packing import PACKS_AT_ONCE
 from cachesrv.push.plan import Decision
 from cachesrv.push.publish_order import PublishOrder
 from cachesrv.push.retry import TryAgain
@@ -38,11 +39,6 @@ MAX_REFERENCES = 200_000
 
 GATHER = 0.2
 """Seconds from the first path that is ready to the request that publishes it: others join it meanwhile."""
-
-PACKS_AT_ONCE = 2
-"""While one is on its way, the next one is made. They are sent one after the other: so nearly every path can go with
-its NAR, since all that it refers to is published by then.
-"""
 
 PACKED_PATHS = 1000
 PACKED_REFERENCES = 10_000
@@ -129,13 +125,20 @@ class Upload:
     async def _send_packs(self, packing: Packing, groups: Iterator[list[Nar]]) -> None:
         for group in groups:
             if self._packing is None:
-                await self._send(group)
+                await self._send_together(group)
                 continue
             async with packing.packed([nar for nar in map(self._open_part, group) if nar.infos]) as pack:
                 self._settle((), pack.failed)
+                # One after the other: so nearly every path can go with its NAR, all that it refers to being published.
                 async with self._pack_under_way:
                     left = await self._send_pack(packing, pack) if pack.ready else []
-            await self._send([*left, *pack.others])
+            await self._send_together([*left, *pack.others])
+
+    async def _send_together(self, nars: Sequence[Nar]) -> None:
+        waiting = iter(nars)
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(min(max(1, self._jobs // PACKS_AT_ONCE), len(nars))):
+                tasks.create_task(self._send(waiting))
 
     def _open_part(self, nar: Nar) -> Nar:
         """Without the paths that have failed meanwhile."""

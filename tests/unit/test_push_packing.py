@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
+import random
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -28,12 +29,13 @@ from cachesrv.push.token import TokenVariable
 from tests.push_doubles import FakeCache, TemporaryStore, answer, drop, hang, path_info, store_path
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterable
     from pathlib import Path
     from typing import Any
 
     from cachesrv.api import PackLimits
     from cachesrv.nix.path_info import PathInfo
+    from cachesrv.nix.store_path import StorePath
     from cachesrv.push.nar_source import NarSource
     from tests.push_doubles import Handler
 
@@ -254,7 +256,73 @@ async def test_a_path_that_cannot_be_read_comes_from_the_daemon(store: Temporary
     await pushed(store, cache)
 
     check_all_there(store, cache)
-    assert cache.count("nar") == 2
+    assert (cache.count("pack"), cache.count("nar")) == (1, 1)
+
+
+class DaemonsStore(TemporaryStore):
+    """Of which nothing can be read but through a daemon, that takes `connections` at a time; `most` have been open."""
+
+    connections = 4
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.most = 0
+        self._pool = asyncio.Semaphore(self.connections)
+        self._open = 0
+
+    def real_path(self, path: StorePath) -> str | None:
+        return None
+
+    async def nar(self, info: PathInfo) -> AsyncGenerator[bytes, None]:
+        async with self._pool, aclosing(super().nar(info)) as chunks:
+            self._open += 1
+            self.most = max(self.most, self._open)
+            try:
+                async for chunk in chunks:
+                    yield chunk
+            finally:
+                self._open -= 1
+
+
+@pytest.fixture
+def daemons(store: TemporaryStore) -> DaemonsStore:
+    daemons = DaemonsStore(store.directory)
+    daemons.infos = store.infos
+    return daemons
+
+
+async def test_nars_come_through_the_daemon_several_at_a_time(daemons: DaemonsStore, cache: FakeCache) -> None:
+    summary = await pushed(daemons, cache)
+
+    check_all_there(daemons, cache)
+    assert (summary.uploaded, summary.failed) == (NUMBER + 1, 0)
+    assert daemons.most == daemons.connections
+    assert (cache.count("pack"), cache.count("nar")) == (1, 1)
+
+
+@pytest.mark.parametrize("memory", [8, 64])
+async def test_who_waits_for_the_daemon_does_not_wait_for_ever(
+    daemons: DaemonsStore, cache: FakeCache, memory: int
+) -> None:
+    """Those who have its connections may be waiting for memory."""
+    names = [f"middling-{number}" for number in range(30)]
+    for number, name in enumerate(names):
+        daemons.add(name, random.Random(number).randbytes((200 << 10) if number % 5 else 3 << 20))
+    async with asyncio.timeout(60):
+        summary = await pushed(daemons, cache, *names, memory=memory << 20)
+
+    assert (summary.uploaded, summary.failed) == (30, 0)
+
+
+async def test_what_a_daemon_gives_is_checked(daemons: DaemonsStore, cache: FakeCache) -> None:
+    for name, length in (("small-5", 1), ("small-6", 100)):
+        daemons.file(name).write_bytes(bytes(length))
+    told: list[events.Event] = []
+    summary = await pushed(daemons, cache, "small-4", "small-5", "small-6", told=told)
+
+    assert (summary.uploaded, summary.failed) == (5, 2)
+    kinds = {event.path[-7:]: event.kind for event in told if isinstance(event, events.Failed)}
+    assert kinds["small-5"] == "damaged"
 
 
 async def test_more_references_than_a_head_can_hold(store: TemporaryStore, cache: FakeCache) -> None:
