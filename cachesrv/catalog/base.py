@@ -197,8 +197,8 @@ class Catalog(Retention, Protocol):
     async def remove_nars(self, keys: Collection[str]) -> None:
         """Forget NARs; those that are not there are passed over."""
 
-    async def record_conflict(self, record: ConflictRecord) -> None:
-        """Remember a refused push; the same one again (cache, path, both hashes, pusher) counts once, at its latest
+    async def record_conflicts(self, records: Sequence[ConflictRecord]) -> None:
+        """Remember refused pushes; the same one again (cache, path, both hashes, pusher) counts once, at its latest
         time. Of each path the latest are kept, and of all paths a limited number.
         """
 

@@ -65,8 +65,13 @@ _FORGET_CONFLICTS = delete(conflicts).where(conflicts.c.id <= bindparam("of"))
 _OF_PATH = _LATEST_FIRST.where(conflicts.c.hash_part == bindparam("hash_part"))
 
 
-def record_conflict(connection: Connection, record: ConflictRecord) -> None:
-    """See `Catalog.record_conflict`."""
+def record_conflicts(connection: Connection, records: Sequence[ConflictRecord]) -> None:
+    """See `Catalog.record_conflicts`."""
+    for record in records:
+        _record_conflict(connection, record)
+
+
+def _record_conflict(connection: Connection, record: ConflictRecord) -> None:
     same = connection.execute(_SAME, asdict(record)).one_or_none()
     if same is None:
         connection.execute(_INSERT, asdict(record))

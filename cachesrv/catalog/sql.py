@@ -102,8 +102,9 @@ class SqlCatalog(SqlRetention):
     async def remove_nars(self, keys: Collection[str]) -> None:
         await self._database.write(nars.remove, keys)
 
-    async def record_conflict(self, record: ConflictRecord) -> None:
-        await self._database.write(refused.record_conflict, record)
+    async def record_conflicts(self, records: Sequence[ConflictRecord]) -> None:
+        if records:
+            await self._database.write(refused.record_conflicts, records)
 
     async def conflicts(self, cache: str, hash_part: str | None = None) -> list[ConflictRecord]:
         return await self._database.read(refused.find_conflicts, cache, hash_part)

@@ -34,7 +34,7 @@ from cachesrv.services.verify_nar import LISTING_LIMIT
 from cachesrv.services.writing import Admitted, Writing
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from cachesrv.catalog.base import Catalog, NarRecord
     from cachesrv.index.base import Index
@@ -139,19 +139,23 @@ class Publish:
             await self._remember_refusals(cache, refused, pusher)
         return outcomes
 
-    async def remember_conflict(self, published: PathRecord, nar_hash: str, pusher: str) -> None:
-        """Note that somebody has another NAR, with the hash `sha256:<nix32>`, for a published path."""
-        await self._catalog.record_conflict(
-            ConflictRecord(
-                cache=published.cache,
-                hash_part=published.hash_part,
-                name=published.name,
-                published_nar_hash=published.nar_hash,
-                refused_nar_hash=nar_hash,
-                pusher=pusher,
-                at=int(time.time()),
-                publisher=published.pusher,
-            )
+    async def remember_conflicts(self, refused: Iterable[tuple[PathRecord, str]], pusher: str) -> None:
+        """Note that somebody has other NARs for published paths: each with the hash (`sha256:<nix32>`) of the other."""
+        at = int(time.time())
+        await self._catalog.record_conflicts(
+            [
+                ConflictRecord(
+                    cache=published.cache,
+                    hash_part=published.hash_part,
+                    name=published.name,
+                    published_nar_hash=published.nar_hash,
+                    refused_nar_hash=nar_hash,
+                    pusher=pusher,
+                    at=at,
+                    publisher=published.pusher,
+                )
+                for published, nar_hash in refused
+            ]
         )
 
     async def close(self) -> None:
@@ -273,11 +277,15 @@ class Publish:
         # A store that fails says nothing of the path.
         told = [(path, error) for path, error in refused if isinstance(error, BadInput | Refused)]
         await self._catalog.record_refusals([_refusal(cache, path, error, pusher) for path, error in told])
-        for path, error in refused:
-            if isinstance(error, Conflict):
-                published = await self._catalog.path(cache.name, path.store_path.hash_part)
-                if published is not None and published.nar_hash != path.nar_hash.nix32:
-                    await self.remember_conflict(published, path.nar_hash.nix32, pusher)
+        others = {
+            path.store_path.hash_part: path.nar_hash.nix32 for path, error in refused if isinstance(error, Conflict)
+        }
+        if others:
+            published = await self._catalog.paths(cache.name, others)
+            conflicts = [
+                (record, others[part]) for part, record in published.items() if record.nar_hash != others[part]
+            ]
+            await self.remember_conflicts(conflicts, pusher)
 
 
 def _refusal(cache: ServedCache, path: Candidate, error: CachesrvError, pusher: str) -> RefusalRecord:

@@ -87,8 +87,7 @@ async def missing(request: web.Request) -> web.Response:
         for path, nar_hash in wanted.items()
         if path not in absent and published[path.hash_part].nar_hash != nar_hash
     }
-    for path in conflicts:
-        await services.publish.remember_conflict(published[path.hash_part], wanted[path], pusher)
+    await services.publish.remember_conflicts([(published[one.hash_part], wanted[one]) for one in conflicts], pusher)
     return json_answer(
         api.MissingAnswer(
             missing=[path.base_name for path in absent],

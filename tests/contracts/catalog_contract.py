@@ -360,20 +360,20 @@ class NarContract(Fixtures):
 class RefusalContract(Fixtures):
     async def test_refused_pushes_come_latest_first(self, catalog: Catalog) -> None:
         records = [refusal(2, at=NOW + 2), refusal(1, at=NOW + 3), refusal(1, refused_nar_hash=nar_hash(9))]
-        for record in (*records, refusal(1, cache="other")):
-            await catalog.record_conflict(record)
+        await catalog.record_conflicts([*records, refusal(1, cache="other")])
+        await catalog.record_conflicts([])
         assert await catalog.conflicts("main") == [records[1], records[0], records[2]]
         assert await catalog.conflicts("main", hash_part(1)) == [records[1], records[2]]
         assert await catalog.conflicts("main", hash_part(3)) == []
 
     async def test_the_same_one_again_counts_once_with_its_latest_time(self, catalog: Catalog) -> None:
         for at in (NOW, NOW + 5, NOW + 5, NOW + 1):
-            await catalog.record_conflict(refusal(1, at=at))
+            await catalog.record_conflicts([refusal(1, at=at)])
         assert await catalog.conflicts("main") == [refusal(1, at=NOW + 5)]
 
     async def test_other_pushers_count_on_their_own(self, catalog: Catalog) -> None:
-        await catalog.record_conflict(refusal(1))
-        await catalog.record_conflict(refusal(1, pusher="laptop", at=NOW + 1))
+        await catalog.record_conflicts([refusal(1)])
+        await catalog.record_conflicts([refusal(1, pusher="laptop", at=NOW + 1)])
         assert [record.pusher for record in await catalog.conflicts("main")] == ["laptop", "builder"]
 
     async def test_conflicts_are_remembered_in_limited_number(
@@ -382,10 +382,9 @@ class RefusalContract(Fixtures):
         monkeypatch.setattr(refused, "MAX_CONFLICTS_OF_PATH", 3)
         monkeypatch.setattr(refused, "MAX_CONFLICTS", 5)
         for number in range(6):
-            await catalog.record_conflict(refusal(1, refused_nar_hash=nar_hash(number), at=NOW + number))
+            await catalog.record_conflicts([refusal(1, refused_nar_hash=nar_hash(number), at=NOW + number)])
         assert [record.at - NOW for record in await catalog.conflicts("main", hash_part(1))] == [5, 4, 3]
-        for number in range(2, 6):
-            await catalog.record_conflict(refusal(number))
+        await catalog.record_conflicts([refusal(number) for number in range(2, 6)])
         assert len(await catalog.conflicts("main")) == 5
         assert [record.at - NOW for record in await catalog.conflicts("main", hash_part(1))] == [5]
 
@@ -471,7 +470,7 @@ class SharingContract(Fixtures):
         await one.publish([path(1, 2)])
         await one.put_nar(nar(1))
         await one.put_token(token("ci", 1))
-        await one.record_conflict(refusal(1))
+        await one.record_conflicts([refusal(1)])
         await one.close()
         other = await open_catalog()
         assert await scanned(other) == [path(1, 2)]

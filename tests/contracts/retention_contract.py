@@ -364,7 +364,7 @@ class RelianceContract(Fixtures):
         await catalog.publish([path(1, pusher="ann")])
         await catalog.publish([path(1, pusher="bob", narinfo=b"changed")])
         assert [record.pusher for record in await scanned(catalog)] == ["ann"]
-        await catalog.record_conflict(refusal(1, publisher="ann"))
+        await catalog.record_conflicts([refusal(1, publisher="ann")])
         assert [record.publisher for record in await catalog.conflicts("main")] == ["ann"]
 
     async def doom(self, catalog: Catalog, *numbers: int, before: int = NOW + 1, now: int = NOW) -> list[str]:

@@ -199,8 +199,8 @@ async def test_what_was_refused(stores: Stores) -> None:
 async def test_what_was_pushed_with_another_nar(stores: Stores, process: Process) -> None:
     await process.push(MAIN, LIBRARY)
     hashes = LIBRARY.nar_hash.nix32, TOOL.nar_hash.nix32
-    await stores.catalog.record_conflict(
-        ConflictRecord("main", LIBRARY.path.hash_part, "library", *hashes, pusher="ci", at=START)
+    await stores.catalog.record_conflicts(
+        [ConflictRecord("main", LIBRARY.path.hash_part, "library", *hashes, pusher="ci", at=START)]
     )
     (text,) = texts(await why(stores, LIBRARY), "conflict")
     assert text.startswith(f"another NAR for it, {hashes[1]}, was refused 2023-11-14 22:13Z from ci; published, by")
