@@ -11,6 +11,7 @@ import pytest
 
 from tests.samples import Sample
 from tests.system import push
+from tests.system.conftest import PROXY
 from tests.system.server import until
 from tests.system.small_disk import ServerOn, SmallDisk, small_disk
 
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from tests.system.conftest import MakeBucket
     from tests.system.nix import Nix
     from tests.system.server import Server
+    from tests.system.stored import Stored
 
 MIB = 2**20
 RESERVE = 2 * MIB
@@ -47,9 +50,9 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
 def make_server(disk: SmallDisk, tmp_path: Path) -> Iterator[Callable[..., ServerOn]]:
     servers: list[ServerOn] = []
 
-    def make(**environment: str) -> ServerOn:
+    def make(stored: Stored | None = None, **environment: str) -> ServerOn:
         environment |= {"CACHESRV_STORAGE__RESERVE": str(RESERVE)}
-        servers.append(ServerOn(disk, tmp_path / "server", config=CONFIG, environment=environment))
+        servers.append(ServerOn(disk, tmp_path / "server", config=CONFIG, environment=environment, stored=stored))
         return servers[-1]
 
     yield make
@@ -121,6 +124,34 @@ def test_pushes_until_refusal_then_a_collection_then_pushes_again(server: Server
     assert set(statuses) == {200, 404}
     check_served(server, *again, *(what for what, status in zip(acknowledged, statuses, strict=True) if status == 200))
     assert leftovers(disk) == []
+
+
+def test_objects_in_a_bucket_and_a_full_disk_beside_it(
+    make_server: Callable[..., ServerOn], make_bucket: MakeBucket, disk: SmallDisk
+) -> None:
+    """There is room for objects, but none for what catalog and index say of them, nor in the disk cache."""
+    server = make_server(make_bucket(PROXY), CACHESRV_DELIVERY__DISK_CACHE_SIZE="3 MiB")
+    server.start()
+    acknowledged = [sample(number) for number in range(6)]
+    assert [put(server, what) for what in acknowledged] == [204] * 6
+    disk.fill()
+    assert put(server, sample(1000)) == 507
+    check_served(server, *acknowledged)
+    server.kill()
+    server.start()
+    check_served(server, *acknowledged)
+    disk.fill()  # the disk cache has made room for others
+    assert put(server, sample(1000)) == 507
+    done = server.run("gc", "--json")
+    assert done.returncode == 0, done.stderr
+    statuses = [server.client().get(what.narinfo_url).status for what in acknowledged]
+    assert sorted(statuses) == [200] * 3 + [404] * 3
+    assert len(server.stored.names("nar/")) == 3
+    disk.empty()
+    until(partial(has_reserve, disk), "there is no reserve again")
+    assert put(server, sample(1000)) == 204
+    done = server.run("verify", "--contents")
+    assert done.returncode == 0, done.stdout
 
 
 def test_what_does_not_fit_is_refused_before_it_is_sent(server: ServerOn, disk: SmallDisk) -> None:
