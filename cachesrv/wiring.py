@@ -49,7 +49,7 @@ from cachesrv.services.uploads import Limits, Uploads
 from cachesrv.services.upstream import Upstream, Upstreams
 from cachesrv.services.usage import RESOLUTION, Usage
 from cachesrv.services.verify import Allowances, Verify
-from cachesrv.storage.decorators import Direct, Guarded, Limited, Measured, Retrying
+from cachesrv.storage.decorators import Direct, Guarded, Limited, Measured, Retrying, log_retries
 from cachesrv.storage.disk_cache import DiskCache
 from cachesrv.storage.filesystem import FilesystemStore
 from cachesrv.storage.kept import KeepingStore, KeptCopies
@@ -106,7 +106,7 @@ def _open_bucket(config: Config, metrics: Metrics | None = None) -> S3Store:
         requests = Measured(requests, partial(_count_request, metrics))
     return S3Store(
         storage.bucket or "",
-        requests=Retrying(Guarded(Limited(requests))),
+        requests=_persistent(requests),
         prefix=storage.prefix or "",
         region=storage.region,
         endpoint=storage.endpoint,
@@ -114,6 +114,12 @@ def _open_bucket(config: Config, metrics: Metrics | None = None) -> S3Store:
         redirect=config.delivery.mode == "redirect",
         presign_seconds=config.delivery.presign_seconds,
     )
+
+
+def _persistent(requests: Requests, timeout: float = 45) -> Requests:
+    """As many as the bucket bears, and tried again where that may help."""
+    log_retries()
+    return Retrying(Guarded(Limited(requests)), timeout=timeout)
 
 
 def _count_request(metrics: Metrics, _operation: str, _seconds: float, error: BaseException | None) -> None:
@@ -398,7 +404,7 @@ def _open_bucket_of_others(upstream: UpstreamConfig) -> S3Store:
 
     try:
         url = BucketUrl.parse(upstream.url)
-        requests = Retrying(Guarded(Limited(Direct())), timeout=upstream.timeout)
+        requests = _persistent(Direct(), timeout=upstream.timeout)
         return S3Store(url.bucket, requests=requests, prefix=url.prefix, region=url.region, endpoint=url.endpoint)
     except BadInput as error:
         raise ConfigError(f"upstream {upstream.name}: {error}") from error

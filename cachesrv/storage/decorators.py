@@ -15,12 +15,18 @@ import time
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 import stamina
+import structlog
+from stamina.instrumentation import set_on_retry_hooks
 
 from cachesrv.errors import StoreUnavailable
 from cachesrv.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    from stamina.instrumentation import RetryDetails
+
+_log = structlog.get_logger()
 
 T = TypeVar("T")
 
@@ -184,3 +190,12 @@ class Retrying:
         if error.after:
             return error.after * random.uniform(1, 1.5)  # noqa: S311  jitter is no secret
         return True
+
+
+def log_retries() -> None:
+    """From now on what is tried again in this process is told in the log in few words: it may be thousands."""
+    set_on_retry_hooks([_tell])
+
+
+def _tell(details: RetryDetails) -> None:
+    _log.info("a request is tried again", error=str(details.caused_by), in_seconds=round(details.wait_for, 2))

@@ -94,15 +94,16 @@ def _element(name: str, text: str) -> str:
     return " ".join(html.unescape(found[1]).split()) if found else ""
 
 
+_EXPIRED = "the credentials have expired: renew them; those from variables and from a file are read at the start"
 _FINAL = {
-    "NoSuchBucket": "there is no such bucket: check bucket, region and endpoint of [storage]",
-    "InvalidBucketName": "no bucket can have this name: check bucket of [storage]",
+    "NoSuchBucket": "there is no such bucket: check bucket, region and endpoint in the configuration",
+    "InvalidBucketName": "no bucket can have this name: check it in the configuration",
     "AllAccessDisabled": "the bucket, or the account that it belongs to, has been disabled",
     "InvalidAccessKeyId": "the access key is not known there: check the credentials and the endpoint",
     "SignatureDoesNotMatch": "the secret key is not that of the access key: check the credentials, and that no proxy "
     "changes requests on their way",
-    "ExpiredToken": "the credentials have expired: renew them",
-    "TokenRefreshRequired": "the credentials have expired: renew them",
+    "ExpiredToken": _EXPIRED,
+    "TokenRefreshRequired": _EXPIRED,
     "InvalidToken": "the session token of the credentials is not valid: renew them",
     "InvalidObjectState": "the object lies in an archive class: restore it, or let no lifecycle rule archive objects",
     "KMS.DisabledException": "the key that encrypts the object is disabled",
@@ -174,7 +175,7 @@ def named(answer: Answer, request: Request) -> CachesrvError:
     if code in _PASSING or status in _PASSING_STATUSES:
         return TryAgain(f"{request}: failed there{_remark(answer)}", after=_retry_after(answer))
     if status == 404 and not code:
-        return TryAgain(f"{request}: a 404 that does not say of what: is the endpoint of [storage] an S3 server?")
+        return TryAgain(f"{request}: a 404 that does not say of what: is the endpoint an S3 server?")
     return _final(answer)(f"{request}: {_words(answer, request)}{_remark(answer)}")
 
 
@@ -188,8 +189,8 @@ def _words(answer: Answer, request: Request) -> str:
     if answer.code in _FINAL:
         return _FINAL[answer.code]
     if answer.status in {301, 307, 308} or answer.code == "AuthorizationHeaderMalformed":
-        where = f': set region = "{answer.region}" in [storage]' if answer.region else ": check region of [storage]"
-        return f"the bucket is in another region{where}"
+        where = f'set the region "{answer.region}"' if answer.region else "check the region"
+        return f"the bucket is in another region: {where} in the configuration"
     if answer.code == "RequestTimeTooSkewed" or (answer.status in {400, 403} and abs(_ahead(answer)) > _FARTHEST_CLOCK):
         return f"the clock of this machine is wrong by {abs(_ahead(answer)):.0f} seconds: set it, as by NTP"
     if answer.status == 403:

@@ -30,7 +30,7 @@ FILES, REDIRECT, PROXY = "files", "redirect", "proxy"
 def make_bucket(request: pytest.FixtureRequest, tmp_path: Path) -> MakeBucket:
     """Places in buckets, each of its own; see Bucket for what they are given."""
 
-    def make(mode: str = REDIRECT, endpoint: str = "") -> Bucket:
+    def make(mode: str = "", endpoint: str = "") -> Bucket:
         gateway: Gateway = request.getfixturevalue("gateway")
         bucket: str = request.getfixturevalue("bucket")
         return Bucket(gateway, bucket, token_hex(8), tmp_path, mode=mode, endpoint=endpoint)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
+import time
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
@@ -36,6 +38,31 @@ class Answer:
     status: int
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
+
+
+REFUSALS = {
+    "expired": (
+        Answer(400, b"<Error><Code>ExpiredToken</Code><Message>The token has expired.</Message></Error>"),
+        "the credentials have expired: renew them",
+    ),
+    "clock": (
+        Answer(
+            403,
+            b"<Error><Code>RequestTimeTooSkewed</Code></Error>",
+            {"Date": formatdate(time.time() - 7200, usegmt=True)},
+        ),
+        "the clock of this machine is wrong by 7",
+    ),
+    "region": (
+        Answer(301, b"<Error><Code>PermanentRedirect</Code></Error>", {"x-amz-bucket-region": "eu-west-3"}),
+        'the bucket is in another region: set the region "eu-west-3"',
+    ),
+    "denied": (
+        Answer(403, b"<Error><Code>AccessDenied</Code></Error>"),
+        "access denied: the credentials need s3:",
+    ),
+}
+"""What AWS says that the gateway of the tests does not, or not so; and what is to be told of it."""
 
 
 @dataclass(frozen=True)

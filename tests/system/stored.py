@@ -88,11 +88,12 @@ class Folder:
 
 class Bucket:
     """What lies below a prefix of a bucket. Copies of it are made below `folder`. Servers talk to `endpoint`: the
-    gateway itself, unless it is said, and by a name that is not theirs, as buckets have.
+    gateway itself, unless it is said, and by a name that is not theirs, as buckets have. NARs reach clients as
+    `mode` says, or as they do by default.
     """
 
     def __init__(
-        self, gateway: Gateway, bucket: str, prefix: str, folder: Path, *, mode: str = "redirect", endpoint: str = ""
+        self, gateway: Gateway, bucket: str, prefix: str, folder: Path, *, mode: str = "", endpoint: str = ""
     ) -> None:
         self.name = bucket
         self.prefix = prefix
@@ -104,14 +105,17 @@ class Bucket:
     @property
     def settings(self) -> dict[str, str]:
         """Without a disk cache: NARs come from the bucket, all of them."""
-        return self._gateway.environment() | {
-            "CACHESRV_STORAGE__KIND": "s3",
-            "CACHESRV_STORAGE__BUCKET": self.name,
-            "CACHESRV_STORAGE__PREFIX": self.prefix,
-            "CACHESRV_STORAGE__ENDPOINT": self._endpoint,
-            "CACHESRV_DELIVERY__MODE": self._mode,
-            "CACHESRV_DELIVERY__DISK_CACHE_SIZE": "0",
-        }
+        return (
+            self._gateway.environment()
+            | {
+                "CACHESRV_STORAGE__KIND": "s3",
+                "CACHESRV_STORAGE__BUCKET": self.name,
+                "CACHESRV_STORAGE__PREFIX": self.prefix,
+                "CACHESRV_STORAGE__ENDPOINT": self._endpoint,
+                "CACHESRV_DELIVERY__DISK_CACHE_SIZE": "0",
+            }
+            | ({"CACHESRV_DELIVERY__MODE": self._mode} if self._mode else {})
+        )
 
     def names(self, folder: str = "") -> set[str]:
         """See Stored."""

@@ -6,13 +6,17 @@ import os
 import subprocess
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.radosgw import STRANGER
+from tests.system.fault_proxy import REFUSALS, FaultProxy
 from tests.system.server import CACHESRV
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.radosgw import Gateway
+    from tests.system.fault_proxy import Answer
 
 
 def probe(folder: Path, endpoint: str, environment: dict[str, str]) -> tuple[int, str]:
@@ -49,6 +53,18 @@ def test_permissions_that_are_missing(gateway: Gateway, bucket: str, tmp_path: P
     status, said = probe(tmp_path, gateway.endpoint, environment)
     assert status == 2
     assert said.count("access denied: the credentials need s3:") == 7
+
+
+@pytest.mark.parametrize(("answer", "words"), REFUSALS.values(), ids=REFUSALS)
+def test_what_is_refused_is_said_with_what_to_do(
+    gateway: Gateway, bucket: str, tmp_path: Path, answer: Answer, words: str
+) -> None:
+    environment = gateway.environment() | {"CACHESRV_STORAGE__BUCKET": bucket}
+    with FaultProxy(gateway.endpoint) as proxy:
+        proxy.plan(answer, times=100)
+        status, said = probe(tmp_path, proxy.url, environment)
+    assert status == 2
+    assert words in said
 
 
 def test_an_endpoint_that_is_not_there(gateway: Gateway, tmp_path: Path) -> None:

@@ -32,8 +32,10 @@ def proxy(gateway: Gateway) -> Iterator[FaultProxy]:
 
 
 @pytest.fixture
-def server(make_server: StartServer, make_bucket: MakeBucket, proxy: FaultProxy) -> Server:
-    environment = {"CACHESRV_CACHE__0__AUTHORITY": "bucket"}
+def server(
+    request: pytest.FixtureRequest, make_server: StartServer, make_bucket: MakeBucket, proxy: FaultProxy
+) -> Server:
+    environment = {"CACHESRV_CACHE__0__AUTHORITY": "bucket", **getattr(request, "param", {})}
     return make_server(stored=make_bucket(endpoint=proxy.url), environment=environment).start()
 
 
@@ -73,3 +75,17 @@ def test_each_is_asked_for_once(server: Server, proxy: FaultProxy) -> None:
         assert server.client().get(sample.narinfo_url).status == 200
         assert not proxy.count(path=NARINFO)
     assert server.absences == ABSENT - len(samples)
+
+
+@pytest.mark.parametrize("server", [{"CACHESRV_LOOKUP__NEGATIVE_LIMIT": "50"}], indirect=True, ids=["50"])
+def test_their_number_is_bounded(server: Server, proxy: FaultProxy) -> None:
+    """The latest are remembered."""
+    hash_parts = [path_of(f"absent-{number}").hash_part for number in range(200)]
+    first, rest = hash_parts[:100], hash_parts[100:]
+    assert ask(server, first) == [404] * len(first)
+    until(lambda: server.absences == 50, "another number is remembered")
+    assert ask(server, rest) == [404] * len(rest)
+    until(lambda: server.absences == 50, "another number is remembered")
+    proxy.calm()
+    assert ask(server, first[:20]) == [404] * 20
+    assert proxy.count(path=NARINFO) == 20

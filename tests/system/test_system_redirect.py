@@ -1,4 +1,4 @@
-"""NARs in a bucket, to which clients are sent: all of a redirect that HTTP shows."""
+"""NARs in a bucket, to which clients are sent unless it is configured otherwise: all of a redirect that HTTP shows."""
 
 from __future__ import annotations
 

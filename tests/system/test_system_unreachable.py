@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -92,13 +93,19 @@ def test_what_is_not_known_may_be_asked_again(server: Server, proxy: FaultProxy,
     assert server.client().get(UNKNOWN.nar_url).body == UNKNOWN.file
 
 
-def test_a_bucket_that_refuses_is_no_empty_bucket(server: Server, proxy: FaultProxy) -> None:
+@pytest.mark.parametrize(("answer", "words"), fault_proxy.REFUSALS.values(), ids=fault_proxy.REFUSALS)
+def test_a_bucket_that_refuses_is_no_empty_bucket(
+    server: Server, proxy: FaultProxy, answer: fault_proxy.Answer, words: str
+) -> None:
     """403 is what S3 says when the credentials are wrong, and also of what is absent to those who may not list."""
-    proxy.plan(fault_proxy.Answer(403, b"<Error><Code>AccessDenied</Code></Error>"), times=100_000)
+    proxy.plan(answer, times=100_000)
     assert statuses(server, UNKNOWN, UNKNOWN_ABSENT) == [500, 500]
     check_what_is_known(server)
     assert server.absences == 1
-    assert "access denied: the credentials need s3:GetObject" in server.log
+    assert server.pusher.put(UNKNOWN_ABSENT.nar_url, UNKNOWN_ABSENT.file).status == 500
+    for path in (UNKNOWN.narinfo_url, UNKNOWN_ABSENT.nar_url):
+        (told,) = [line for line in server.log.splitlines() if path in line]
+        assert words in json.loads(told)["error"]
     proxy.calm()
     assert statuses(server, UNKNOWN, UNKNOWN_ABSENT) == [200, 404]
 

@@ -4,9 +4,11 @@ import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
+from stamina.instrumentation import set_on_retry_hooks
+from structlog.testing import capture_logs
 
 from cachesrv.errors import NotFound, StoreError, StoreUnavailable
-from cachesrv.storage.decorators import Direct, Guarded, Limited, Measured, Retrying, SlowDown, TryAgain
+from cachesrv.storage.decorators import Direct, Guarded, Limited, Measured, Retrying, SlowDown, TryAgain, log_retries
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -46,6 +48,22 @@ async def test_what_may_pass_is_tried_again() -> None:
     retrying = Retrying(Direct(), attempts=3, first=0.001)
     assert await outcome(retrying, TryAgain("1"), SlowDown("2"), "done") == "done"
     assert await outcome(retrying, TryAgain("1"), SlowDown("2"), TryAgain("3"), "late") == "3"
+
+
+async def test_what_is_tried_again_is_told() -> None:
+    log_retries()
+    try:
+        with capture_logs() as told:
+            await outcome(Retrying(Direct(), first=0.001), TryAgain("the bucket did not answer"), "done")
+    finally:
+        set_on_retry_hooks(None)
+    (event,) = told
+    assert event.pop("in_seconds") < 1
+    assert event == {
+        "event": "a request is tried again",
+        "error": "the bucket did not answer",
+        "log_level": "info",
+    }
 
 
 @pytest.mark.parametrize("error", [StoreError("e"), StoreUnavailable("e"), NotFound("e"), ValueError("e")])

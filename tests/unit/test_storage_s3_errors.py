@@ -61,13 +61,13 @@ def test_kinds(status: int, code: str, kind: type[CachesrvError]) -> None:
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        (answer(404, "NoSuchBucket"), "no such bucket: check bucket, region and endpoint of [storage]"),
+        (answer(404, "NoSuchBucket"), "no such bucket: check bucket, region and endpoint in the conf"),
         (answer(403, "InvalidAccessKeyId"), "the access key is not known there"),
         (answer(403, "SignatureDoesNotMatch"), "the secret key is not that of the access key"),
-        (answer(400, "ExpiredToken"), "the credentials have expired: renew them"),
+        (answer(400, "ExpiredToken"), "the credentials have expired: renew them; those from variables"),
         (answer(400, "InvalidToken"), "the session token of the credentials is not valid"),
-        (answer(301, x_amz_bucket_region="eu-west-1"), 'in another region: set region = "eu-west-1" in [storage]'),
-        (answer(307), "in another region: check region of [storage]"),
+        (answer(301, x_amz_bucket_region="eu-west-1"), 'in another region: set the region "eu-west-1"'),
+        (answer(307), "in another region: check the region"),
         (answer(403, "AccessDenied"), "the credentials need s3:GetObject; without s3:ListBucket"),
         (answer(403, "AccessDenied", "no &lt;you&gt;"), "(403, AccessDenied: no <you>)"),
         (answer(403, "InvalidObjectState"), "the object lies in an archive class"),
@@ -95,7 +95,7 @@ def test_the_region_that_the_body_names() -> None:
         b"<Error><Code>AuthorizationHeaderMalformed</Code><Message>the region is wrong</Message>"
         b"<Region>eu-west-1</Region></Error>"
     )
-    assert 'set region = "eu-west-1"' in str(named(Answer.parse(400, {}, body), REQUEST))
+    assert 'set the region "eu-west-1"' in str(named(Answer.parse(400, {}, body), REQUEST))
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("7", 7), ("", 0), ("-1", 0), ("Fri, 1 Jan 2027 00:00:00 GMT", 0)])
