@@ -6,7 +6,7 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Self
 
-from cachesrv.errors import DaemonError, NotFound
+from cachesrv.errors import DaemonError, NotAllowed, NotFound
 from cachesrv.nix.path_info import PathInfo, in_reference_order
 from cachesrv.nix.realisation import OutputId, Realisation, TracedOutput
 from cachesrv.nix.store_path import StorePath
@@ -123,9 +123,11 @@ class DaemonStore:
                     yield chunk
 
     async def realisations(self, paths: Iterable[StorePath]) -> Mapping[OutputId | TracedOutput, Realisation]:
-        """From the database where this user may read it: by daemon they cannot be found by path."""
+        """From the database, where this user may read it: a daemon can be asked for them by derivation, not by path."""
         database = StoreDatabase(self._location)
-        return await asyncio.to_thread(database.realisations, list(paths)) if database.readable else {}
+        if not database.readable:
+            raise NotAllowed(f"the {self.name} does not tell them by path, and this user may not read {database.file}")
+        return await asyncio.to_thread(database.realisations, list(paths))
 
     async def close(self) -> None:
         await self._pool.close()

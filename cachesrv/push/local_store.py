@@ -60,7 +60,9 @@ class LocalStore(Protocol):
         ...
 
     async def realisations(self, paths: Iterable[StorePath]) -> Mapping[OutputId | TracedOutput, Realisation]:
-        """Which outputs of content-addressed derivations are known to have come out as one of the paths."""
+        """Which outputs of content-addressed derivations are known to have come out as one of the paths. Raises
+        `NotAllowed` when this user cannot be told.
+        """
         ...
 
     async def close(self) -> None:

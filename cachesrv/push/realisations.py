@@ -11,14 +11,14 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from cachesrv.api import MAX_BATCH
-from cachesrv.errors import CachesrvError
+from cachesrv.errors import CachesrvError, NotAllowed
 from cachesrv.nix.realisation import object_name, render
-from cachesrv.push.events import Failed, Realised
+from cachesrv.push.events import Failed, Noted, Realised
 from cachesrv.push.failure import MISSING_REFERENCES, Failure
 from cachesrv.push.upload import concerns_all
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Container, Mapping
+    from collections.abc import Collection, Container, Mapping, Sequence
 
     from cachesrv.nix.path_info import PathInfo
     from cachesrv.nix.realisation import Realisation, RealisedOutput
@@ -30,14 +30,22 @@ if TYPE_CHECKING:
 Realisations = dict["RealisedOutput", "Realisation"]
 
 
-async def missing_realisations(store: LocalStore, infos: Collection[PathInfo], server: Server) -> Realisations:
+async def missing_realisations(
+    store: LocalStore, infos: Collection[PathInfo], server: Server, emit: Emit
+) -> Realisations:
     """What the store knows of how these paths came out, and the cache does not. Where no path is content-addressed
     nobody needs that: other derivations say themselves where their outputs are.
     """
     paths = [info.store_path for info in infos if not info.store_path.is_derivation]
+    built = [info.store_path for info in infos if info.ca and info.deriver and not info.store_path.is_derivation]
     if not any(info.ca for info in infos if not info.store_path.is_derivation):
         return {}
-    known = await store.realisations(paths)
+    try:
+        known = await store.realisations(paths)
+    except NotAllowed as error:
+        if built:
+            emit(Noted(f"what {_some(built)} came out of is not pushed, should that be content-addressed: {error}"))
+        return {}
     names = {object_name(output): output for output in known}
     asked = list(names)
     missing: set[str] = set()
@@ -84,6 +92,10 @@ class RealisationUpload:
                 return False
         self._emit(Realised(name, realisation.out_path.base_name))
         return True
+
+
+def _some(paths: Sequence[StorePath]) -> str:
+    return f"{paths[0]} and {len(paths) - 1} others" if len(paths) > 1 else str(paths[0])
 
 
 def _needed(output: RealisedOutput, realisation: Realisation) -> set[RealisedOutput]:

@@ -106,7 +106,7 @@ class _Push:
             self._check(cache)
             answers = await _ask(server, infos)
             plan = make_plan(infos, answers, await self._left_out(infos, answers, cache))
-            realisations = await missing_realisations(self._store, self._kept_in_cache(plan), server)
+            realisations = await missing_realisations(self._store, self._kept_in_cache(plan), server, self._emit)
             self._tell(plan, len(realisations))
             for step in plan.steps:
                 if step.decision is Decision.CONFLICT:

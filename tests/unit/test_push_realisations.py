@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
+from cachesrv.errors import NotAllowed
 from cachesrv.nix.realisation import OutputId, Realisation, object_name, parse_realisation
 from cachesrv.nix.signing import Signature
 from cachesrv.push import events
@@ -54,6 +55,26 @@ async def run(store: TemporaryStore, cache: FakeCache, *names: str, dry_run: boo
 
 def realised(told: list[events.Event]) -> list[str]:
     return [event.output for event in told if isinstance(event, events.Realised)]
+
+
+async def test_who_cannot_be_told_of_them_says_so(
+    store: TemporaryStore, cache: FakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(paths: object) -> NoReturn:
+        raise NotAllowed("this user may not read the database")
+
+    monkeypatch.setattr(store, "realisations", refuse)
+    for path, info in store.infos.items():
+        store.infos[path] = replace(info, deriver=store_path("name.drv"))
+    store.add("source", b"source")
+    told = await run(store, cache, "program", "source")
+    again = await run(store, cache, "source")
+
+    (noted,) = (event.text for event in told if isinstance(event, events.Noted))
+    assert "and 2 others came out of is not pushed" in noted
+    assert noted.endswith("this user may not read the database")
+    assert not [event for event in again if isinstance(event, events.Noted)]
+    assert len(cache.published) == 4
 
 
 async def test_they_follow_their_paths_in_order(store: TemporaryStore, cache: FakeCache) -> None:
