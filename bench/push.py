@@ -4,7 +4,8 @@
 
 `closure`: 1,000 paths, 1 GiB of files of this machine; `present`: the same, all of it there; `large`: one file of
 2 GiB; `small`: 5,000 paths of 1 KiB; `start`: one small path that is there; `hook`: for one path; `limit`: how near the
-pipeline comes to nothing but sha256 and zstd of the same bytes on all cores. `--scale` makes the first four smaller.
+pipeline comes to nothing but sha256 and zstd of the same bytes on all cores, and what these and the server's share, to
+unpack and hash them again, take together. `--scale` makes the first four smaller.
 
 Each measurement begins with a cache that is empty (or has everything) and a server of its own on all cores, and takes
 the whole command. CPU is that of the command and of the server. Nix's client caches are empty: a warm one would answer
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Protocol
 from bench import common, stores
 from bench.common import Peer
 from cachesrv.cli import COMMANDS
+from cachesrv.nix.compression import decompressed
 from cachesrv.nix.hashes import Hash
 from cachesrv.nix.nar_writer import NarDump, dump
 from cachesrv.nix.path_info import PathInfo
@@ -240,7 +242,8 @@ def limit(options: argparse.Namespace) -> list[tuple[str, ...]]:
     path = StorePath.parse(file.name)
     info = PathInfo(path, _digest(pieces), sum(map(len, pieces)))
     ways = {"pipeline": lambda: _timed(lambda: asyncio.run(_through(file, info)))}
-    ways["sha256 and zstd"] = lambda: _timed(lambda: _bare(pieces))
+    ways["sha256 and zstd"] = lambda: _timed(lambda: _bare(pieces, _sent))
+    ways["both ends"] = lambda: _timed(lambda: _bare(pieces, _sent_and_verified))
     return ask("limit", options.rounds, ways)
 
 
@@ -258,11 +261,19 @@ async def _through(file: Path, info: PathInfo) -> None:
                 pass
 
 
-def _bare(pieces: Sequence[bytearray]) -> None:
-    def work(piece: bytearray) -> None:
-        sha256(piece).digest()
-        compress_frame(piece)
+def _sent(piece: bytearray) -> bytes:
+    sha256(piece).digest()
+    return compress_frame(piece)
 
+
+def _sent_and_verified(piece: bytearray) -> None:
+    frame = _sent(piece)
+    sha256(frame).digest()
+    for part in decompressed("zstd", (frame,)):
+        sha256(part).digest()
+
+
+def _bare(pieces: Sequence[bytearray], work: Callable[[bytearray], object]) -> None:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         list(threads.map(work, pieces))
 

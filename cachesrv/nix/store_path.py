@@ -63,6 +63,9 @@ class StorePath:
         if _match_name(self.name) is None:
             raise BadInput(f"{self.name[:250]!r} is not the name of a store path")
 
+    def __hash__(self) -> int:
+        return hash(self.hash_part)  # which tells paths apart; closures are sets and dictionaries of them
+
     @classmethod
     def parse(cls, base_name: str) -> Self:
         """Read `<hash part>-<name>`; raises BadInput."""

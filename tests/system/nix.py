@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import textwrap
 from hashlib import sha256
@@ -115,7 +116,9 @@ class Nix:
 
     def forget(self) -> None:
         """Begin with client caches that are empty: a warm one answers without asking anybody."""
-        self.environment["XDG_CACHE_HOME"] = str(self.folder / f"cache-{next(self._caches)}")
+        caches = self.folder / f"cache-{next(self._caches)}"
+        shutil.rmtree(caches, ignore_errors=True)  # of a run before this one
+        self.environment["XDG_CACHE_HOME"] = str(caches)
 
     def attempt(self, *command: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
