@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from cachesrv.cli.verify_output import Output
     from cachesrv.config import Config
+    from cachesrv.services.copies import Copies
     from cachesrv.services.nar_check import NarCheck
     from cachesrv.services.verify_journal import Journal
     from cachesrv.web.site import Services
@@ -174,6 +175,8 @@ async def _run_scheduled(config: Config, services: Services) -> None:
 
 async def _run(config: Config, services: Services, wish: _Wish, output: Output, *, journal: Path | None = None) -> int:
     """Returns the exit status."""
+    from contextlib import AsyncExitStack
+
     from cachesrv import wiring
     from cachesrv.services.data_directory import DataDirectory
     from cachesrv.services.nar_check import NarCheck
@@ -184,15 +187,18 @@ async def _run(config: Config, services: Services, wish: _Wish, output: Output, 
     notes = Journal(journal or DataDirectory(config.data_dir).verification, terms, fresh=wish.restart)
     contents = NarCheck(services.storage, Pace(wish.rate), jobs=wish.jobs) if wish.jobs else None
     repaired = None
+    stack = AsyncExitStack()
     try:
+        copies = [await wiring.open_copies(wish.origin, stack)] if wish.origin and wish.repair else []
         output.begin(notes)
         counts = await wiring.build_verify(config, services, contents).run(wish.chosen, notes, output)
         if wish.repair and counts.flaws:
-            repaired = await _repair(config, services, wish, notes, output=output, contents=contents)
+            repaired = await _repair(config, services, wish, notes, output=output, contents=contents, copies=copies)
         elif wish.repair:
             await _finish(config, services)
         notes.finish()
     finally:
+        await stack.aclose()
         if contents:
             contents.close()
         notes.close()
@@ -215,7 +221,14 @@ async def _finish(config: Config, services: Services) -> None:
 
 
 async def _repair(
-    config: Config, services: Services, wish: _Wish, journal: Journal, *, output: Output, contents: NarCheck | None
+    config: Config,
+    services: Services,
+    wish: _Wish,
+    journal: Journal,
+    *,
+    output: Output,
+    contents: NarCheck | None,
+    copies: list[Copies],
 ) -> dict[str, int]:
     """How often each result came about."""
     from contextlib import AsyncExitStack
@@ -227,11 +240,10 @@ async def _repair(
     from cachesrv.services.maintenance import maintenance
 
     async with AsyncExitStack() as stack:
-        copies = [await wiring.open_copies(wish.origin, stack)] if wish.origin else []
         with suppress(CachesrvError):  # there may be no Nix here
             store = await open_store(None, os.environ)
             stack.push_async_callback(store.close)
-            copies.append(LocalStoreCopies(store))
+            copies = [*copies, LocalStoreCopies(store)]
         holder = await stack.enter_async_context(maintenance(services.catalog, patience=wish.wait))
         journal.repairing()
         repair = await stack.enter_async_context(

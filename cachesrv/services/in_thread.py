@@ -74,9 +74,9 @@ class _Consumer(Generic[Result]):
     async def abandon(self) -> None:
         """The chunks end here, whatever they were to become; returns when the thread has let go of them."""
         self._queue.put(None)
+        # Also when this is cancelled: nobody else asks what became of it.
+        self._result.add_done_callback(_forget)
         await asyncio.wait([self._result])
-        if not self._result.cancelled():
-            self._result.exception()
 
     async def _wait_for_room(self) -> None:
         room = asyncio.ensure_future(self._room.acquire())
@@ -91,3 +91,8 @@ class _Consumer(Generic[Result]):
         while (chunk := self._queue.get()) is not None:
             yield chunk
             self._loop.call_soon_threadsafe(self._room.release)
+
+
+def _forget(result: asyncio.Future[Any]) -> None:
+    if not result.cancelled():
+        result.exception()

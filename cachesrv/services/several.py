@@ -26,6 +26,7 @@ async def several(work: Callable[[Item], Awaitable[Result]], items: Sequence[Ite
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:
-            task.cancel()
+            if not task.cancelling():  # who is at its end already is to come to it
+                task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     return [results[number] for number in range(len(items))]

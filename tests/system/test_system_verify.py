@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from typing import TYPE_CHECKING, Any
+
+import pytest
 
 from cachesrv.nix.hashes import Hash
 from tests.system.nix import CHAIN, CONTENT_ADDRESSED
@@ -105,6 +108,26 @@ def test_what_is_wrong_is_found_beside_a_running_server(builder: Nix, cache: Ser
     assert "main: published paths, 3\n" in done.stderr
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_what_was_interrupted_goes_on(builder: Nix, cache: Server, how: signal.Signals) -> None:
+    push(builder, cache, *(builder.add(f"large-{number}", os.urandom(2_000_000)) for number in range(3)))
+    command = cache.command("verify", "--contents", "--rate", "1 MiB")
+    with subprocess.Popen(command, env=cache.environment, stderr=subprocess.PIPE, text=True) as process:
+        journal = cache.data_dir / "verification"
+        until(lambda: journal.exists() and b"position" in journal.read_bytes(), "it does not begin")
+        time.sleep(0.2)  # into a NAR, wherever that is
+        process.send_signal(how)
+        assert process.stderr
+        said = process.stderr.read()
+    assert process.returncode == (130 if how == signal.SIGINT else -how)
+    if how == signal.SIGINT:
+        assert said.split("\n\n") == ["main: published paths, 3", "cachesrv: interrupted\n"]
+    done = verify(cache, "--contents")
+    assert done.returncode == 0
+    assert done.stderr.startswith("going on with what was begun 2")
+    assert "paths looked at: 3, NARs read: 3 " in done.stdout
+
+
 def damage(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -197,7 +220,11 @@ def test_a_catalog_that_is_gone_is_found_out(builder: Nix, cache: Server) -> Non
 
 
 def test_wrong_usage(cache: Server) -> None:
-    for arguments, said in ((["nosuch"], "no cache is called nosuch; there are main"), (["--rate", "x"], "50 MiB")):
+    for arguments, said in (
+        (["nosuch"], "no cache is called nosuch; there are main"),
+        (["--rate", "x"], "50 MiB"),
+        (["--repair", "--from", "nowhere"], "nowhere is not a folder that is a binary cache"),
+    ):
         done = verify(cache, *arguments)
         assert done.returncode == 2
         assert said in done.stderr

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -123,3 +124,34 @@ async def test_a_caller_that_is_cancelled_leaves_no_thread_at_work(threads: Thre
         await task
     assert ended.is_set()
     assert await consumed(threads, list, numbers(1)) == [bytes(4)]
+
+
+async def test_who_is_cancelled_once_more_is_silent_about_the_thread(threads: ThreadPoolExecutor) -> None:
+    """What it made of half a stream is nobody's concern, and in no log."""
+    told: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    ending, go_on = threading.Event(), threading.Event()
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield b"chunk"
+        await asyncio.Event().wait()
+
+    def work(chunks: Iterator[bytes]) -> None:
+        for _ in chunks:
+            pass
+        ending.set()
+        go_on.wait()
+        raise BadInput("the data end too early")
+
+    task = asyncio.create_task(consumed(threads, work, endless()))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.to_thread(ending.wait)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    del task
+    go_on.set()
+    assert await consumed(threads, list, numbers(1)) == [bytes(4)]
+    gc.collect()
+    assert told == []
