@@ -33,7 +33,7 @@ class Address:
     @classmethod
     def parse(cls, url: str) -> Address:
         """Raises ConfigError for what is no such URL, never repeating a password in it."""
-        parts = _split(url)
+        parts = split_url(url)
         if parts.username is not None or parts.password is not None:
             raise ConfigError("the URL holds a user or password: put the token in a file (--token-file) or in netrc")
         if parts.query or parts.fragment or not _plain_path(parts.path):
@@ -81,7 +81,8 @@ class Address:
         return self.url
 
 
-def _split(url: str) -> SplitResult:
+def split_url(url: str) -> SplitResult:
+    """Raises ConfigError for what has no scheme, host and port at which a cache could be asked."""
     try:
         parts = urlsplit(url)
         port_is_sane = parts.port != 0

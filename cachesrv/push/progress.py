@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Protocol, Self, TextIO
 import msgspec
 
 from cachesrv.push.events import Event, Failed, Noted, PlanMade, Planned, Resumed, Retrying, Sent, Stored, Summary
+from cachesrv.push.one_line import one_line
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+_LONGEST_ERROR = 2000
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -97,9 +100,9 @@ def plan_text(plan: PlanMade) -> str:
 def trouble_text(event: Failed | Retrying | Noted) -> str:
     """What went wrong."""
     if isinstance(event, Noted):
-        return f"note: {event.text}"
+        return f"note: {one_line(event.text, _LONGEST_ERROR)}"
     if isinstance(event, Failed):
-        return f"failed {event.path}: {event.error}"
+        return f"failed {one_line(event.path)}: {one_line(event.error, _LONGEST_ERROR)}"
     return f"{event.error}; trying again in {event.delay:.1f} s ({event.what}, attempt {event.attempt})"
 
 

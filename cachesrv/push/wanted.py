@@ -13,11 +13,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from cachesrv.errors import BadInput, ConfigError
 from cachesrv.nix.store_path import HASH_PART_LENGTH, StorePath, is_hash_part
-from cachesrv.push.address import Address
+from cachesrv.push.address import Address, split_url
 from cachesrv.push.members import Names, split
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def parse(text: str, location: StoreLocation) -> Wanted:
 
 def parse_cache(url: str) -> Address:
     """Any binary cache, for reading; unlike a cache of ours it need not have a name. Raises ConfigError."""
-    parts = urlsplit(url)
+    parts = split_url(url)
     address = Address.parse(f"{parts.scheme}://{parts.netloc}")
     if parts.query or parts.fragment:
         raise ConfigError(f"not the URL of a cache, it has more than host and path: {url}")

@@ -85,6 +85,13 @@ def test_what_goes_without_a_nar_is_told_too() -> None:
     assert err == ["1 of 2 paths to push, 0 NARs of 0 B, 1 realisation", "note: no record can be kept"]
 
 
+def test_names_of_any_kind_leave_the_terminal_alone() -> None:
+    name = "no\x1b[31m\npath\udcff"
+    _, err = lines([Failed(name, f"there is no {name}"), Noted("one\nline")])
+
+    assert err == ["failed no [31m path: there is no no [31m path", "note: one line"]
+
+
 def test_a_dry_run_says_of_each_path_what_and_why() -> None:
     out, _ = lines([*STORY[:4], Summary(paths=4, present=1)], dry_run=True)
 
