@@ -28,7 +28,7 @@ DAMAGED = (2, 5, 7, 11, 14, 18, 26)
 FORGED = (3, 8, 16)
 """Their narinfos."""
 LOST = 4
-KILLS = 3
+KILLS = 2
 
 
 @pytest.mark.parametrize(("storage", "seed"), [(FILES, 1), (FILES, 2), (PROXY, 3)], indirect=["storage"])
