@@ -79,6 +79,13 @@ Prefix = Annotated[
     str,
     msgspec.Meta(pattern=rf"\A{_FOLDER}(/{_FOLDER}){{0,4}}\Z", description='a folder such as "main" or "team/main"'),
 ]
+PlaceOfCache = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=rf"\A({_FOLDER}(/{_FOLDER}){{0,4}})?\Z",
+        description='a folder such as "main" or "team/main", or "" for a storage with this one cache',
+    ),
+]
 Bucket = Annotated[
     str,
     msgspec.Meta(
@@ -211,7 +218,7 @@ class Cache(msgspec.Struct, frozen=True):
     """One binary cache."""
 
     name: CacheName
-    prefix: Prefix | None = None
+    prefix: PlaceOfCache | None = None
     root: bool = False
     public: bool = True
     priority: Priority = 40
@@ -224,6 +231,11 @@ class Cache(msgspec.Struct, frozen=True):
     pull_through: bool = False
     retention_age: Duration = 0
     retention_size: Size = 0
+
+    @property
+    def place(self) -> str:
+        """The folder of its objects in the storage; empty where that holds nothing else."""
+        return self.name if self.prefix is None else self.prefix
 
 
 class Upstream(msgspec.Struct, frozen=True):
@@ -472,8 +484,8 @@ def _contradictions_of_caches(caches: tuple[Cache, ...]) -> Iterator[str]:
     for number, cache in enumerate(caches):
         if cache.name in RESERVED_NAMES:
             yield f"cache[{number}].name = {cache.name!r}: is taken by the paths of HTTP, choose another"
-    for outer, inner in permutations(sorted({cache.prefix or cache.name for cache in caches}), 2):
-        if inner.startswith(f"{outer}/"):
+    for outer, inner in permutations(sorted({cache.place for cache in caches}), 2):
+        if not outer or inner.startswith(f"{outer}/"):
             yield f"cache: the prefix {inner!r} lies inside {outer!r}; expected the same prefix, or one beside it"
 
 

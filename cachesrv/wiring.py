@@ -361,7 +361,7 @@ def _storage_is_local(config: Config) -> bool:
 
 
 def _is_nar(key: str) -> bool:
-    return key.rpartition("/")[0].endswith("/nar")
+    return f"/{key}".rpartition("/")[0].endswith("/nar")
 
 
 async def _open_disk_cache(config: Config, stack: AsyncExitStack) -> ObjectCache:
@@ -445,7 +445,7 @@ def build_rules(given: Declared, catalog: Catalog, base_url: str) -> Rules:
 def _served_cache(config: Config, cache: Cache) -> ServedCache:
     return ServedCache(
         name=cache.name,
-        prefix=cache.prefix or cache.name,
+        prefix=cache.place,
         store_dir=config.server.store_dir,
         root=cache.root,
         public=cache.public,

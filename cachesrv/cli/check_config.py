@@ -146,7 +146,7 @@ async def _probe_storage(config: Config) -> None:
     try:
         storage = wiring.open_storage(config)
         try:
-            await probe_storage(storage, {cache.prefix or cache.name for cache in config.cache})
+            await probe_storage(storage, {cache.place for cache in config.cache})
         finally:
             await storage.close()
     except StoreError as error:

@@ -97,7 +97,7 @@ def to_publish(cache: ServedCache, path: Candidate, nar: NarRecord, published: N
     return NarInfo(
         store_path=path.store_path,
         store_dir=path.store_dir,
-        url=nar.key.removeprefix(f"{cache.prefix}/"),
+        url=nar.key.removeprefix(cache.key("")),
         compression=nar.compression,
         file_hash=Hash.parse(nar.file_hash),
         file_size=nar.file_size,

@@ -35,9 +35,10 @@ class DeclaredUpstream:
 
 @dataclass(frozen=True)
 class ServedCache:
-    """`prefix` is where its objects lie in storage, without a slash at the end; `trusted_keys`, by name: when there are
-    any, a path must be signed by one of them or have a content address that holds. `pull_through`: what is not here
-    is fetched from upstream; `bucket_is_authority`: others write to its storage too.
+    """`prefix` is where its objects lie in storage, without a slash at the end; empty where nothing else lies there.
+    `trusted_keys`, by name: when there are any, a path must be signed by one of them or have a content address that
+    holds. `pull_through`: what is not here is fetched from upstream; `bucket_is_authority`: others write to its
+    storage too.
     """
 
     name: str
@@ -66,12 +67,12 @@ class ServedCache:
 
     def key(self, name: str) -> str:
         """The storage key of an object of this cache, such as `nar/…` or `<hash part>.narinfo`."""
-        return f"{self.prefix}/{name}"
+        return f"{self.prefix}/{name}" if self.prefix else name
 
     def narinfo_key(self, hash_part: str) -> str:
         """The storage key of a narinfo."""
-        return f"{self.prefix}/{hash_part}.narinfo"
+        return self.key(f"{hash_part}.narinfo")
 
     def listing_key(self, hash_part: str) -> str:
         """The storage key of a listing."""
-        return f"{self.prefix}/{hash_part}.ls"
+        return self.key(f"{hash_part}.ls")

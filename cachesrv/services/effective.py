@@ -54,7 +54,7 @@ def _resolved(config: Config) -> Config:
         catalog=replace(config.catalog, url=config.catalog.url or f"sqlite:///{data.catalog}"),
         delivery=replace(config.delivery, disk_cache_path=config.delivery.disk_cache_path or str(data.nar_cache)),
         index=replace(config.index, path=config.index.path or str(data.index)),
-        cache=tuple(replace(cache, prefix=cache.prefix or cache.name) for cache in config.cache),
+        cache=tuple(replace(cache, prefix=cache.place) for cache in config.cache),
     )
 
 

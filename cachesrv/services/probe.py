@@ -22,13 +22,13 @@ _DATA = b"probe\n"
 
 async def probe_storage(storage: ObjectStore, prefixes: Iterable[str]) -> None:
     """Read an object below each prefix, and write one that is never made visible. Raises StoreError."""
-    for prefix in prefixes:
-        key = f"{prefix}/nar/probe-{token_hex(8)}"
+    for folder in (f"{prefix}/" if prefix else "" for prefix in prefixes):
+        key = f"{folder}nar/probe-{token_hex(8)}"
         async with storage.writer(key, size=len(_DATA)) as writer:
             await writer.write(_DATA)
         if await storage.head(key) is not None:
             raise StoreError(f"an object that was begun and left is visible: {key}")
-        async for info in storage.list(f"{prefix}/"):
+        async for info in storage.list(folder):
             if info.size:
                 async for _ in storage.read(info.key, ByteRange(0, 1)):
                     pass

@@ -87,14 +87,17 @@ class Folder:
 
 
 class Bucket:
-    """What lies below a prefix of a bucket. Copies of it are made below `folder`. Servers talk to `endpoint`: the
-    gateway itself, unless it is said, and by a name that is not theirs, as buckets have. NARs reach clients as
-    `mode` says, or as they do by default.
+    """What lies below a prefix of a bucket; without one, a bucket that is one cache and nothing else. Copies of it are
+    made below `folder`. Servers talk to `endpoint`: the gateway itself, unless it is said, and by a name that is not
+    theirs, as buckets have. NARs reach clients as `mode` says, or as they do by default.
     """
 
     def __init__(
         self, gateway: Gateway, bucket: str, prefix: str, folder: Path, *, mode: str = "", endpoint: str = ""
     ) -> None:
+        self._settings = {"CACHESRV_STORAGE__PREFIX": prefix} if prefix else {"CACHESRV_CACHE__0__PREFIX": ""}
+        self._below = f"{prefix}/" if prefix else ""
+        self._cache = f"{prefix}/{CACHE}/" if prefix else ""
         self.name = bucket
         self.prefix = prefix
         self._gateway = gateway
@@ -110,27 +113,26 @@ class Bucket:
             | {
                 "CACHESRV_STORAGE__KIND": "s3",
                 "CACHESRV_STORAGE__BUCKET": self.name,
-                "CACHESRV_STORAGE__PREFIX": self.prefix,
                 "CACHESRV_STORAGE__ENDPOINT": self._endpoint,
                 "CACHESRV_DELIVERY__DISK_CACHE_SIZE": "0",
             }
+            | self._settings
             | ({"CACHESRV_DELIVERY__MODE": self._mode} if self._mode else {})
         )
 
     def names(self, folder: str = "") -> set[str]:
         """See Stored."""
-        below = f"{self.prefix}/{CACHE}/"
-        return {key.removeprefix(below) for key, _ in self._keys(below + folder)}
+        return {key.removeprefix(self._cache) for key, _ in self._keys(self._cache + folder)}
 
     def read(self, name: str) -> bytes:
         """See Stored."""
         with closing(self._gateway.client()) as client:
-            return self._read(client, f"{self.prefix}/{CACHE}/{name}")
+            return self._read(client, self._cache + name)
 
     def write(self, name: str, data: bytes, encoding: str = "identity") -> None:
         """Put an object there, whatever lies there."""
         with closing(self._gateway.client()) as client:
-            key = f"{self.prefix}/{CACHE}/{name}"
+            key = self._cache + name
             client.put_object(Bucket=self.name, Key=key, Body=data, ContentEncoding=encoding)
 
     def fill(self, folder: Path) -> None:
@@ -138,7 +140,7 @@ class Bucket:
         with closing(self._gateway.client()) as client:
             for file in folder.rglob("*"):
                 if file.is_file():
-                    key = f"{self.prefix}/{CACHE}/{file.relative_to(folder)}"
+                    key = f"{self._cache}{file.relative_to(folder)}"
                     client.put_object(Bucket=self.name, Key=key, Body=file.read_bytes())
 
     def copy(self) -> Path:
@@ -146,16 +148,15 @@ class Bucket:
         folder = self._folder / "copy"
         shutil.rmtree(folder, ignore_errors=True)
         with closing(self._gateway.client()) as client:
-            below = f"{self.prefix}/{CACHE}/"
-            for key, _ in self._keys(below):
-                file = folder / key.removeprefix(below)
+            for key, _ in self._keys(self._cache):
+                file = folder / key.removeprefix(self._cache)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(self._read(client, key))
         return folder
 
     def state(self) -> dict[str, object]:
         """See Stored."""
-        return {**dict(self._keys(f"{self.prefix}/")), "uploads": self.uploads()}
+        return {**dict(self._keys(self._below)), "uploads": self.uploads()}
 
     def open(self) -> S3Store:
         """A store that works on it."""
@@ -170,13 +171,13 @@ class Bucket:
     def uploads(self) -> set[str]:
         """The multipart uploads that were not completed."""
         with closing(self._gateway.client()) as client:
-            listed = client.list_multipart_uploads(Bucket=self.name, Prefix=f"{self.prefix}/")
+            listed = client.list_multipart_uploads(Bucket=self.name, Prefix=self._below)
             return {upload["UploadId"] for upload in listed.get("Uploads", ())}
 
     def parts(self) -> set[int]:
         """Numbers of the parts of all these."""
         with closing(self._gateway.client()) as client:
-            listed = client.list_multipart_uploads(Bucket=self.name, Prefix=f"{self.prefix}/")
+            listed = client.list_multipart_uploads(Bucket=self.name, Prefix=self._below)
             answers = [
                 client.list_parts(Bucket=self.name, Key=upload["Key"], UploadId=upload["UploadId"])
                 for upload in listed.get("Uploads", ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,17 +12,23 @@ import pytest
 from tests.samples import Sample
 from tests.system.nix import CHAIN
 from tests.system.push import push
-from tests.system.server import until
+from tests.system.server import CACHESRV, until
+from tests.system.stored import Bucket
 
 if TYPE_CHECKING:
+    from tests.radosgw import Gateway
     from tests.system.conftest import MakeBucket, MakeClient, StartServer
     from tests.system.nix import Nix
     from tests.system.server import Server
-    from tests.system.stored import Bucket
 
 
-@pytest.fixture(params=["redirect", "proxy"])
-def bucket_of_others(request: pytest.FixtureRequest, make_bucket: MakeBucket) -> Bucket:
+@pytest.fixture(params=["redirect", "proxy", "all-of-a-bucket"])
+def bucket_of_others(
+    request: pytest.FixtureRequest, make_bucket: MakeBucket, gateway: Gateway, tmp_path: Path
+) -> Bucket:
+    """Nix itself writes to no folder of a bucket."""
+    if request.param == "all-of-a-bucket":
+        return Bucket(gateway, gateway.make_bucket(), "", tmp_path)
     return make_bucket(request.param)
 
 
@@ -112,3 +119,47 @@ def test_metadata_that_hydra_compressed(cache: Server, bucket_of_others: Bucket)
         assert (answer.status, answer.body) == (200, text)
         assert "content-encoding" not in answer.headers
         assert cache.client().head(f"/main/{name}").headers["content-length"] == str(len(text))
+
+
+def run(cache: Server, *command: str) -> None:
+    done = subprocess.run(
+        [*CACHESRV, *command, "--data-dir", str(cache.data_dir)],
+        check=False,
+        env=cache.environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, (command, done.stdout, done.stderr)
+
+
+def test_it_is_taken_into_the_catalog_and_found_whole(builder: Nix, cache: Server) -> None:
+    program, tool = builder.build(CHAIN, "program", "tool")
+    cache.stored.fill(write(builder, tool))
+    push(builder, cache, program)
+    run(cache, "reindex")
+    run(cache, "verify", "--contents")
+    published = {hash_part for (hash_part,) in cache.query("SELECT hash_part FROM paths")}
+    assert {hash_part(path) for path in (program, tool)} <= published
+
+
+def test_a_bucket_without_folders_of_our_own(
+    builder: Nix, make_server: StartServer, gateway: Gateway, tmp_path: Path
+) -> None:
+    """Nobody else writes to it: what is not needed goes, objects and all."""
+    environment = {
+        "CACHESRV_SERVER__STORE_DIR": builder.store_dir,
+        "CACHESRV_DELIVERY__DISK_CACHE_SIZE": "1 GiB",
+    }
+    cache = make_server(stored=Bucket(gateway, gateway.make_bucket(), "", tmp_path), environment=environment).start()
+    builder.log_in(cache.token)
+    program, alone = builder.build(CHAIN, "program")[0], builder.add("alone", "alone")
+    push(builder, cache, alone)
+    before = cache.stored.names("nar/")
+    push(builder, cache, program)
+    run(cache, "delete", alone, "--now")
+    names = cache.stored.names()
+    assert f"{hash_part(program)}.narinfo" in names
+    assert not names & {f"{hash_part(alone)}.narinfo", *before}
+    assert cache.client().get(f"/main/{hash_part(alone)}.narinfo").status == 404
+    run(cache, "verify", "--contents")

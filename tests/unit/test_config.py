@@ -211,6 +211,14 @@ def test_sections_of_the_wrong_shape(file: Path, text: str) -> None:
     assert re.match(r"(server|cache|cache\[0\]): expected (a table|an array of tables)", mistake)
 
 
+def test_a_cache_may_be_all_of_the_storage_if_it_is_the_only_one(file: Path) -> None:
+    file.write_text("[[cache]]\nname = 'a'\nprefix = ''\n[[cache]]\nname = 'b'\nprefix = ''\n")
+    assert [cache.place for cache in load(file, DATA, {}).cache] == ["", ""]
+    assert mistakes_of("[[cache]]\nname = 'a'\nprefix = ''\n[[cache]]\nname = 'b'\n", file) == [
+        "cache: the prefix 'b' lies inside ''; expected the same prefix, or one beside it"
+    ]
+
+
 def test_prefixes_may_be_shared_but_not_nested(file: Path) -> None:
     shared = "[[cache]]\nname = 'a'\n[[cache]]\nname = 'b'\nprefix = '{}'\n"
     file.write_text(shared.format("a"))
