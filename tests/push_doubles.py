@@ -380,7 +380,10 @@ class FakeCache:
         return web.Response(status=204)
 
     def _take(self, nar_hash: str, body: bytes) -> web.Response:
-        nar = zstandard.ZstdDecompressor().decompressobj(read_across_frames=True).decompress(body)
+        try:
+            nar = zstandard.ZstdDecompressor().decompressobj(read_across_frames=True).decompress(body)
+        except zstandard.ZstdError:
+            return web.Response(status=422, text="that is not zstd\n")
         if Hash.of("sha256", nar).nix32 != nar_hash:
             return web.Response(status=422, text="the NAR has another hash\n")
         self.nars[nar_hash] = body

@@ -104,6 +104,7 @@ def pushing(function: Callable[..., Any]) -> Callable[..., Any]:
         store: str | None,
         **others: Any,
     ) -> Any:
+        from cachesrv.push.journal import journal_file
         from cachesrv.push.record import record_file
         from cachesrv.push.run import Options
         from cachesrv.push.settings import Given
@@ -116,6 +117,7 @@ def pushing(function: Callable[..., Any]) -> Callable[..., Any]:
             upstreams=_upstreams(upstreams, upstream_keys),
             declared_upstreams=not no_upstreams,
             record=record_file(os.environ),
+            journal=journal_file(os.environ),
             keep_nars=keep_nars,
         )
         choice = Choice(store, Given(to, token_file, data_dir), options)

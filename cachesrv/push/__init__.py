@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         Summary,
     )
     from cachesrv.push.inspection import SeenFile
+    from cachesrv.push.journal import journal_file
     from cachesrv.push.local_store import LocalStore, open_store, opened_store
     from cachesrv.push.pushed import Pushed, PushedOutput, open_pushed, read_file
     from cachesrv.push.record import PushedPath, Reads, record_file
@@ -73,6 +74,7 @@ __all__ = [
     "Upstream",
     "Where",
     "find_settings",
+    "journal_file",
     "open_contents",
     "open_pushed",
     "open_store",
@@ -86,6 +88,7 @@ _MODULES = {
     "connection": ("Timeouts",),
     "contents": ("Where", "open_contents"),
     "inspection": ("SeenFile",),
+    "journal": ("journal_file",),
     "local_store": ("LocalStore", "open_store", "opened_store"),
     "pushed": ("Pushed", "PushedOutput", "open_pushed", "read_file"),
     "record": ("PushedPath", "Reads", "record_file"),

@@ -15,6 +15,7 @@ from cachesrv.push.nar_source import LocalNar, StreamedNar
 from cachesrv.push.packing import Packing
 from cachesrv.push.pipeline import Pipeline
 from cachesrv.push.plan import Decision, plan_refused
+from cachesrv.push.transfers import journalled
 from cachesrv.push.upload import Upload
 
 if TYPE_CHECKING:
@@ -49,10 +50,12 @@ class CarryingOut:
 
     async def run(self, plan: Plan, answers: Answers, server: Server, cache: CacheAnswer) -> frozenset[StorePath]:
         """What was published. Raises what concerns all paths."""
-        options, store = self._options, self._store
-        async with keeping(
-            options.record, options.keep_nars, str(self._settings.address), store.store_dir, self._emit
-        ) as kept:
+        options, store, url = self._options, self._store, str(self._settings.address)
+        there = (info.nar_hash.nix32 for info in plan.those(Decision.PUBLISH, Decision.PRESENT))
+        async with (
+            keeping(options.record, options.keep_nars, url, store.store_dir, self._emit) as kept,
+            journalled(options.journal, url, there, self._emit) as transfers,
+        ):
             kept.expect(list(plan.those(Decision.UPLOAD, Decision.PUBLISH, Decision.UPSTREAM)))
             level = self._settings.level if options.level is None else options.level
             with Pipeline(level=level, memory=options.memory, jobs=min(options.jobs, _READ_AT_ONCE)) as pipeline:
@@ -63,7 +66,7 @@ class CarryingOut:
                         return StreamedNar(store.nar(info), kept.taps(info))
                     return LocalNar(NarDump(file), kept.taps(info))
 
-                delivery = Delivery(server, pipeline, open_nar, cache, emit=self._emit)
+                delivery = Delivery(server, pipeline, open_nar, cache, transfers, emit=self._emit)
                 packing = Packing(server, pipeline, open_nar, cache.packs, emit=self._emit) if cache.packs else None
                 result = await Upload(plan, server, delivery, packing, jobs=options.jobs, emit=kept.emit).run()
                 published = frozenset(result.published)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cachesrv.push.nar_source import NarSource
     from cachesrv.push.pipeline import CompressedNar, Pipeline
     from cachesrv.push.server import Server
+    from cachesrv.push.transfers import Transfers
 
 OpenNar = Callable[["PathInfo"], "NarSource"]
 """The NAR of a path, to be read once; may raise what a store does."""
@@ -32,13 +33,20 @@ class Delivery:
     """Brings NARs from a store to a server, whose cache says what it takes."""
 
     def __init__(
-        self, server: Server, pipeline: Pipeline, open_nar: OpenNar, cache: CacheAnswer, *, emit: Emit
+        self,
+        server: Server,
+        pipeline: Pipeline,
+        open_nar: OpenNar,
+        cache: CacheAnswer,
+        transfers: Transfers,
+        *,
+        emit: Emit,
     ) -> None:
         self._server = server
         self._pipeline = pipeline
         self._open_nar = open_nar
         self._max_file_size = cache.max_nar_size
-        self._in_parts = InParts(server, pipeline, cache, emit=emit) if cache.part_size else None
+        self._in_parts = InParts(server, pipeline, cache, transfers, emit=emit) if cache.part_size else None
         self._emit = emit
 
     async def bring(self, info: PathInfo) -> None:
@@ -58,6 +66,8 @@ class Delivery:
             return await self._send(info)
 
         sent_bytes, level = await retry(attempt, f"sending {name}", self._server.backoff, self._emit)
+        if self._in_parts:
+            await self._in_parts.over(info)
         self._emit(Stored(name, info.nar_size, sent_bytes, round(time.monotonic() - started, 3), level))
 
     async def _send(self, info: PathInfo) -> tuple[int, int]:
@@ -87,9 +97,17 @@ class Delivery:
         """The same, nothing when it turned out to be there."""
         async with in_parts.memory.share() as share:
             self._emit(Sending(info.store_path.base_name, info.nar_size))
-            level = await in_parts.level(info)
-            async with self._pipeline.nar(self._open_nar(info), info, limit=self._max_file_size, level=level) as nar:
-                return (nar.file_size, nar.level) if await in_parts.send(nar, share) else _NOTHING
+            taken_up = await in_parts.take_up(info)
+            if taken_up is None:
+                return _NOTHING
+            async with self._pipeline.nar(
+                self._open_nar(info),
+                info,
+                limit=self._max_file_size,
+                level=taken_up.level,
+                arrived=taken_up.arrived.frames,
+            ) as nar:
+                return (nar.file_size, nar.level) if await in_parts.send(nar, share, taken_up) else _NOTHING
 
     async def _counted(self, nar: CompressedNar) -> AsyncIterator[bytes]:
         name, told = nar.info.store_path.base_name, 0

@@ -66,10 +66,12 @@ class Sent(_Event, frozen=True):
 
 
 class Resumed(_Event, frozen=True):
-    """`resumed_bytes` of the compressed NAR."""
+    """`resumed_bytes` of the compressed NAR, in `parts` of its `all_parts`."""
 
     path: str
     resumed_bytes: int
+    parts: int = 0
+    all_parts: int = 0
 
 
 class Stored(_Event, frozen=True):

@@ -1,19 +1,22 @@
 """Large NARs to the server in parts, several at once; an interrupted one goes on where it was.
 
-A NAR is dumped and compressed again when it is taken up, which gives the same bytes; parts that the server has are
-known by their sha256 and not sent. So nothing has to be kept here, and what is resumed is verified. Where the level of
-compression is not the same for all NARs, the server is asked with which one a NAR was begun.
+A NAR is read again when it is taken up, and compressed again, which gives the same bytes; parts that the server has are
+known by their sha256 and not sent. So nothing has to be kept here, and what is resumed is verified, also when another
+machine has begun it. Where the level of compression is not the same for all NARs, the server is asked with which one a
+NAR was begun. What stands in the journal of this machine, and what the server has indeed, is not compressed again; such
+a NAR keeps its level.
 """
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
-from cachesrv.errors import CachesrvError, Mismatch, TooLarge
+from cachesrv.errors import CachesrvError, Mismatch, Refused, TooLarge
 from cachesrv.nix.seekable import largest_file
+from cachesrv.push.arrived import Arrived, ArrivedPart, OtherBytes
 from cachesrv.push.events import Noted, Resumed, Sent
 from cachesrv.push.foremost import foremost
 from cachesrv.push.nar_upload import NarUpload, NoStorage, begun_uploads, upload_name
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from cachesrv.api import CacheAnswer, DirectAnswer
     from cachesrv.nix.hashes import Hash
     from cachesrv.nix.path_info import PathInfo
+    from cachesrv.push.arrived import Transfer
     from cachesrv.push.connection import Chunk
     from cachesrv.push.events import Emit
     from cachesrv.push.nar_upload import Parts
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
     from cachesrv.push.parts import Part
     from cachesrv.push.pipeline import CompressedNar, Pipeline
     from cachesrv.push.server import Server
+    from cachesrv.push.transfers import Transfers
 
 _LARGEST = 8 * 2**20
 _SMALLEST = 2**20
@@ -63,8 +68,11 @@ class InParts:
     we can reach it.
     """
 
-    def __init__(self, server: Server, pipeline: Pipeline, cache: CacheAnswer, *, emit: Emit) -> None:
+    def __init__(
+        self, server: Server, pipeline: Pipeline, cache: CacheAnswer, transfers: Transfers, *, emit: Emit
+    ) -> None:
         self._server = server
+        self._transfers = transfers
         self._threads: Executor = pipeline.threads
         self._pipeline = pipeline
         self._emit = emit
@@ -81,51 +89,87 @@ class InParts:
         """Whether a NAR of so many bytes may become more than one part; 0 if its size is not known."""
         return not nar_size or largest_file(nar_size) > self._part_size
 
-    async def level(self, info: PathInfo) -> int:
+    async def take_up(self, info: PathInfo) -> TakenUp | None:
+        """Where the NAR was left, by whomever; None when it turns out to be there. Raises what the server says."""
+        form = self._form(info)
+        for noted, parts in await self._transfers.begun(info.nar_hash):
+            upload = self._upload(info, noted.level, form)
+            if noted.upload == upload.name:
+                way = await self._begin(upload, form)
+                if way is None:
+                    return None
+                there = [part for part in parts if way.recall(part.number, part.digest, part.tag)]
+                return TakenUp(noted.level, form, way, Arrived.of(there, form.part_size))
+        return TakenUp(await self._level(info, form), form)
+
+    async def over(self, info: PathInfo) -> None:
+        """The NAR is there: forget whatever was begun of it otherwise."""
+        for noted in self._transfers.over(info.nar_hash):
+            used = self._upload(info, noted.level, self._form(info))
+            if noted.upload != used.name:
+                with suppress(CachesrvError):
+                    await NarUpload(self._server, info, noted.upload, emit=self._emit).abort()
+
+    async def _level(self, info: PathInfo, form: Form) -> int:
         """That with which the NAR was begun, by whomever, else the one that is chosen for what begins now."""
         chosen, levels = self._pipeline.choose_level(), self._pipeline.levels
         if len(levels) == 1:
             return chosen
-        names = {level: self._name(info, level) for level in levels}
+        names = {level: self._upload(info, level, form).name for level in levels}
         begun = await begun_uploads(self._server, list(names.values()))
         # the higher, the more work has gone into it
         return max((level for level, name in names.items() if name in begun), default=chosen)
 
-    def _goes_direct(self, info: PathInfo) -> bool:
-        """Not where its size is not known, or the server has not offered it."""
+    def _form(self, info: PathInfo) -> Form:
+        """It does not go to the storage where its size is not known, or the server has not offered that."""
         fits = info.nar_size > 0 and largest_file(info.nar_size) <= self.memory.size * _MOST_DIRECT
-        return self._direct and fits and info.nar_hash not in self._not_direct
+        direct = self._direct and fits and info.nar_hash not in self._not_direct
+        return Form(direct, self.memory.size if direct else self._part_size)
 
-    def _size(self, info: PathInfo) -> int:
-        """Bytes of its parts."""
-        return self.memory.size if self._goes_direct(info) else self._part_size
+    def _upload(self, info: PathInfo, level: int, form: Form) -> NarUpload:
+        name = upload_name(info.nar_hash, recipe(level), form.part_size, direct=form.direct)
+        return NarUpload(self._server, info, name, emit=self._emit)
 
-    def _name(self, info: PathInfo, level: int) -> str:
-        return upload_name(info.nar_hash, recipe(level), self._size(info), direct=self._goes_direct(info))
-
-    async def send(self, nar: CompressedNar, share: Share) -> bool:
+    async def send(self, nar: CompressedNar, share: Share, taken_up: TakenUp) -> bool:
         """The NAR is at the server when this returns; False when it was there and not all of it was read here.
 
         Raises what the NAR does, what the server says, and TryAgain, with `tried` unset where it helps to begin anew.
         """
-        upload = NarUpload(self._server, nar.info, self._name(nar.info, nar.level), emit=self._emit)
-        direct = self._goes_direct(nar.info)
-        async with aclosing(cut(nar, share, self._size(nar.info))) as parts:
+        try:
+            return await self._send(nar, share, taken_up)
+        except (OtherBytes, Refused) as error:
+            if not taken_up.arrived.parts:
+                raise
+            name = self._upload(nar.info, nar.level, taken_up.form).name
+            self._transfers.forget(self._transfers.transfer(nar.info.nar_hash, name, nar.level))
+            raise TryAgain(f"{error}: it is made anew") from error
+
+    async def _send(self, nar: CompressedNar, share: Share, taken_up: TakenUp) -> bool:
+        info, form, arrived = nar.info, taken_up.form, taken_up.arrived
+        upload = self._upload(info, nar.level, form)
+        async with aclosing(cut(nar, share, form.part_size, arrived.parts)) as parts:
             first = await anext(parts)
-            if first.last and first.size <= self._part_size:
+            if first.last and first.size <= self._part_size and not arrived.parts:
                 await self._send_whole(nar, first)
                 return True
-            way = await upload.begin(direct=direct)
+            noted = self._transfers.transfer(info.nar_hash, upload.name, nar.level)
+            await self._transfers.begin(noted)
+            way = taken_up.way or await self._begin(upload, form)
             if way is None:
                 return False
-            if direct and not self._fits(nar.info, way.direct):
-                await self._begin_otherwise(upload)
-            transfer = _Transfer(nar.info.store_path.base_name, share, upload, way)
+            transfer = _Transfer(nar, share, upload, way, noted, form.part_size)
             await self._send_all(transfer, first, parts)
         if transfer.resumed:
-            self._emit(Resumed(transfer.name, transfer.resumed))
+            count = len(transfer.resumed)
+            self._emit(Resumed(transfer.name, sum(transfer.resumed), count, transfer.parts))
         await upload.complete(way)
         return True
+
+    async def _begin(self, upload: NarUpload, form: Form) -> Parts | None:
+        way = await upload.begin(direct=form.direct)
+        if way is not None and form.direct and not self._fits(upload.info, way.direct):
+            await self._begin_otherwise(upload)
+        return way
 
     def _fits(self, info: PathInfo, offered: DirectAnswer | None) -> bool:
         """Whether what was cut to go to the server's storage can go the way that the server says."""
@@ -135,7 +179,7 @@ class InParts:
         return offered.least <= size and largest_file(info.nar_size) <= offered.most * size
 
     async def _begin_otherwise(self, upload: NarUpload) -> NoReturn:
-        self._not_direct.add(upload.nar_hash)
+        self._not_direct.add(upload.info.nar_hash)
         with suppress(CachesrvError):
             await upload.abort()
         raise TryAgain("the server does not take it in these parts in its storage: it goes through the server")
@@ -156,15 +200,25 @@ class InParts:
             error = foremost(group)
             if isinstance(error, Mismatch | TooLarge):
                 # Nobody can go on with these parts.
+                self._transfers.forget(transfer.noted)
                 with suppress(CachesrvError):
                     await transfer.upload.abort()
             raise error from None
 
     async def _send_part(self, transfer: _Transfer, part: Part) -> None:
+        transfer.parts += 1
+        if part.buffer is None:
+            transfer.resumed.append(part.size)
+        else:
+            await self._send_made(transfer, part)
+            transfer.share.give(part.buffer)
+        self._emit(Sent(transfer.name, part.nar_bytes, 0))
+
+    async def _send_made(self, transfer: _Transfer, part: Part) -> None:
         way = transfer.way
         digest = await asyncio.get_running_loop().run_in_executor(self._threads, way.digest, part.data)
         if way.has(part.number, digest):
-            transfer.resumed += part.size
+            transfer.resumed.append(part.size)
         else:
             try:
                 with self._pipeline.load.leaving():
@@ -173,8 +227,10 @@ class InParts:
                     )
             except NoStorage as error:
                 await self._leave_storage(transfer, error)
-        transfer.share.give(part.buffer)
-        self._emit(Sent(transfer.name, part.nar_bytes, 0))
+        start = (part.number - 1) * transfer.part_size
+        frames = transfer.nar.frames_from(start, start + part.size)
+        arrived = ArrivedPart(part.number, part.size, digest, way.tag(part.number), *frames)
+        self._transfers.arrived(transfer.noted, arrived)
 
     async def _leave_storage(self, transfer: _Transfer, error: NoStorage) -> NoReturn:
         """From now on all go through the server."""
@@ -192,12 +248,38 @@ class InParts:
             self._emit(Sent(name, 0, len(piece)))
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Parts of so many bytes, which go to the server's storage if that is offered and they are `direct`."""
+
+    direct: bool
+    part_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class TakenUp:
+    """A NAR that is to be sent with this level and in this form; `way` and `arrived` where it was begun from here."""
+
+    level: int
+    form: Form
+    way: Parts | None = None
+    arrived: Arrived = field(default_factory=Arrived)
+
+
 @dataclass(slots=True)
 class _Transfer:
-    """One NAR on its way; `resumed`: bytes of parts that were there and were not sent."""
+    """One NAR on its way, in so many `parts` up to now; `resumed`: bytes of those that had been there."""
 
-    name: str
+    nar: CompressedNar
     share: Share
     upload: NarUpload
     way: Parts
-    resumed: int = 0
+    noted: Transfer
+    part_size: int
+    parts: int = 0
+    resumed: list[int] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Of the path."""
+        return self.nar.info.store_path.base_name

@@ -78,6 +78,12 @@ class Parts(Protocol):
     def has(self, number: int, digest: bytes) -> bool:
         """Whether that part is there already."""
 
+    def recall(self, number: int, digest: bytes, tag: str) -> bool:
+        """Whether a part is still there that was sent before with this digest and got this tag."""
+
+    def tag(self, number: int) -> str:
+        """What a part is called that is there."""
+
     async def put(self, number: int, digest: bytes, size: int, body: Body) -> None:
         """Send a part, once."""
 
@@ -100,19 +106,15 @@ class NarUpload:
     """The upload of one NAR, called `name`. What may pass is tried again here, part by part."""
 
     def __init__(self, server: Server, info: PathInfo, name: str, *, emit: Emit) -> None:
+        self.name = name
         self._server = server
-        self._info = info
+        self.info = info
         self._action = f"uploads/{name}"
         self._emit = emit
 
-    @property
-    def nar_hash(self) -> Hash:
-        """Of the NAR."""
-        return self._info.nar_hash
-
     async def begin(self, *, direct: bool) -> Parts | None:
         """Begin it or take it up again; None when the NAR is there. `direct`: parts may go to the server's storage."""
-        question = UploadRequest(self._info.nar_hash.nix32, self._info.nar_size, direct)
+        question = UploadRequest(self.info.nar_hash.nix32, self.info.nar_size, direct)
         answer = await self._server.ask("PUT", self._action, msgspec.json.encode(question), UploadAnswer)
         if answer.stored:
             return None
@@ -124,7 +126,7 @@ class NarUpload:
         """Send a part of `size` bytes. It is there when this returns. Raises TryAgain, with `tried` unset when it has
         to be begun anew, and NoStorage.
         """
-        what = f"sending part {number} of {self._info.store_path.base_name}"
+        what = f"sending part {number} of {self.info.store_path.base_name}"
         backoff = self._server.backoff
         if not parts.proven:
             backoff = replace(backoff, attempts=min(_FIRST_ATTEMPTS, backoff.attempts))
@@ -139,7 +141,7 @@ class NarUpload:
 
         Raises TryAgain when parts are not there any more, or the server does not come forward; Refused.
         """
-        question = parts.making(self._info.nar_hash.nix32)
+        question = parts.making(self.info.nar_hash.nix32)
         body = msgspec.json.encode(question)
         now = asyncio.get_running_loop().time
         verified, since = -1, now()
@@ -179,6 +181,12 @@ class _Through:
         self._digests[number] = digest.hex()
         return (number, digest.hex()) in self._there
 
+    def recall(self, number: int, digest: bytes, tag: str) -> bool:
+        return tag == digest.hex() and self.has(number, digest)
+
+    def tag(self, number: int) -> str:
+        return self._digests[number]
+
     async def put(self, number: int, digest: bytes, size: int, body: Body) -> None:
         headers = {
             "Content-Type": "application/octet-stream",
@@ -211,6 +219,13 @@ class _Direct:
     def has(self, number: int, digest: bytes) -> bool:
         self._tags[number] = self._digests[number] = digest.hex()
         return self._there.get(number) == digest.hex()
+
+    def recall(self, number: int, digest: bytes, tag: str) -> bool:
+        self._tags[number], self._digests[number] = tag, digest.hex()
+        return self._there.get(number) == tag
+
+    def tag(self, number: int) -> str:
+        return self._tags[number]
 
     async def put(self, number: int, digest: bytes, size: int, body: Body) -> None:
         async with self._server.elsewhere.turn() as turn:

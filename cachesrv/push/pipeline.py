@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -24,16 +25,18 @@ import zstandard
 
 from cachesrv.errors import Mismatch, TooLarge
 from cachesrv.nix.seekable import Frames, FrameSize, seek_table
+from cachesrv.push.arrived import OtherBytes
 from cachesrv.push.budget import Budget, Buffers
 from cachesrv.push.level import DEFAULT_LEVEL, levels
 from cachesrv.push.load import Leaving, Load
 from cachesrv.push.memory import Shares
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
     from cachesrv.nix.hashes import Hash
     from cachesrv.nix.path_info import PathInfo
+    from cachesrv.push.arrived import FrameAt
     from cachesrv.push.budget import Lease
     from cachesrv.push.level import Level
     from cachesrv.push.nar_source import NarSource
@@ -48,7 +51,9 @@ _CHUNK_SIZE = 128 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A compressed frame in chunks, and how many bytes it has with and without compression."""
+    """A compressed frame in chunks, and how many bytes it has with and without compression; no chunks when it has
+    arrived.
+    """
 
     chunks: Sequence[bytes]
     sizes: FrameSize
@@ -94,12 +99,19 @@ class Pipeline:
 
     @asynccontextmanager
     async def nar(
-        self, source: NarSource, info: PathInfo, *, limit: int = 0, level: int | None = None
+        self,
+        source: NarSource,
+        info: PathInfo,
+        *,
+        limit: int = 0,
+        level: int | None = None,
+        arrived: Mapping[int, FrameAt] | None = None,
     ) -> AsyncIterator[CompressedNar]:
-        """The NAR of `info`; `limit` in bytes of the compressed file, 0 for none; `level` where it is not to be chosen.
-        Closes the source.
+        """The NAR of `info`; `limit` in bytes of the compressed file, 0 for none; `level` where it is not to be chosen;
+        `arrived`: frames that need not be made, by index. Closes the source.
         """
-        nar = CompressedNar(self, source, info, limit, self.choose_level() if level is None else level)
+        chosen = self.choose_level() if level is None else level
+        nar = CompressedNar(self, source, info, limit=limit, level=chosen, arrived=arrived or {})
         feeder = asyncio.create_task(nar.feed())
         try:
             yield nar
@@ -108,8 +120,8 @@ class Pipeline:
             await asyncio.wait([feeder])
             await nar.close()
 
-    def work(self, source: NarSource, buffer: memoryview, level: int) -> _Work:
-        """Have a thread fill the buffer and compress what is in it, as soon as one is free."""
+    def work(self, source: NarSource, buffer: memoryview, level: int, arrived: FrameAt | None = None) -> _Work:
+        """Have a thread fill the buffer and compress what is in it, unless that has arrived, as soon as one is free."""
         loop = asyncio.get_running_loop()
         read: asyncio.Future[int] = loop.create_future()
         begun = False
@@ -117,6 +129,8 @@ class Pipeline:
         def work() -> Frame:
             size = source.fill(buffer)
             loop.call_soon_threadsafe(was_read, size)
+            if arrived is not None:
+                return Frame((), FrameSize(arrived.size, size))
             return _compress(self._compressors.of(level), buffer[:size])
 
         def was_read(size: int) -> None:
@@ -169,10 +183,20 @@ class CompressedNar:
 
     `level` is that of its compression; `leaving` notes when what is ready waits to be taken.
 
-    In bytes, so far: `nar_size` of the NAR have been read, `nar_sent` of it and `file_size` of the file handed out.
+    In bytes, so far: `nar_size` of the NAR have been read, `nar_sent` of it and `file_size` of the file handed out, or
+    passed over, for the frames that have `arrived`.
     """
 
-    def __init__(self, pipeline: Pipeline, source: NarSource, info: PathInfo, limit: int, level: int) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        source: NarSource,
+        info: PathInfo,
+        *,
+        limit: int,
+        level: int,
+        arrived: Mapping[int, FrameAt],
+    ) -> None:
         self.info = info
         self.level = level
         self.leaving = Leaving(pipeline.load)
@@ -183,6 +207,10 @@ class CompressedNar:
         self._pipeline = pipeline
         self._source = source
         self._limit = limit
+        self._arrived = arrived
+        self._read = 0
+        self._table: list[FrameSize] = []
+        self._starts: list[int] = []
         self._lease: Lease = pipeline.budget.lease()
         # twice the threads: while one half is compressed, the other is read or waits to be sent
         self._frames: asyncio.Queue[asyncio.Future[Frame] | None] = asyncio.Queue(2 * pipeline.shares.threads)
@@ -194,6 +222,14 @@ class CompressedNar:
         if iterator is None:
             raise RuntimeError("a NAR on its way is iterated once")
         return iterator
+
+    def frames_from(self, start: int, end: int) -> tuple[int, int, list[int]]:
+        """The frames that begin in these bytes of the file, which were handed out: the index of the first one, where it
+        begins, and the sizes of all.
+        """
+        first, last = bisect_left(self._starts, start), bisect_left(self._starts, end)
+        sizes = [frame.compressed for frame in self._table[first:last]]
+        return first, self._starts[first] if sizes else 0, sizes
 
     async def feed(self) -> None:
         """Read and hash the NAR and have it compressed, as far ahead of the iteration as memory allows."""
@@ -225,7 +261,8 @@ class CompressedNar:
         except BaseException:
             self._pipeline.buffers.give(buffer)
             raise
-        work = self._work(buffer)
+        work = self._work(buffer, self._arrived.get(self._read))
+        self._read += 1
         size = await work.read
         self.nar_size += size
         if 0 < self.info.nar_size < self.nar_size:
@@ -234,9 +271,9 @@ class CompressedNar:
             await self._frames.put(work.frame)
         return size
 
-    def _work(self, buffer: memoryview) -> _Work:
+    def _work(self, buffer: memoryview, arrived: FrameAt | None) -> _Work:
         """The buffer is no longer ours, and back in its place when the frame is done."""
-        work = self._pipeline.work(self._source, buffer, self.level)
+        work = self._pipeline.work(self._source, buffer, self.level, arrived)
         self._working.add(work.frame)
 
         def done(frame: asyncio.Future[Frame]) -> None:
@@ -256,26 +293,34 @@ class CompressedNar:
 
     async def _chunks(self) -> AsyncIterator[bytes]:
         try:
-            table: list[FrameSize] = []
             while (compressing := await self._frames.get()) is not None:
                 frame = await asyncio.shield(compressing)
-                table.append(frame.sizes)
+                self._starts.append(self.file_size)
+                self._table.append(frame.sizes)
                 self.leaving.start()
                 for chunk in frame.chunks:
                     yield self._counted(chunk)
                 self.leaving.stop()
+                if not frame.chunks:
+                    self._pass_over(len(self._table) - 1)
                 self._lease.give(frame.sizes.compressed)
                 self.nar_sent += frame.sizes.decompressed
                 del frame, compressing  # not to be held while the next one is waited for
-            yield self._counted(self._last(table))
+            yield self._counted(self._last())
         except Exception as error:
             self.failure = error
             raise
 
-    def _last(self, table: list[FrameSize]) -> bytes:
+    def _last(self) -> bytes:
         if self.failure is not None:
             raise self.failure
-        return seek_table(table)
+        return seek_table(self._table)
+
+    def _pass_over(self, index: int) -> None:
+        frame = self._arrived[index]
+        if frame.start != self.file_size:
+            raise OtherBytes(f"{self.info.store_path}: what was sent of it before was made otherwise")
+        self.file_size += frame.size
 
     def _counted(self, chunk: bytes) -> bytes:
         self.file_size += len(chunk)

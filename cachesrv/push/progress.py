@@ -76,8 +76,8 @@ class Lines:
                 sent = f"as {size_text(event.sent_bytes)}" if event.sent_bytes else "was there already"
                 self._print(self._err, f"sent {event.path}  {size_text(event.nar_size)} {sent}")
             case Resumed():
-                there = size_text(event.resumed_bytes)
-                self._print(self._err, f"resumed {event.path}  {there} of it had been sent before")
+                there = f"{event.parts} of {count_text(event.all_parts, 'part')}, {size_text(event.resumed_bytes)}"
+                self._print(self._err, f"resumed {event.path}  {there}, had been sent before")
             case Failed() | Retrying() | Noted():
                 self._print(self._err, trouble_text(event))
             case Summary():

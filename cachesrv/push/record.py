@@ -8,29 +8,26 @@ processes may write at the same time.
 
 from __future__ import annotations
 
-import sqlite3
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from cachesrv.errors import BadInput, StoreError
 from cachesrv.nix import listing
 from cachesrv.nix.compression import decompress
 from cachesrv.nix.seekable import compress_frame
 from cachesrv.push.inspection import SeenFile
-from cachesrv.push.record_database import connect, is_broken, set_aside
+from cachesrv.push.state_database import Database, Schema
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    import sqlite3
+    from collections.abc import Mapping, Sequence
     from typing import Self
 
     from cachesrv.nix.hashes import Hash
     from cachesrv.nix.listing import ListingNode
     from cachesrv.push.inspection import Seen
-
-Result = TypeVar("Result")
 
 FILE_NAME = "pushed-1.sqlite"
 LISTING_LEVEL = 3
@@ -40,6 +37,28 @@ UNUSED_SECONDS = 24 * 3600
 """For which a NAR is kept whose path was not published: the push may go on."""
 _ROW = 500
 """Bytes that a row takes beside its contents."""
+
+_SCHEMA = Schema(
+    "the record of what was pushed",
+    """
+CREATE TABLE IF NOT EXISTS nars (
+    nar_hash TEXT PRIMARY KEY, at INTEGER NOT NULL, bytes INTEGER NOT NULL, listing BLOB
+);
+CREATE INDEX IF NOT EXISTS nars_by_age ON nars (at, bytes);
+CREATE TABLE IF NOT EXISTS files (
+    nar_hash TEXT NOT NULL, name TEXT NOT NULL, kind TEXT NOT NULL, size INTEGER NOT NULL, executable INTEGER NOT NULL,
+    sha256 TEXT, content BLOB, target TEXT, PRIMARY KEY (nar_hash, name)
+);
+CREATE TABLE IF NOT EXISTS paths (
+    path TEXT NOT NULL, cache TEXT NOT NULL, nar_hash TEXT NOT NULL, nar_size INTEGER NOT NULL, at INTEGER NOT NULL,
+    PRIMARY KEY (path, cache)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS paths_by_age ON paths (at);
+CREATE INDEX IF NOT EXISTS paths_by_nar ON paths (nar_hash);
+CREATE TABLE IF NOT EXISTS reads (source TEXT PRIMARY KEY, count INTEGER NOT NULL, bytes INTEGER NOT NULL);
+""",
+    last="reads",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,23 +126,15 @@ def record_file(environ: Mapping[str, str]) -> Path | None:
 class Record:
     """An open record; blocking, for one thread at a time. Everything may raise StoreError, which names the file."""
 
-    def __init__(self, file: Path, limits: Limits, db: sqlite3.Connection) -> None:
-        self.file = file
+    def __init__(self, db: Database, limits: Limits) -> None:
+        self.file = db.file
         self._limits = limits
         self._db = db
 
     @classmethod
     def open(cls, file: Path, limits: Limits | None = None) -> Self:
         """The record, made if it is not there."""
-        with _our_errors(file):
-            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            try:
-                db = connect(file)
-            except sqlite3.DatabaseError as error:
-                if not is_broken(error):
-                    raise
-                db = set_aside(file)
-            return cls(file, limits or Limits(), db)
+        return cls(Database.open(file, _SCHEMA), limits or Limits())
 
     @classmethod
     def existing(cls, file: Path, limits: Limits | None = None) -> Self | None:
@@ -136,28 +147,28 @@ class Record:
     def write(self, nars: Sequence[SeenNar], paths: Sequence[PushedPath]) -> None:
         """Note what was seen and what was published, all of it or nothing."""
         now = int(time.time())
-        self._in_transaction(lambda db: _insert(db, nars, paths, now))
+        self._db.write(lambda db: _insert(db, nars, paths, now))
 
     def prune(self) -> None:
         """Drop what is beyond the limits."""
         now = int(time.time())
-        self._in_transaction(lambda db: _prune(db, self._limits, now))
+        self._db.write(lambda db: _prune(db, self._limits, now))
 
     def find(self, path: str) -> list[PushedPath]:
         """The pushes of a store path (in full), the latest first."""
-        rows = self._query(
+        rows = self._db.query(
             "SELECT path, cache, nar_hash, nar_size, at FROM paths WHERE path = ? ORDER BY at DESC, cache", path
         )
         return [PushedPath(*row) for row in rows]
 
     def paths(self) -> list[PushedPath]:
         """All pushes, the latest first."""
-        rows = self._query("SELECT path, cache, nar_hash, nar_size, at FROM paths ORDER BY at DESC, path, cache")
+        rows = self._db.query("SELECT path, cache, nar_hash, nar_size, at FROM paths ORDER BY at DESC, path, cache")
         return [PushedPath(*row) for row in rows]
 
     def listing(self, nar_hash: str) -> ListingNode | None:
         """What the NAR holds, None if that is not known."""
-        for (compressed,) in self._query("SELECT listing FROM nars WHERE nar_hash = ?", nar_hash):
+        for (compressed,) in self._db.query("SELECT listing FROM nars WHERE nar_hash = ?", nar_hash):
             if compressed is not None:
                 try:
                     return listing.parse(decompress("zstd", compressed, LISTING_LIMIT))
@@ -167,7 +178,7 @@ class Record:
 
     def files(self, nar_hash: str) -> list[SeenFile]:
         """The build-facing files in the NAR."""
-        rows = self._query(
+        rows = self._db.query(
             "SELECT name, kind, size, executable, sha256, content, target FROM files WHERE nar_hash = ? ORDER BY name",
             nar_hash,
         )
@@ -178,7 +189,7 @@ class Record:
 
     def count_read(self, source: str, size: int) -> None:
         """A file of `size` bytes was read from `source`."""
-        self._in_transaction(
+        self._db.write(
             lambda db: db.execute(
                 "INSERT INTO reads VALUES (?, 1, ?)"
                 " ON CONFLICT DO UPDATE SET count = count + 1, bytes = bytes + excluded.bytes",
@@ -188,43 +199,7 @@ class Record:
 
     def reads(self) -> dict[str, Reads]:
         """All reads so far, by source."""
-        return {source: Reads(count, size) for source, count, size in self._query("SELECT * FROM reads")}
-
-    def _query(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
-        return self._whole(lambda db: db.execute(sql, values).fetchall())
-
-    def _in_transaction(self, work: Callable[[sqlite3.Connection], object]) -> None:
-        def whole(db: sqlite3.Connection) -> None:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                work(db)
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-
-        self._whole(whole)
-
-    def _whole(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
-        """Done once more when the file turns out to be broken."""
-        with _our_errors(self.file):
-            try:
-                return work(self._db)
-            except sqlite3.DatabaseError as error:
-                if not is_broken(error):
-                    raise
-                self._db.close()
-                self._db = set_aside(self.file)
-            return work(self._db)
-
-
-@contextmanager
-def _our_errors(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (sqlite3.Error, OSError) as error:
-        raise StoreError(f"the record of what was pushed, {file}, cannot be used: {error}") from error
+        return {source: Reads(count, size) for source, count, size in self._db.query("SELECT * FROM reads")}
 
 
 def _insert(db: sqlite3.Connection, nars: Sequence[SeenNar], paths: Sequence[PushedPath], now: int) -> None:

@@ -47,12 +47,12 @@ MAX_PARTS = 16
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """jobs: NARs on their way at once; level: of zstd, or `auto` (see
-    `level`), by default what the settings say; closure: push what the paths need as well; dry_run: only say
-    what would be done; memory: bytes for NARs on their way, whatever their number and size, by default as
-    `memory.Shares` says; upstreams: caches beside those that the server declares whose paths are not pushed;
-    declared_upstreams: whether those count; record: the file in which to note what was pushed (see `record`);
-    keep_nars: a directory for NARs as Nix reads them (see `kept_nars`).
+    """jobs: NARs on their way at once; level: of zstd, or `auto` (see `level`), by default what the settings say;
+    closure: push what the paths need as well; dry_run: only say what would be done; memory: bytes for NARs on their
+    way, whatever their number and size, by default as `memory.Shares` says; upstreams: caches beside those that the
+    server declares whose paths are not pushed; declared_upstreams: whether those count; record: the file in which to
+    note what was pushed (see `record`); journal: the one for what has arrived of large NARs (see `journal`); keep_nars:
+    a directory for NARs as Nix reads them (see `kept_nars`).
     """
 
     jobs: int = 8
@@ -63,6 +63,7 @@ class Options:
     upstreams: tuple[Upstream, ...] = ()
     declared_upstreams: bool = True
     record: Path | None = None
+    journal: Path | None = None
     keep_nars: Path | None = None
     backoff: Backoff = field(default_factory=Backoff)
     timeouts: Timeouts = field(default_factory=Timeouts)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 64 * 1024
 _PACKS = "/nars"
+_COMPLETES = re.compile(r".*/uploads/([^/]*)/complete")
 _CARRIES_NARS = re.compile(r"PUT .*/(parts|nar)/[^/]*|POST .*/nars")
 
 
@@ -64,6 +65,8 @@ class CountingProxy(FaultProxy):
         """All that carried NARs, in the order in which they began."""
         self.sent = 0
         """Bytes of them."""
+        self.completed: set[str] = set()
+        """The names of uploads that somebody has asked to complete."""
         self._troubles: list[_Trouble] = []
         self._under_way = 0
 
@@ -98,6 +101,8 @@ class CountingProxy(FaultProxy):
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         self._under_way += 1
+        if match := _COMPLETES.fullmatch(request.path):
+            self.completed.add(match[1])
         if request.transport is not None:
             self._transports.add(request.transport)
         try:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import random
 import signal
+import sqlite3
 import subprocess
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from tests.system.server import Server, until
 from tests.system.small_disk import small_disk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from tests.system.conftest import StartServer
@@ -53,9 +54,10 @@ class Scene:
     paths: list[str]
 
     @contextmanager
-    def begun(self, *before: str) -> Iterator[subprocess.Popen[bytes]]:
+    def begun(self, *options: str, before: Sequence[str] = ()) -> Iterator[subprocess.Popen[bytes]]:
         """A push of all paths; `before`: words before its own."""
-        words = push.command(self.builder, self.server, "--to", f"{self.proxy.url}/main", *self.paths[SMALL - 1 :])
+        options = ("--to", f"{self.proxy.url}/main", *options)
+        words = push.command(self.builder, self.server, *options, *self.paths[SMALL - 1 :])
         with (
             self._file.open("wb") as out,
             subprocess.Popen(
@@ -67,19 +69,24 @@ class Scene:
             finally:
                 pushing.kill()
 
-    def stopped(self, after: int, number: int, *before: str) -> int:
+    def stopped(self, after: int, number: int, before: Sequence[str] = ()) -> int:
         """The status of a push that gets this signal when so many more bytes have been sent."""
-        with self.begun(*before) as pushing:
+        with self.begun(before=before) as pushing:
             self.proxy.trouble(after, partial(pushing.send_signal, number))
             status = pushing.wait(push.PATIENCE)
         self.proxy.settle()
         return status
 
-    def end(self, pushing: subprocess.Popen[bytes]) -> dict[str, Any]:
-        """The summary of a push that comes to a good end."""
+    def end(self, pushing: subprocess.Popen[bytes]) -> list[dict[str, Any]]:
+        """All that is told by a push that comes to a good end, the summary last."""
         assert pushing.wait(push.PATIENCE) == 0, self.told
-        last: dict[str, Any] = json.loads(self.told.splitlines()[-1])
-        return last
+        return [json.loads(line) for line in self.told.splitlines()]
+
+    @property
+    def parts(self) -> list[str]:
+        """Those that the server has, of NARs that it was not asked to complete."""
+        files = (file.name.split(".") for file in self.server.data_dir.glob("objects/~uploads/main/*/*.*.*"))
+        return [number for upload, number, _ in files if upload and upload not in self.proxy.completed]
 
     @property
     def told(self) -> str:
@@ -126,15 +133,29 @@ def scene(builder: Nix, make_server: StartServer) -> Iterator[Scene]:
 @pytest.mark.parametrize(("number", "seed"), [(signal.SIGKILL, 1), (signal.SIGKILL, 2), (signal.SIGINT, 3)])
 def test_the_uploader_is_stopped(scene: Scene, number: signal.Signals, seed: int) -> None:
     places = random.Random(seed)
-    for _ in range(3):
-        status = scene.stopped(places.randrange(1, TOTAL // 3), number)
+    times = 0
+    while times < 3 or not scene.parts:
+        times += 1
+        status = scene.stopped(places.randrange(1, TOTAL // 5), number)
         assert status == (-9 if number == signal.SIGKILL else 130), scene.told
+    there = len(scene.parts)
     lost = len(scene.proxy.unacknowledged)
     assert lost, "nothing was cut short: this shows nothing"
-    with scene.begun() as pushing:
-        assert scene.end(pushing)["resumed_bytes"] > 0
+    with scene.begun("--level", "9") as pushing:
+        told = scene.end(pushing)
     assert len(scene.proxy.unacknowledged) == lost
-    scene.check(3 * AT_ONCE)
+    resumed = {event["path"]: event for event in told if event["event"] == "resumed"}
+    assert all(0 < event["parts"] <= event["all_parts"] for event in resumed.values())
+    assert sum(event["parts"] for event in resumed.values()) >= there
+    assert sum(event["resumed_bytes"] for event in resumed.values()) == told[-1]["resumed_bytes"]
+    # that of the journal: nobody else knows with which one they were begun
+    levels = {event["path"]: event["level"] for event in told if event["event"] == "stored"}
+    assert {levels[path] for path in resumed} == {3}
+    journal = scene.builder.folder / ".local/state/cachesrv/transfers-1.sqlite"
+    assert journal.stat().st_mode & 0o777 == 0o600
+    with closing(sqlite3.connect(journal)) as db:
+        assert db.execute("SELECT count(*) FROM transfers UNION SELECT count(*) FROM parts").fetchall() == [(0,)]
+    scene.check(times * AT_ONCE)
 
 
 def test_connections_are_cut(scene: Scene) -> None:
@@ -178,10 +199,10 @@ def test_the_disk_of_the_uploader_is_full(scene: Scene, tmp_path: Path) -> None:
         subprocess.run([*disk.entering, "mount", "--bind", on_it, machine], check=True)
         scene.proxy.trouble(places.randrange(1, TOTAL // 3), disk.fill)
         for _ in range(2):
-            assert scene.stopped(places.randrange(1, TOTAL // 3), signal.SIGKILL, *disk.entering) == -9
+            assert scene.stopped(places.randrange(1, TOTAL // 3), signal.SIGKILL, disk.entering) == -9
             assert disk.free == 0
-        with scene.begun(*disk.entering) as pushing:
-            assert scene.end(pushing)["resumed_bytes"] > 0
+        with scene.begun(before=disk.entering) as pushing:
+            assert scene.end(pushing)[-1]["resumed_bytes"] > 0
         assert disk.free == 0
     assert "is full" in scene.told
     scene.check(2 * AT_ONCE)

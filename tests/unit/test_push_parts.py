@@ -142,7 +142,7 @@ async def test_an_interrupted_push_goes_on_where_it_was(store: TemporaryStore, c
     assert summary.resumed_bytes == size
     assert summary.sent_bytes == len(next(iter(cache.nars.values()))) - size
     assert [event for event in told if isinstance(event, events.Resumed)] == [
-        events.Resumed(store_path("large").base_name, size)
+        events.Resumed(store_path("large").base_name, size, before, 8)
     ]
 
 

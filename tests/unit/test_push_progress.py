@@ -44,7 +44,7 @@ STORY: list[Event] = [
     Retrying(f"sending {A}-one", 1, 0.5, "the connection broke"),
     Sending(f"{A}-one", 10 * MIB),
     Sent(f"{A}-one", 10 * MIB, MIB),
-    Resumed(f"{A}-one", 512 * 1024),
+    Resumed(f"{A}-one", 512 * 1024, 1, 3),
     Stored(f"{A}-one", 10 * MIB, MIB, 1.0),
     Published(f"{A}-one"),
     SUMMARY,
@@ -70,7 +70,7 @@ def test_people_read_results_on_stdout_and_the_rest_on_stderr() -> None:
         "1 of 4 paths to push, 1 NAR of 10.0 MiB",
         f"failed {C}-four: otherwise",
         f"the connection broke; trying again in 0.5 s (sending {A}-one, attempt 1)",
-        f"resumed {A}-one  512.0 KiB of it had been sent before",
+        f"resumed {A}-one  1 of 3 parts, 512.0 KiB, had been sent before",
         f"sent {A}-one  10.0 MiB as 1.0 MiB",
     ]
 
