@@ -22,6 +22,8 @@ from cachesrv.errors import BadInput, DaemonError
 from cachesrv.nix.daemon_messages import HungUp, OperationFailed, clean, read_until_last
 from cachesrv.nix.hashes import Hash
 from cachesrv.nix.path_info import PathInfo
+from cachesrv.nix.realisation import Realisation, TracedOutput
+from cachesrv.nix.signing import Signature
 from cachesrv.nix.store_path import StorePath
 from cachesrv.nix.wire import (
     Reading,
@@ -47,11 +49,16 @@ OLDEST: Version = (1, 32)
 OURS: Version = (1, 38)
 
 
+REALISATIONS = "realisation-with-path-not-hash"
+"""The feature by which realisations can be asked for, by the path of a derivation; of Nix 2.35."""
+
+
 class Op(IntEnum):
     """Operations of the daemon that we use."""
 
     QUERY_PATH_INFO = 26
     NAR_FROM_PATH = 38
+    QUERY_REALISATION = 43
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +66,12 @@ class Session:
     """What both sides agreed on.
 
     version: of the protocol, the older one of both sides; nix_version: how the daemon calls itself, "" if it
-    does not say.
+    does not say; features: those that both sides have.
     """
 
     version: Version
     nix_version: str
+    features: frozenset[str]
 
 
 def handshake() -> Steps[Session]:
@@ -76,15 +84,16 @@ def handshake() -> Steps[Session]:
     if magic != DAEMON_MAGIC:
         raise BadInput(f"it greets with {magic.to_bytes(8, 'little')!r}, which no Nix daemon does")
     version = min(OURS, _supported((yield from read_u64())))
+    features: frozenset[str] = frozenset()
     if version >= (1, 38):
-        yield encode_strings(())  # no feature changes any operation that we use
-        yield from read_strings()
+        yield encode_strings((REALISATIONS,))
+        features = frozenset((yield from read_strings())) & {REALISATIONS}
     yield encode_u64(0) + encode_u64(0)  # no CPU affinity, no reserved space: both are gone
     nix_version = clean((yield from read_bytes())) if version >= (1, 33) else ""
     if version >= (1, 35):
         yield from read_u64()  # whether it trusts us, which makes no difference to reading
     yield from read_until_last()
-    return Session(version, nix_version)
+    return Session(version, nix_version, features)
 
 
 def _supported(number: int) -> Version:
@@ -158,6 +167,18 @@ def query_path_info(path: StorePath, store_dir: str) -> Operation[PathInfo | Non
 def nar_from_path(path: StorePath, store_dir: str) -> Operation[None]:
     """Makes the daemon send the NAR of `path`, which follows the answer as it is, without its size."""
     return Operation(_request(Op.NAR_FROM_PATH, path.full(store_dir)), _read_nothing)
+
+
+def query_realisation(output: TracedOutput, store_dir: str) -> Operation[Realisation | None]:
+    """What an output of a derivation has come out as; None if that is not known. For daemons with `REALISATIONS`."""
+
+    def result() -> Reading[Realisation | None]:
+        if not (yield from read_bool()):
+            return None
+        out_path = StorePath.parse_full((yield from read_string()), store_dir)
+        return Realisation(out_path, tuple(map(Signature.parse, (yield from read_strings()))))
+
+    return Operation(_request(Op.QUERY_REALISATION, output.derivation.full(store_dir), output.output), result)
 
 
 def _request(op: Op, *arguments: str) -> bytes:

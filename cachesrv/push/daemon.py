@@ -2,18 +2,29 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
-from cachesrv.errors import DaemonError, NotAllowed, NotFound
+from cachesrv.errors import BadInput, DaemonError, NotAllowed, NotFound
 from cachesrv.nix.path_info import PathInfo, in_reference_order
 from cachesrv.nix.realisation import OutputId, Realisation, TracedOutput
 from cachesrv.nix.store_path import StorePath
-from cachesrv.nix.worker_protocol import Session, nar_from_path, perform, perform_all, query_path_info
+from cachesrv.nix.worker_protocol import (
+    REALISATIONS,
+    Operation,
+    Session,
+    nar_from_path,
+    perform,
+    perform_all,
+    query_path_info,
+    query_realisation,
+)
 from cachesrv.push.daemon_connection import Connection, connect
 from cachesrv.push.store_db import StoreDatabase
 from cachesrv.push.store_location import StoreLocation
+
+T = TypeVar("T")
 
 CONNECTIONS = 4
 """The daemon starts a process for each."""
@@ -80,6 +91,7 @@ class DaemonStore:
         self.name = f"Nix daemon{version} at {location.socket}"
         self._location = location
         self._pool = pool
+        self._by_derivation = REALISATIONS in session.features
 
     @classmethod
     async def open(
@@ -100,7 +112,7 @@ class DaemonStore:
         return self._location.real_path(path)
 
     async def path_info(self, path: StorePath) -> PathInfo:
-        return (await self._batch([path]))[0]
+        return (await self._path_infos([path]))[0]
 
     async def closure(self, paths: Iterable[StorePath]) -> list[PathInfo]:
         infos: dict[StorePath, PathInfo] = {}
@@ -123,36 +135,66 @@ class DaemonStore:
                     yield chunk
 
     async def realisations(self, paths: Iterable[StorePath]) -> Mapping[OutputId | TracedOutput, Realisation]:
-        """From the database, where this user may read it: a daemon can be asked for them by derivation, not by path."""
+        """From the database, where this user may read it, else from a daemon that can be asked by derivation."""
         database = StoreDatabase(self._location)
-        if not database.readable:
-            raise NotAllowed(f"the {self.name} does not tell them by path, and this user may not read {database.file}")
-        return await asyncio.to_thread(database.realisations, list(paths))
+        if database.readable:
+            return await asyncio.to_thread(database.realisations, list(paths))
+        if self._by_derivation:
+            return await self._asked_for(list(paths))
+        raise NotAllowed(f"the {self.name} does not tell them, and this user may not read {database.file}")
+
+    async def _asked_for(self, paths: Sequence[StorePath]) -> dict[OutputId | TracedOutput, Realisation]:
+        infos = [info for info in await self._path_infos(paths) if info.ca]
+        outputs = {output: info.store_path for info in infos if (output := _output(info)) is not None}
+        questions = [query_realisation(output, self.store_dir) for output in outputs]
+        answers = await self._ask(questions, "asked for realisations")
+        return {
+            output: found
+            for (output, path), found in zip(outputs.items(), answers, strict=True)
+            if found is not None and found.out_path == path
+        }
 
     async def close(self) -> None:
         await self._pool.close()
 
     async def _path_infos(self, paths: Sequence[StorePath]) -> list[PathInfo]:
-        """Infos of many paths, asked for over all connections at once."""
-        share = -(-len(paths) // self._pool.size)
+        """Infos of many paths; raises `NotFound` for the first that is not valid."""
+        questions = [query_path_info(path, self.store_dir) for path in paths]
+        answers = await self._ask(questions, "asked for path infos")
+        infos = [info for info in answers if info is not None]
+        if len(infos) < len(paths):
+            missing = paths[answers.index(None)].full(self.store_dir)
+            raise NotFound(f"{missing} is not valid: the {self.name} does not know it")
+        return infos
+
+    async def _ask(self, questions: Sequence[Operation[T]], doing: str) -> list[T]:
+        """Answers to many questions, asked over all connections at once; `doing` as for `Connection.run`."""
+        share = -(-len(questions) // self._pool.size)
         size = min(max(share, SMALLEST_BATCH), LARGEST_BATCH)
-        starts = range(0, len(paths), size)
-        tasks = [asyncio.create_task(self._batch(paths[start : start + size])) for start in starts]
+
+        async def ask(some: Sequence[Operation[T]]) -> list[T]:
+            async with self._pool.connection() as connection:
+                return await connection.run(perform_all(some), doing)
+
+        starts = range(0, len(questions), size)
+        tasks = [asyncio.create_task(ask(questions[start : start + size])) for start in starts]
         try:
-            return [info for infos in await asyncio.gather(*tasks) for info in infos]
+            return [answer for answers in await asyncio.gather(*tasks) for answer in answers]
         except BaseException:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             raise
 
-    async def _batch(self, paths: Sequence[StorePath]) -> list[PathInfo]:
-        """Infos of a few paths over one connection; raises `NotFound` for the first that is not valid."""
-        questions = [query_path_info(path, self.store_dir) for path in paths]
-        async with self._pool.connection() as connection:
-            answers = await connection.run(perform_all(questions), "asked for path infos")
-        infos = [info for info in answers if info is not None]
-        if len(infos) < len(paths):
-            missing = paths[answers.index(None)].full(self.store_dir)
-            raise NotFound(f"{missing} is not valid: the {self.name} does not know it")
-        return infos
+
+def _output(info: PathInfo) -> TracedOutput | None:
+    """Which output of a derivation the path may be, by its name; None where none is known."""
+    if info.deriver is None or not info.deriver.is_derivation:
+        return None
+    prefix = info.deriver.name.removesuffix(".drv")
+    name = info.store_path.name
+    if name != prefix and not name.startswith(f"{prefix}-"):
+        return None
+    with suppress(BadInput):
+        return TracedOutput(info.deriver, "out" if name == prefix else name[len(prefix) + 1 :])
+    return None

@@ -16,6 +16,7 @@ from cachesrv.nix.path_info import PathInfo
 from cachesrv.nix.store_path import StorePath
 from cachesrv.nix.wire import encode_string, encode_strings, encode_u64
 from cachesrv.nix.worker_protocol import (
+    REALISATIONS,
     Session,
     Steps,
     Version,
@@ -90,7 +91,7 @@ def recorded(name: str) -> tuple[bytes, bytes]:
 
 def test_the_recorded_handshake() -> None:
     sent, received = recorded("handshake")
-    assert drive(handshake(), received) == (Session((1, 34), "2.8.0"), sent, b"")
+    assert drive(handshake(), received) == (Session((1, 34), "2.8.0", frozenset()), sent, b"")
 
 
 def test_the_recorded_path_info() -> None:
@@ -143,8 +144,8 @@ def test_the_recorded_error_in_place_of_a_nar() -> None:
 @pytest.mark.parametrize("version", [(1, 32), (1, 33), (1, 34), (1, 35), (1, 36), (1, 37), (1, 38)])
 def test_versions_up_to_ours_are_spoken(version: Version) -> None:
     session, sent, rest = drive(handshake(), greeting(version))
-    assert session == Session(version, "2.99" if version >= (1, 33) else "")
-    features = encode_strings(()) if version == (1, 38) else b""
+    assert session == Session(version, "2.99" if version >= (1, 33) else "", frozenset())
+    features = encode_strings((REALISATIONS,)) if version == (1, 38) else b""
     assert sent == encode_u64(0x6E697863) + encode_u64(0x0126) + features + bytes(16)
     assert rest == b""
 
@@ -159,7 +160,7 @@ def test_with_a_newer_daemon_ours_is_spoken(version: Version) -> None:
 @pytest.mark.parametrize("features", [(), ("delete-dead-specific-referrers", "realisation-with-path-not-hash"), ("x",)])
 def test_features_of_the_daemon_are_read(features: tuple[str, ...]) -> None:
     session, _, rest = drive(handshake(), greeting((1, 38), features=features))
-    assert session == Session((1, 38), "2.99")
+    assert session == Session((1, 38), "2.99", frozenset(features) & {REALISATIONS})
     assert rest == b""
 
 

@@ -2,16 +2,19 @@
 
 import asyncio
 import re
+from dataclasses import replace
 
 import pytest
 
-from cachesrv.errors import DaemonError, NotFound
+from cachesrv.errors import DaemonError, NotAllowed, NotFound
 from cachesrv.nix.daemon_messages import Frame, OperationFailed
 from cachesrv.nix.hashes import Hash
 from cachesrv.nix.path_info import PathInfo, in_reference_order
-from cachesrv.nix.store_path import StorePath
-from cachesrv.nix.wire import encode_string, encode_u64
-from cachesrv.nix.worker_protocol import Op, Version
+from cachesrv.nix.realisation import Realisation, TracedOutput
+from cachesrv.nix.signing import Signature
+from cachesrv.nix.store_path import DEFAULT_STORE_DIR, StorePath
+from cachesrv.nix.wire import encode_string, encode_strings, encode_u64
+from cachesrv.nix.worker_protocol import REALISATIONS, Op, Version
 from cachesrv.push.daemon import LARGEST_BATCH, DaemonStore
 from cachesrv.push.store_location import StoreLocation, locate
 from tests.fake_daemon import LAST, FakeDaemon, Peer, encode_error, encode_path_info
@@ -27,8 +30,8 @@ def info(number: int, *references: int) -> PathInfo:
     return PathInfo(path(number), NAR_HASH, 120, tuple(path(other) for other in sorted(references)))
 
 
-def location(daemon: FakeDaemon) -> StoreLocation:
-    return locate(f"unix://{daemon.socket}", {})
+def location(daemon: FakeDaemon, *, database: bool = True) -> StoreLocation:
+    return locate(f"unix://{daemon.socket}{'' if database else '?state=/nowhere'}", {})
 
 
 @pytest.mark.parametrize("version", [(1, 32), (1, 33), (1, 34), (1, 35), (1, 36), (1, 37), (1, 38), (1, 39), (1, 99)])
@@ -157,4 +160,59 @@ async def test_an_answer_from_another_store_directory_is_an_error() -> None:
             DaemonError, match=f"{daemon.socket} does not keep to the protocol: '/opt/store/.* is not in"
         ):
             await store.path_info(path(1))
+        await store.close()
+
+
+def output(number: int, name: str = "x", deriver: str = "x.drv", ca: str | None = "fixed:r:sha256:x") -> PathInfo:
+    """A path that a derivation came out as."""
+    return replace(info(number), store_path=StorePath(f"{number:032d}", name), ca=ca, deriver=drv(number, deriver))
+
+
+def drv(number: int, name: str = "x.drv") -> StorePath:
+    return StorePath(f"{number:032d}", name)
+
+
+async def test_realisations_are_asked_for_by_derivation() -> None:
+    infos = [
+        output(1),
+        output(2, "x-doc"),
+        output(3),
+        output(4),
+        output(5, ca=None),
+        output(6, "y"),
+        info(7),
+        output(8, "x-"),
+    ]
+    signature = Signature("key", bytes(64))
+    known = {(drv(1), "out"): path(1), (drv(2), "doc"): infos[1].store_path, (drv(4), "out"): path(9)}
+    asked: list[tuple[StorePath, str]] = []
+
+    async def answer(peer: Peer) -> None:
+        derivation = StorePath.parse_full(await peer.string(), DEFAULT_STORE_DIR)
+        asked.append((derivation, await peer.string()))
+        found = known.get(asked[-1])
+        said = encode_u64(0)
+        if found:
+            said = encode_u64(1) + encode_string(found.full(DEFAULT_STORE_DIR)) + encode_strings([signature.render()])
+        await peer.write(LAST + said)
+
+    async with FakeDaemon(features=[REALISATIONS], infos=infos) as daemon:
+        daemon.answers[Op.QUERY_REALISATION] = answer
+        store = await DaemonStore.open(location(daemon, database=False), timeout=5)
+        found = await store.realisations([one.store_path for one in infos])
+        await store.close()
+
+    assert found == {
+        TracedOutput(drv(1), "out"): Realisation(path(1), (signature,)),
+        TracedOutput(drv(2), "doc"): Realisation(infos[1].store_path, (signature,)),
+    }
+    assert sorted(asked) == [(drv(1), "out"), (drv(2), "doc"), (drv(3), "out"), (drv(4), "out")]
+
+
+@pytest.mark.parametrize(("version", "features"), [((1, 37), [REALISATIONS]), ((1, 38), ["of-tomorrow"])])
+async def test_a_daemon_that_cannot_be_asked_for_realisations_is_named(version: Version, features: list[str]) -> None:
+    async with FakeDaemon(version=version, features=features, infos=[output(1)]) as daemon:
+        store = await DaemonStore.open(location(daemon, database=False), timeout=5)
+        with pytest.raises(NotAllowed, match=r"does not tell them, and this user may not read .*db.sqlite"):
+            await store.realisations([path(1)])
         await store.close()

@@ -159,7 +159,7 @@ async def test_when_one_of_many_batches_fails_the_others_are_given_up() -> None:
 
         daemon.answers[Op.QUERY_PATH_INFO] = fail_or_wait
         assert "no more" in await error_of(store.closure(PATHS))
-        assert not [task for task in asyncio.all_tasks() if "DaemonStore._batch" in repr(task.get_coro())]
+        assert not [task for task in asyncio.all_tasks() if "DaemonStore._ask" in repr(task.get_coro())]
         daemon.answers[Op.QUERY_PATH_INFO] = daemon.path_info
         assert await store.closure(PATHS) == INFOS
         assert daemon.most_open <= 4
