@@ -10,6 +10,7 @@ from cachesrv.push.retry import TryAgain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
     from typing import Self
 
 
@@ -53,20 +54,21 @@ class ArrivedPart:
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """`parts`: their sizes by number; `frames`: by index, those that lie in such parts from beginning to end."""
+    """`parts`: their numbers; `frames`: by index, those that lie in such parts from beginning to end."""
 
-    parts: Mapping[int, int] = field(default_factory=dict)
+    parts: AbstractSet[int] = frozenset()
     frames: Mapping[int, FrameAt] = field(default_factory=dict)
 
     @classmethod
     def of(cls, parts: Iterable[ArrivedPart], part_size: int) -> Self:
         """`part_size`: of all parts but the last."""
-        there = {part.number: part for part in parts}
+        listed = list(parts)
+        there = frozenset(part.number for part in listed)
         frames: dict[int, FrameAt] = {}
-        for part in there.values():
+        for part in listed:
             starts = accumulate(part.frames, initial=part.start)
             for index, frame in enumerate(map(FrameAt, starts, part.frames), part.first):
                 first, last = (at // part_size + 1 for at in (frame.start, frame.start + frame.size - 1))
                 if first == part.number and all(number in there for number in range(first, last + 1)):
                     frames[index] = frame
-        return cls({part.number: part.size for part in there.values()}, frames)
+        return cls(there, frames)

@@ -95,7 +95,7 @@ class InParts:
         for noted, parts in await self._transfers.begun(info.nar_hash):
             upload = self._upload(info, noted.level, form)
             if noted.upload == upload.name:
-                way = await self._begin(upload, form)
+                way = await self._begin(upload, form, noted)
                 if way is None:
                     return None
                 there = [part for part in parts if way.recall(part.number, part.digest, part.tag)]
@@ -154,7 +154,7 @@ class InParts:
                 return True
             noted = self._transfers.transfer(info.nar_hash, upload.name, nar.level)
             await self._transfers.begin(noted)
-            way = taken_up.way or await self._begin(upload, form)
+            way = taken_up.way or await self._begin(upload, form, noted)
             if way is None:
                 return False
             transfer = _Transfer(nar, share, upload, way, noted, form.part_size)
@@ -165,10 +165,10 @@ class InParts:
         await upload.complete(way)
         return True
 
-    async def _begin(self, upload: NarUpload, form: Form) -> Parts | None:
+    async def _begin(self, upload: NarUpload, form: Form, noted: Transfer) -> Parts | None:
         way = await upload.begin(direct=form.direct)
         if way is not None and form.direct and not self._fits(upload.info, way.direct):
-            await self._begin_otherwise(upload)
+            await self._begin_otherwise(upload, noted)
         return way
 
     def _fits(self, info: PathInfo, offered: DirectAnswer | None) -> bool:
@@ -178,7 +178,8 @@ class InParts:
             return size <= self._part_size
         return offered.least <= size and largest_file(info.nar_size) <= offered.most * size
 
-    async def _begin_otherwise(self, upload: NarUpload) -> NoReturn:
+    async def _begin_otherwise(self, upload: NarUpload, noted: Transfer) -> NoReturn:
+        self._transfers.forget(noted)
         self._not_direct.add(upload.info.nar_hash)
         with suppress(CachesrvError):
             await upload.abort()
@@ -237,6 +238,7 @@ class InParts:
         if self._direct:
             self._direct = False
             self._emit(Noted(f"{error}: NARs go through the server instead"))
+        self._transfers.forget(transfer.noted)
         with suppress(CachesrvError):
             await transfer.upload.abort()
         raise TryAgain(str(error)) from error

@@ -79,7 +79,9 @@ class Parts(Protocol):
         """Whether that part is there already."""
 
     def recall(self, number: int, digest: bytes, tag: str) -> bool:
-        """Whether a part is still there that was sent before with this digest and got this tag."""
+        """Whether a part is still there that was sent before with this digest and got this tag; if so, it is one of the
+        NAR.
+        """
 
     def tag(self, number: int) -> str:
         """What a part is called that is there."""
@@ -182,7 +184,10 @@ class _Through:
         return (number, digest.hex()) in self._there
 
     def recall(self, number: int, digest: bytes, tag: str) -> bool:
-        return tag == digest.hex() and self.has(number, digest)
+        there = tag == digest.hex() and (number, tag) in self._there
+        if there:
+            self._digests[number] = tag
+        return there
 
     def tag(self, number: int) -> str:
         return self._digests[number]
@@ -221,8 +226,10 @@ class _Direct:
         return self._there.get(number) == digest.hex()
 
     def recall(self, number: int, digest: bytes, tag: str) -> bool:
-        self._tags[number], self._digests[number] = tag, digest.hex()
-        return self._there.get(number) == tag
+        there = self._there.get(number) == tag
+        if there:
+            self._tags[number], self._digests[number] = tag, digest.hex()
+        return there
 
     def tag(self, number: int) -> str:
         return self._tags[number]
