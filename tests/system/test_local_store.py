@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from cachesrv.nix.realisation import OutputId, parse_realisation
 from cachesrv.nix.store_path import StorePath
 from cachesrv.push.local_store import LocalStore, open_store
 from tests.system.nix import CHAIN, Nix
+from tests.system.server import CACHESRV, Server
 
 
 class Machine:
@@ -308,3 +310,38 @@ async def test_a_chroot_store(tmp_path: Path) -> None:
     for name in (full, physical, f"{tmp_path}/result"):
         assert await store.resolve(name) == path
     await store.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to be somebody else")
+def test_what_only_the_daemon_may_read_is_pushed_in_few_requests(machine: Machine, daemon: int, tmp_path: Path) -> None:
+    paths = machine.nix.evaluate(
+        'map (n: builtins.toFile "path-${toString n}" (toString n)) (builtins.genList (n: n) 100)'
+    )
+    server = Server(tmp_path / "server", environment={"CACHESRV_SERVER__STORE_DIR": machine.nix.store_dir}).start()
+    store = Path(machine.nix.store_dir)
+    mode = store.stat().st_mode
+    machine.socket.parent.chmod(0o755)
+    machine.socket.chmod(0o777)
+    try:
+        store.chmod(0o700)
+        done = subprocess.run(
+            [
+                *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
+                *(*CACHESRV, "push", "--to", server.main, "--store", "daemon", "--json", "--stdin"),
+            ],
+            check=False,
+            env=machine.environment | {"HOME": "/nonexistent", "CACHESRV_TOKEN": server.token_file.read_text().strip()},
+            input="\n".join(paths),
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        requests = server.client().get("/metrics").text
+    finally:
+        store.chmod(mode)
+        server.dispose()
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["uploaded"] == 100
+    assert 'cachesrv_http_requests_total{method="POST",route="api",status="200"} 2.0' in requests
+    assert 'route="nar"' not in requests
