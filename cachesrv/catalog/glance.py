@@ -24,14 +24,16 @@ _PAUSE = 0.25
 
 class Glance:
     """At the catalog in the SQLite file `path`, which other connections of this process keep open for as long as this.
-    For one thread at a time; `clock` gives seconds. Raises sqlite3.Error when it cannot be opened.
+    For one thread at a time. To open it may wait `timeout` seconds for a lock, and raises sqlite3.Error; `clock`
+    gives seconds.
     """
 
-    def __init__(self, path: str, clock: Callable[[], float] = time.monotonic) -> None:
-        # Without a time-out: it waits for no lock.
-        self._connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+    def __init__(self, path: str, *, timeout: float = 30, clock: Callable[[], float] = time.monotonic) -> None:
+        self._connection = sqlite3.connect(path, timeout=timeout, isolation_level=None, check_same_thread=False)
         self._connection.execute("PRAGMA query_only = ON")
         self._connection.execute(f"PRAGMA cache_size = -{_MEMORY}")
+        # From now on it waits for no lock.
+        self._connection.execute("PRAGMA busy_timeout = 0")
         self._execute = self._connection.cursor().execute
         self._clock = clock
         self._not_before = 0.0

@@ -35,7 +35,7 @@ def open_glance(url: str) -> Glance:
     """
     path = _path(url)
     try:
-        return Glance(path)
+        return Glance(path, timeout=LOCK_TIMEOUT)
     except sqlite3.Error as error:
         raise _explain(path, error) from error
 

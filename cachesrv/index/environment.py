@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 # Raised by one with every change of what keys or values mean.
 FORMAT = b"2"
 
+_DATA = "data.mdb"
 _LOCKS = "lock.mdb"
-_FILES = ("data.mdb", _LOCKS, "damaged")
+_FILES = (_DATA, _LOCKS, "damaged")
 _MAX_READERS = 1024
 _DAMAGE = (
     lmdb.BadTxnError,  # what a lookup gives when the root of a database cannot be read
@@ -83,13 +84,13 @@ class SharedEnvironment:
         if alone:
             self._allocate_locks()
         try:
-            self._open_files(map_size)
+            self._open_files(map_size, alone=alone)
         except _Unusable as error:
             if not alone:
                 raise StoreError(f"the index is in use by others and cannot be shared: {error}") from error
             self._throw_away()
             self._allocate_locks()
-            self._open_files(map_size)
+            self._open_files(map_size, alone=alone)
         if alone:
             os.fsync(self._folder)
             fcntl.flock(self._folder, fcntl.LOCK_SH)
@@ -119,7 +120,7 @@ class SharedEnvironment:
             (self._path / name).unlink(missing_ok=True)
         os.fsync(self._folder)
 
-    def _open_files(self, map_size: int) -> None:
+    def _open_files(self, map_size: int, *, alone: bool) -> None:
         if (self._path / "damaged").exists():
             raise _Unusable("it is marked as damaged")
         try:
@@ -140,16 +141,18 @@ class SharedEnvironment:
                 raise
             raise _Unusable(str(error)) from error
         try:
-            self._use()
+            self._use(alone=alone)
         except BaseException:
             self.env.close()
             raise
 
-    def _use(self) -> None:
+    def _use(self, *, alone: bool) -> None:
         env = self.env
         env.reader_check()
-        if self._is_cut_off():
+        # To touch a page beyond the end of the file kills the process.
+        if alone and self._missing() > 0:
             raise _Unusable("its file is cut off")
+        self.complete()
         try:
             self.fresh = env.stat()["entries"] == 0
             with env.begin(write=True) as txn:
@@ -164,18 +167,32 @@ class SharedEnvironment:
         except (lmdb.NotFoundError, *_DAMAGE) as error:
             raise _Unusable(str(error)) from error
 
-    def _is_cut_off(self) -> bool:
-        # To touch a page beyond the end of the file kills the process. Once in a great while the last pages were freed
-        # before they were ever written; then the index is begun anew without need.
-        pages = self.env.info()["last_pgno"] + 1
-        return (self._path / "data.mdb").stat().st_size < pages * self.env.stat()["psize"]
+    def complete(self) -> None:
+        """After a commit: LMDB leaves the last pages out when they were freed before they were ever written, and the
+        file would look as if it had been cut off.
+        """
+        if (missing := self._missing()) > 0:
+            # Without the room for it, it may be begun anew at the next start.
+            with suppress(OSError):
+                descriptor = os.open(self._path / _DATA, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    # Unlike truncate, this never shortens what others have made longer meanwhile.
+                    os.posix_fallocate(descriptor, os.fstat(descriptor).st_size, missing)
+                finally:
+                    os.close(descriptor)
+
+    def _missing(self) -> int:
+        """Bytes of the file that should be there after its end."""
+        pages: int = self.env.info()["last_pgno"] + 1
+        needed: int = pages * self.env.stat()["psize"]
+        return needed - (self._path / _DATA).stat().st_size
 
     def read_ahead(self) -> Iterator[int]:
         """Ask the kernel for the file, piece by piece, if it takes no more than half of the memory that is available;
         gives the size of each piece in bytes.
         """
         try:
-            with (self._path / "data.mdb").open("rb") as file:
+            with (self._path / _DATA).open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size > _available_memory() // 2:
                     return

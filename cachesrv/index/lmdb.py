@@ -224,7 +224,9 @@ class LmdbIndex:
 
     def _commit(self, work: Callable[[lmdb.Transaction[bytes]], T]) -> T:
         with self._env.begin(self._entries, write=True) as txn:
-            return work(txn)
+            done = work(txn)
+        self._shared.complete()
+        return done
 
     def _epoch(self, txn: lmdb.Transaction[bytes]) -> int:
         epoch: int = _END.unpack(txn.get(_EPOCH, db=self._shared.about) or bytes(_END.size))[0]

@@ -59,7 +59,7 @@ def test_what_cannot_be_read_tells_nothing(database: sqlite3.Connection, looking
 
 def test_a_slow_disk_is_let_alone_for_a_while(database: sqlite3.Connection, tmp_path: Path) -> None:
     times = iter([1000.0, 1000.001, 1000.002, 1000.1, 1000.2, 1000.4, 1000.401])
-    with closing(Glance(str(tmp_path / "catalog.sqlite"), lambda: next(times))) as looking:
+    with closing(Glance(str(tmp_path / "catalog.sqlite"), clock=lambda: next(times))) as looking:
         assert looking.lacks("main", "one")
         assert looking.lacks("main", "one")  # takes a tenth of a second
         assert not looking.lacks("main", "one")

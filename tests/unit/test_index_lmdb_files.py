@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import random
 import signal
 import subprocess
 import sys
@@ -162,6 +164,42 @@ def test_files_in_use_by_others_are_never_thrown_away(path: Path) -> None:
         assert (path / "damaged").exists()
         other.communicate("")
     assert begun_anew(path)
+
+
+@pytest.mark.parametrize("seed", [3, 6, 7, 19, 23])  # without care, the file is a page too short after these
+def test_no_write_leaves_a_file_that_looks_cut_off(path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    with contextlib.closing(LmdbIndex(str(path))) as index:
+        keys = [("main", f"{chance.getrandbits(128):032x}") for _ in range(100)]
+        for _ in range(60):
+            some = chance.sample(keys, chance.choice((1, 5, 20, 60)))
+            match chance.choice("pphda"):
+                case "p":
+                    answer = Present(b"A: b\r\n\r\n", b"x" * chance.choice((300, 1000)))
+                    index.put([IndexEntry(*key, answer) for key in some])
+                case "h":
+                    index.hold(some, 1)
+                case "d":
+                    index.delete(some)
+                case _:
+                    index.put_absent(some, 99_999_999_999)
+            assert index._shared._missing() <= 0
+        there = index.count()
+    with contextlib.closing(LmdbIndex(str(path))) as index:
+        assert not index.fresh
+        assert index.count() == there
+
+
+def test_a_file_that_is_short_is_made_whole_beside_others(path: Path) -> None:
+    filled(path)
+    with program("print('open', flush=True); sys.stdin.read()", path) as other:
+        assert other.stdout
+        assert other.stdout.readline() == "open\n"
+        size = (path / "data.mdb").stat().st_size
+        os.truncate(path / "data.mdb", size - 4096)
+        LmdbIndex(str(path)).close()
+        assert (path / "data.mdb").stat().st_size == size
+        other.communicate("")
 
 
 def test_a_second_opening_in_one_process_is_refused(path: Path) -> None:
