@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tests.system.server import Server
 
 MIB = 2**20
+NGINX = shutil.which("nginx") or "/usr/sbin/nginx"
 CONFIG = """
 daemon off;
 master_process off;
@@ -54,7 +55,7 @@ def nginx(folder: Path, upstream: str, settings: str = "") -> Iterator[str]:
         port = free.getsockname()[1]
     file = folder / "nginx.conf"
     file.write_text(CONFIG.format(folder=folder, port=port, upstream=upstream, settings=settings))
-    with subprocess.Popen(["nginx", "-p", str(folder), "-c", str(file), "-e", str(folder / "error.log")]) as process:
+    with subprocess.Popen([NGINX, "-p", str(folder), "-c", str(file), "-e", str(folder / "error.log")]) as process:
         try:
             url = f"http://127.0.0.1:{port}"
             until(lambda: _answers(url), "nginx does not answer")
@@ -70,7 +71,6 @@ def _answers(url: str) -> bool:
         return False
 
 
-@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
 @pytest.mark.parametrize("settings", ["", "proxy_request_buffering off;"], ids=["buffered", "streamed"])
 def test_a_push_gets_through(
     builder: Nix, cache: Server, make_client: MakeClient, tmp_path: Path, settings: str
