@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tests.system.nix import Nix
     from tests.system.server import Server
 
-ROUNDS = 4
+ROUNDS = 3
 MIB = 1024 * 1024
 SMALL = 30
 LARGE = (2 * MIB, 2 * MIB, 9 * MIB)
@@ -90,5 +90,6 @@ def _check_that_garbage_goes(server: Server) -> None:
 async def _sweep(bucket: Bucket) -> None:
     store = bucket.open()
     left = len(bucket.uploads())
-    assert await store.sweep(older_than=0) == left
+    assert await store.sweep(older_than=0) >= left  # and what they had claimed
+    assert await store.sweep(older_than=0) == 0
     await store.close()
