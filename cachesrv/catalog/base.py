@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Protocol
 from cachesrv.catalog.retention import Retention
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+    from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 
     from cachesrv.catalog.retention import Reliance
 
@@ -138,11 +138,9 @@ class Catalog(Retention, Protocol):
     async def path(self, cache: str, hash_part: str) -> PathRecord | None:
         """A published path."""
 
-    @property
-    def lacks(self) -> Callable[[str, str], bool]:
-        """Given a cache and a hash part, whether it is certain that this path is not published: in microseconds, and so
-        without waiting for a disk or another machine. False too where that does not suffice to tell. To be called from
-        the thread of the event loop.
+    def lacks(self, cache: str, hash_part: str) -> bool:
+        """Whether it is certain that a path is not published: in microseconds, and so without waiting for a disk or
+        another machine. False too where that does not suffice to tell. To be called from the thread of the event loop.
         """
 
     async def paths(self, cache: str, hash_parts: Collection[str]) -> dict[str, PathRecord]:

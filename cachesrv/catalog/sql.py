@@ -26,7 +26,6 @@ class SqlCatalog(SqlRetention):
     def __init__(self, database: Database, glance: Glance) -> None:
         self._database = database
         self._glance = glance
-        self.lacks = glance.lacks
 
     @classmethod
     async def open(cls, url: str, *, pool_size: int = DEFAULT_POOL_SIZE) -> Self:
@@ -56,6 +55,9 @@ class SqlCatalog(SqlRetention):
 
     async def present(self, cache: str, hash_parts: Collection[str]) -> set[str]:
         return await self._database.read(paths.present, cache, hash_parts)
+
+    def lacks(self, cache: str, hash_part: str) -> bool:
+        return self._glance.lacks(cache, hash_part)
 
     async def scan(self, cache: str, after: str = "") -> AsyncIterator[PathRecord]:
         while page := await self._database.read(paths.page, cache, after):

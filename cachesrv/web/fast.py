@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from email.utils import formatdate
 from typing import TYPE_CHECKING
 
-from cachesrv.errors import StoreError
 from cachesrv.index.base import ABSENT, head_of
 from cachesrv.nix.store_path import is_hash_part
 from cachesrv.web.app import SERVER
@@ -121,12 +120,12 @@ class FastAnswers:
         self._files.close()
         return True
 
-    def find(self, get: Callable[[bytes], bytes | None], form: Form, data: bytes) -> tuple[bytes, float] | None:
-        """What is `Known` of a request of this form, by the `get` of a snapshot, and until when in seconds since the
-        epoch; None when the sources have to be asked.
+    def find(
+        self, get: Callable[[bytes], bytes | None], cache: ServedCache, key: bytes, hash_part: bytes
+    ) -> tuple[bytes, float] | None:
+        """What is `Known` of a path, which `get` looks up in the index by its `key`, and until when in seconds since
+        the epoch; None when the sources have to be asked.
         """
-        hash_part = data[form.start : form.end]
-        key = form.prefix + hash_part
         try:
             value = get(key)
         except Exception:  # noqa: BLE001  whatever it was, the handlers meet it too, and have words for it
@@ -136,7 +135,7 @@ class FastAnswers:
             return value, math.inf
         if value and (until := int.from_bytes(value[1:], "big")) > self.now:
             return KNOWN_ABSENT, until
-        return (KNOWN_ABSENT, math.inf) if self._lacks(form.cache, hash_part) else None
+        return (KNOWN_ABSENT, math.inf) if self._lacks(cache, hash_part) else None
 
     def _lacks(self, cache: ServedCache, hash_part: bytes) -> bool:
         """Whether it is certain at once that the path is absent, of which the index knows nothing."""
@@ -230,20 +229,12 @@ class FastAnswers:
             key = self._root_prefix + target
         if cache is None or not (cache.public or self._may_read(rules, cache, block)):
             return None
-        try:
-            value = self._raw(key)
-        except StoreError:
-            # Aiohttp's handler meets it too, and has words for it.
+        found = self.find(self._raw, cache, key, target[slash + 1 :])
+        if found is None:
             return None
-        if value and value[0] != ABSENT:
+        if value := found[0]:
             self._cells[self._cell[method, "narinfo", 200]] += 1
-            self._usage.add(key)
-            if method == "GET":
-                return self.ok + value
-            return self.ok + head_of(value)
-        is_known = value and int.from_bytes(value[1:], "big") > self.now
-        if not is_known and not self._lacks(cache, target[slash + 1 :]):
-            return None
+            return self.ok + (value if method == "GET" else head_of(value))
         self._cells[self._cell[method, "narinfo", 404]] += 1
         return self.miss if method == "GET" else self.miss_head
 

@@ -232,7 +232,8 @@ class Reactor:
         if not (form and data.startswith(form.before) and data.endswith(form.after) and len(data) == form.length):
             self._understand(connection, data)
             return None
-        answer = self._answers.find(get, form, data)
+        hash_part = data[form.start : form.end]
+        answer = self._answers.find(get, form.cache, form.prefix + hash_part, hash_part)
         if answer is None:
             self._leave(connection, data)
             return None
