@@ -179,10 +179,8 @@ class InParts:
         return offered.least <= size and largest_file(info.nar_size) <= offered.most * size
 
     async def _begin_otherwise(self, upload: NarUpload, noted: Transfer) -> NoReturn:
-        self._transfers.forget(noted)
         self._not_direct.add(upload.info.nar_hash)
-        with suppress(CachesrvError):
-            await upload.abort()
+        await self._give_up(upload, noted)
         raise TryAgain("the server does not take it in these parts in its storage: it goes through the server")
 
     async def _send_whole(self, nar: CompressedNar, part: Part) -> None:
@@ -200,10 +198,7 @@ class InParts:
         except BaseExceptionGroup as group:
             error = foremost(group)
             if isinstance(error, Mismatch | TooLarge):
-                # Nobody can go on with these parts.
-                self._transfers.forget(transfer.noted)
-                with suppress(CachesrvError):
-                    await transfer.upload.abort()
+                await self._give_up(transfer.upload, transfer.noted)
             raise error from None
 
     async def _send_part(self, transfer: _Transfer, part: Part) -> None:
@@ -238,10 +233,14 @@ class InParts:
         if self._direct:
             self._direct = False
             self._emit(Noted(f"{error}: NARs go through the server instead"))
-        self._transfers.forget(transfer.noted)
-        with suppress(CachesrvError):
-            await transfer.upload.abort()
+        await self._give_up(transfer.upload, transfer.noted)
         raise TryAgain(str(error)) from error
+
+    async def _give_up(self, upload: NarUpload, noted: Transfer) -> None:
+        """Nobody can go on with these parts."""
+        self._transfers.forget(noted)
+        with suppress(CachesrvError):
+            await upload.abort()
 
     async def _leaving(self, name: str, part: Part) -> AsyncIterator[Chunk]:
         for start in range(0, part.size, _SENT_TOGETHER):
