@@ -29,6 +29,11 @@ async def numbers(count: int) -> AsyncIterator[bytes]:
         yield number.to_bytes(4, "big")
 
 
+async def endless() -> AsyncIterator[bytes]:
+    yield b"chunk"
+    await asyncio.Event().wait()
+
+
 @pytest.mark.parametrize("count", [0, 1, in_thread._IN_FLIGHT, 10 * in_thread._IN_FLIGHT + 1])
 async def test_all_of_it_in_order(threads: ThreadPoolExecutor, count: int) -> None:
     received = await consumed(threads, list, numbers(count))
@@ -108,10 +113,6 @@ async def test_what_the_stream_raises_is_raised(threads: ThreadPoolExecutor) -> 
 async def test_a_caller_that_is_cancelled_leaves_no_thread_at_work(threads: ThreadPoolExecutor) -> None:
     ended = threading.Event()
 
-    async def endless() -> AsyncIterator[bytes]:
-        yield b"chunk"
-        await asyncio.Event().wait()
-
     def work(chunks: Iterator[bytes]) -> None:
         for _ in chunks:
             pass
@@ -131,10 +132,6 @@ async def test_who_is_cancelled_once_more_is_silent_about_the_thread(threads: Th
     told: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
     ending, go_on = threading.Event(), threading.Event()
-
-    async def endless() -> AsyncIterator[bytes]:
-        yield b"chunk"
-        await asyncio.Event().wait()
 
     def work(chunks: Iterator[bytes]) -> None:
         for _ in chunks:
