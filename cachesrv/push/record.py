@@ -34,7 +34,9 @@ LISTING_LEVEL = 3
 LISTING_LIMIT = 32 * 1024 * 1024
 """Bytes of a listing after decompression: far more than one of `inspection.LISTING_ENTRIES` can have."""
 UNUSED_SECONDS = 24 * 3600
-"""For which a NAR is kept whose path was not published: the push may go on."""
+"""For which a NAR is kept at least whose path was not published: the push may go on."""
+_SLACK = 1.05
+"""Beyond its limits by less, the record is left as it is: to bring it back takes a look at all that it holds."""
 _ROW = 500
 """Bytes that a row takes beside its contents."""
 
@@ -222,11 +224,16 @@ def _insert(db: sqlite3.Connection, nars: Sequence[SeenNar], paths: Sequence[Pus
 
 
 def _prune(db: sqlite3.Connection, limits: Limits, now: int) -> None:
+    """Every push ends with this, so that the usual case, that there is nothing to do, is a look at a few indices."""
+    oldest, paths = db.execute("SELECT coalesce(min(at), ?), count(*) FROM paths", (now,)).fetchone()
+    (size,) = db.execute("SELECT total(bytes) FROM nars").fetchone()
+    if now - oldest <= limits.age * _SLACK and paths <= limits.paths * _SLACK and size <= limits.size * _SLACK:
+        return
     db.execute("DELETE FROM paths WHERE at < ?", (now - limits.age,))
+    (paths,) = db.execute("SELECT count(*) FROM paths").fetchone()
     db.execute(
-        "DELETE FROM paths WHERE (path, cache) IN"
-        " (SELECT path, cache FROM paths ORDER BY at DESC, path, cache LIMIT -1 OFFSET ?)",
-        (limits.paths,),
+        "DELETE FROM paths WHERE (path, cache) IN (SELECT path, cache FROM paths ORDER BY at, path, cache LIMIT ?)",
+        (max(0, paths - limits.paths),),
     )
     db.execute(
         "DELETE FROM nars WHERE at < ? AND NOT EXISTS (SELECT 1 FROM paths WHERE paths.nar_hash = nars.nar_hash)",

@@ -99,13 +99,30 @@ def test_what_is_too_old_goes(file: Path) -> None:
         assert record.files(nar("new").nar_hash)
 
 
-def test_what_was_seen_and_not_published_goes_after_a_while(record: Record, file: Path) -> None:
-    record.write([nar("a"), nar("b")], [])
-    age(file, "a", record_module.UNUSED_SECONDS + 1)
-    record.prune()
+def test_what_was_seen_and_not_published_goes_with_what_is_too_much(file: Path) -> None:
+    with closing(Record.open(file, Limits(paths=1))) as record:
+        record.write([nar("a"), nar("b"), nar("c")], [pushed("c")])
+        age(file, "a", record_module.UNUSED_SECONDS + 1)
+        record.prune()
+        assert record.files(nar("a").nar_hash)
 
-    assert record.files(nar("a").nar_hash) == []
-    assert record.files(nar("b").nar_hash)
+        record.write([], [pushed("d", at=int(time.time()) + 1)])
+        record.prune()
+        assert [push.path[-1] for push in record.paths()] == ["d"]
+        assert record.files(nar("a").nar_hash) == []
+        assert record.files(nar("b").nar_hash)
+
+
+def test_what_is_hardly_too_much_stays(file: Path) -> None:
+    with closing(Record.open(file, Limits(paths=40))) as record:
+        names = [f"p{number:02}" for number in range(43)]
+        record.write([], [pushed(name, at=int(time.time()) + n) for n, name in enumerate(names[:42])])
+        record.prune()
+        assert len(record.paths()) == 42
+
+        record.write([], [pushed(names[42], at=int(time.time()) + 42)])
+        record.prune()
+        assert {push.path for push in record.paths()} == {f"/nix/store/{name}" for name in names[3:]}
 
 
 def test_what_is_too_much_goes_the_oldest_first(file: Path) -> None:
