@@ -15,6 +15,9 @@ Chunk = bytes | memoryview
 
 USER_AGENT = "cachesrv-push"
 
+MAX_ERROR_SIZE = 64 * 1024
+"""Bytes of an answer without success, of which more are not looked at."""
+
 _CA_FILES = ("NIX_SSL_CERT_FILE", "SSL_CERT_FILE")
 
 

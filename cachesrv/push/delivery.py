@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cachesrv.push.body_limit import BodyTooLarge
+from cachesrv.push.body_limit import BodyTooLarge, LengthWanted
 from cachesrv.push.events import Sending, Sent, Stored
 from cachesrv.push.in_parts import InParts
 from cachesrv.push.plan import wanted
@@ -77,7 +77,7 @@ class Delivery:
                 if self._in_parts and self._in_parts.is_for(info.nar_size):
                     return await self._send_in_parts(info, self._in_parts)
                 return await self._send_whole(info)
-            except BodyTooLarge:  # in smaller parts, then
+            except (BodyTooLarge, LengthWanted):  # in smaller parts, then
                 if self._in_parts is None:
                     raise
 

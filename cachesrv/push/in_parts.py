@@ -86,8 +86,10 @@ class InParts:
         return self._server.bodies.within(self._largest)
 
     def is_for(self, nar_size: int) -> bool:
-        """Whether a NAR of so many bytes may become more than one part; 0 if its size is not known."""
-        return not nar_size or largest_file(nar_size) > self._part_size
+        """Whether a NAR of so many bytes may become more than one part, or has to be made before it is sent; 0 if its
+        size is not known.
+        """
+        return self._server.bodies.lengths or not nar_size or largest_file(nar_size) > self._part_size
 
     async def take_up(self, info: PathInfo) -> TakenUp | None:
         """Where the NAR was left, by whomever; None when it turns out to be there. Raises what the server says."""
@@ -204,7 +206,7 @@ class InParts:
     async def _send_part(self, transfer: _Transfer, part: Part) -> None:
         transfer.parts += 1
         if part.buffer is None:
-            transfer.resumed.append(part.size)
+            self._was_there(transfer, part)
         else:
             await self._send_made(transfer, part)
             transfer.share.give(part.buffer)
@@ -214,7 +216,7 @@ class InParts:
         way = transfer.way
         digest = await asyncio.get_running_loop().run_in_executor(self._threads, way.digest, part.data)
         if way.has(part.number, digest):
-            transfer.resumed.append(part.size)
+            self._was_there(transfer, part)
         else:
             try:
                 with self._pipeline.load.leaving():
@@ -227,6 +229,11 @@ class InParts:
         frames = transfer.nar.frames_from(start, start + part.size)
         arrived = ArrivedPart(part.number, part.size, digest, way.tag(part.number), *frames)
         self._transfers.arrived(transfer.noted, arrived)
+
+    def _was_there(self, transfer: _Transfer, part: Part) -> None:
+        transfer.resumed.append(part.size)
+        if transfer.way.direct is None:
+            self._server.bodies.taken(part.size)
 
     async def _leave_storage(self, transfer: _Transfer, error: NoStorage) -> NoReturn:
         """From now on all go through the server."""

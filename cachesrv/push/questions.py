@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from cachesrv.errors import BadInput, ServerError
 from cachesrv.push.connection import USER_AGENT, tls
-from cachesrv.push.retry import Overloaded, Unreachable
+from cachesrv.push.retry import Broken, Unreachable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Mapping
@@ -53,7 +53,7 @@ class Questions:
         self._tls = tls(os.environ) if address.origin[0] == "https" else None
 
     async def ask(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> Said:
-        """What is answered. Raises Overloaded, Unreachable, ServerError."""
+        """What is answered. Raises Broken, Unreachable, ServerError."""
         try:
             async with self._connected() as (reader, writer):
                 async with asyncio.timeout(self._timeouts.answer):
@@ -61,9 +61,9 @@ class Questions:
                     await writer.drain()
                 return await _Answer(reader, self._timeouts.answer, self._limit).read()
         except TimeoutError as error:
-            raise Overloaded(f"{self._address} has gone silent") from error
+            raise Broken(f"{self._address} has gone silent") from error
         except (asyncio.IncompleteReadError, OSError) as error:
-            raise Overloaded(f"the connection to {self._address} broke ({type(error).__name__})") from error
+            raise Broken(f"the connection to {self._address} broke ({type(error).__name__})") from error
         except (BadInput, asyncio.LimitOverrunError) as error:
             raise ServerError(f"{self._address} does not speak HTTP as expected: {error}") from error
 

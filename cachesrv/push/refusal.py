@@ -10,9 +10,9 @@ import msgspec
 
 from cachesrv.api import ErrorAnswer
 from cachesrv.errors import CachesrvError, Conflict, NotAllowed, NotAuthenticated, Refused, ServerError
-from cachesrv.push.body_limit import BodyTooLarge
+from cachesrv.push.body_limit import BodyTooLarge, LengthWanted
 from cachesrv.push.one_line import one_line
-from cachesrv.push.retry import Overloaded, TryAgain
+from cachesrv.push.retry import Broken, Overloaded, TryAgain
 from cachesrv.push.token import is_nowhere
 
 if TYPE_CHECKING:
@@ -22,9 +22,16 @@ if TYPE_CHECKING:
 TOO_MUCH = frozenset({408, 429, 502, 503, 504})
 """Statuses that may come of too many requests at once."""
 
+_TOO_LATE = frozenset({408, 504, 524})
+"""Statuses that may come of a request that took too long; the last one is Cloudflare's."""
+
 _MAY_PASS = TOO_MUCH | {425}
 _WILL_NOT_PASS = frozenset({501, 505})
-_NO_ROOM = 507
+_OF_BODIES: dict[int, tuple[type[CachesrvError], str]] = {
+    411: (LengthWanted, "{} or a proxy before it takes no NAR whose length is not known"),
+    413: (BodyTooLarge, "too large for {} or a proxy before it"),
+    507: (ServerError, "{} has no room left"),
+}
 
 
 class NotThere(ServerError):
@@ -57,13 +64,12 @@ def refusal(
         )
     if status == 409:
         return Conflict(said or "the cache has it otherwise")
-    if status == 413:
-        return BodyTooLarge(f"too large for {address} or a proxy before it{because}")
-    if status == _NO_ROOM:
-        return ServerError(f"{address} has no room left{because}")
+    if status in _OF_BODIES:
+        kind, words = _OF_BODIES[status]
+        return kind(words.format(address) + because)
     if status in _MAY_PASS or (status >= 500 and status not in _WILL_NOT_PASS):
-        kind = Overloaded if status in TOO_MUCH else TryAgain
-        return kind(f"{address} answered with status {status}{because}", retry_after)
+        passing = Broken if status in _TOO_LATE else Overloaded if status in TOO_MUCH else TryAgain
+        return passing(f"{address} answered with status {status}{because}", retry_after)
     if status >= 500 or status < 200:
         return ServerError(f"{address} answered with status {status}{because}")
     return Refused(said or f"the server refused it with status {status}")

@@ -38,6 +38,10 @@ class Overloaded(TryAgain):
     """It may have been too much for the server, or for what stands before it."""
 
 
+class Broken(Overloaded):
+    """A request was cut short: it may have been too large, or too slow, for what stands before the server."""
+
+
 class Unreachable(TryAgain):
     """No connection."""
 

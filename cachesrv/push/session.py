@@ -13,8 +13,8 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 
 from cachesrv.errors import ServerError
-from cachesrv.push.connection import USER_AGENT, tls
-from cachesrv.push.retry import Overloaded, Unreachable
+from cachesrv.push.connection import MAX_ERROR_SIZE, USER_AGENT, tls
+from cachesrv.push.retry import Broken, Unreachable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Iterator
@@ -49,7 +49,7 @@ def open_session(url: str, connections: int) -> aiohttp.ClientSession:
 
 @contextmanager
 def our_errors(address: object) -> Iterator[None]:
-    """Turn what goes wrong on the way to a server and back into Overloaded, Unreachable or ServerError; `address` is
+    """Turn what goes wrong on the way to a server and back into Broken, Unreachable or ServerError; `address` is
     how people call it.
     """
     try:
@@ -61,11 +61,11 @@ def our_errors(address: object) -> Iterator[None]:
     except aiohttp.ConnectionTimeoutError as error:
         raise Unreachable(f"{address} cannot be reached: it does not answer to a connection") from error
     except TimeoutError as error:
-        raise Overloaded(f"{address} has gone silent") from error
+        raise Broken(f"{address} has gone silent") from error
     except aiohttp.ClientResponseError as error:
         raise ServerError(f"{address} does not speak HTTP as expected: {error.message}") from error
     except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
-        raise Overloaded(f"the connection to {address} broke ({type(error).__name__})") from error
+        raise Broken(f"the connection to {address} broke ({type(error).__name__})") from error
     except aiohttp.ClientError as error:
         raise ServerError(f"{address} cannot be asked ({type(error).__name__})") from error
 
@@ -78,6 +78,14 @@ async def watched(chunks: AsyncIterable[Chunk], deadline: asyncio.Timeout, timeo
         yield chunk
         deadline.reschedule(None)
     deadline.reschedule(now() + timeouts.store)
+
+
+async def error_body(response: aiohttp.ClientResponse) -> bytes:
+    """What of it can be had: who does not want a body may end the connection after the first words."""
+    try:
+        return await response.content.read(MAX_ERROR_SIZE)
+    except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError):
+        return b""
 
 
 def _proxy(url: str) -> str | None:

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, NoReturn
 import zstandard
 
 from cachesrv.api import MAX_REQUEST_SIZE
-from cachesrv.errors import NotAuthenticated, ServerError, TooLarge
-from cachesrv.push.body_limit import BodyLimit, BodyTooLarge
-from cachesrv.push.connection import may_need_proxy
+from cachesrv.errors import CachesrvError, NotAuthenticated, ServerError, TooLarge
+from cachesrv.push.body_limit import BodyLimit, BodyTooLarge, LengthWanted
+from cachesrv.push.connection import MAX_ERROR_SIZE, may_need_proxy
 from cachesrv.push.events import Noted
 from cachesrv.push.questions import Questions
 from cachesrv.push.refusal import refusal, said_in, seconds_until
-from cachesrv.push.retry import TryAgain
+from cachesrv.push.retry import Broken, TryAgain
 from cachesrv.push.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     """What is answered to a request: method, URL, body, headers."""
 
 _COMPRESS_FROM = 1024
-_MAX_ERROR_SIZE = 64 * 1024
 
 
 class Transport:
@@ -101,6 +100,49 @@ class Transport:
                 return said.body
             return await self._ask_in_session(method, url, headers, body)
 
+    @asynccontextmanager
+    async def _body(self, size: int) -> AsyncIterator[None]:
+        """For sending a body of so many bytes. Raises BodyTooLarge when it is not taken and smaller ones may be; it is
+        not sent when that is known.
+        """
+        if self.bodies.within(size) < size:
+            raise BodyTooLarge(f"{size} bytes in one request are too many for {self._address} or a proxy before it")
+        begun = self.bodies.begun()
+        try:
+            yield
+        except BodyTooLarge as error:
+            self._refused(size, error)
+        except Broken as error:
+            await self._broke(size, begun, error)
+        self.bodies.taken(size)
+
+    async def _stream(self, method: str, url: str, chunks: AsyncIterable[Chunk], headers: Mapping[str, str]) -> bytes:
+        size, failed, begun = 0, False, self.bodies.begun()
+
+        async def counted() -> AsyncIterator[Chunk]:
+            nonlocal size, failed
+            try:
+                async for chunk in chunks:
+                    size += len(chunk)
+                    yield chunk
+            except Exception:
+                failed = True
+                raise
+
+        try:
+            answered = await self._exchange(method, url, counted(), headers)
+        except BodyTooLarge as error:
+            self._refused(size, error)
+        except LengthWanted:
+            self.bodies.lengths = True
+            raise
+        except Broken as error:
+            if failed:
+                raise
+            await self._broke(size, begun, error)
+        self.bodies.taken(size)
+        return answered
+
     def _refused(self, size: int, error: BodyTooLarge) -> NoReturn:
         """A body of so many bytes, or more, was not taken: raise what that means."""
         before = self.bodies.within(size)
@@ -110,31 +152,21 @@ class Transport:
             self._emit(Noted(f"{error}: bodies of at most {self.bodies.within(size)} bytes are sent"))
         raise error
 
-    @asynccontextmanager
-    async def _body(self, size: int) -> AsyncIterator[None]:
-        """For sending a body of so many bytes. Raises BodyTooLarge when it is not taken and smaller ones may be; it is
-        not sent when that is known.
-        """
-        if self.bodies.within(size) < size:
-            raise BodyTooLarge(f"{size} bytes in one request are too many for {self._address} or a proxy before it")
+    async def _broke(self, size: int, begun: int, error: Broken) -> NoReturn:
+        """The connection broke under a body of so many bytes: raise what that means."""
+        too_many = self.bodies.broke(size, begun)
+        if too_many and await self._answers():
+            why = f"requests of {too_many} bytes to {self._address} break each time, as if a proxy before it took less"
+            self._refused(too_many, BodyTooLarge(why))
+        raise error
+
+    async def _answers(self) -> bool:
+        """Whether the server is there for those who ask for little."""
         try:
-            yield
-        except BodyTooLarge as error:
-            self._refused(size, error)
-
-    async def _stream(self, method: str, url: str, chunks: AsyncIterable[Chunk], headers: Mapping[str, str]) -> bytes:
-        size = 0
-
-        async def counted() -> AsyncIterator[Chunk]:
-            nonlocal size
-            async for chunk in chunks:
-                size += len(chunk)
-                yield chunk
-
-        try:
-            return await self._exchange(method, url, counted(), headers)
-        except BodyTooLarge as error:
-            self._refused(size, error)
+            await self.ask("GET", self._address.api(), b"")
+        except CachesrvError:
+            return False
+        return True
 
     async def _exchange(self, method: str, url: str, chunks: AsyncIterable[Chunk], headers: Mapping[str, str]) -> bytes:
         """What is answered to a body that may take its time."""
@@ -183,10 +215,12 @@ class Transport:
         return {"Authorization": f"Bearer {self._token}"} if self._token is not None else {}
 
     async def _answered(self, response: aiohttp.ClientResponse) -> bytes:
+        from cachesrv.push.session import error_body  # noqa: PLC0415  brings the library with it
+
         if 200 <= response.status < 300:
             return await _read(response, MAX_REQUEST_SIZE)
         headers = {name.lower(): value for name, value in response.headers.items()}
-        self._check(response.status, headers, await response.content.read(_MAX_ERROR_SIZE))
+        self._check(response.status, headers, await error_body(response))
         raise ServerError(f"{self._address} answers with status {response.status}")
 
     def _check(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
@@ -195,7 +229,7 @@ class Transport:
             return
         error = refusal(
             status,
-            said_in(body[:_MAX_ERROR_SIZE], headers.get("content-type", "").partition(";")[0].strip().lower()),
+            said_in(body[:MAX_ERROR_SIZE], headers.get("content-type", "").partition(";")[0].strip().lower()),
             self._address,
             self._tokens,
             location=headers.get("location", ""),

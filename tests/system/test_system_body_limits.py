@@ -1,7 +1,8 @@
-"""Behind nginx as it comes, which takes bodies of at most 1 MiB."""
+"""Behind nginx as it comes, which takes bodies of at most 1 MiB, and behind who ends connections where more comes."""
 
 from __future__ import annotations
 
+import asyncio
 import random
 import shutil
 import socket
@@ -14,6 +15,7 @@ import pytest
 from tests.system.client import Client
 from tests.system.push import attempt, events, push
 from tests.system.server import until
+from tests.tcp_proxy import End, TcpProxy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +43,7 @@ http {{
     server {{
         listen 127.0.0.1:{port};
         {settings}
-        location / {{ proxy_pass {upstream}; proxy_http_version 1.1; }}
+        location / {{ proxy_pass {upstream}; }}
     }}
 }}
 """
@@ -71,7 +73,10 @@ def _answers(url: str) -> bool:
         return False
 
 
-@pytest.mark.parametrize("settings", ["", "proxy_request_buffering off;"], ids=["buffered", "streamed"])
+STREAMED = "proxy_request_buffering off; proxy_http_version 1.1;"
+
+
+@pytest.mark.parametrize("settings", ["", STREAMED], ids=["buffered", "streamed"])
 def test_a_push_gets_through(
     builder: Nix, cache: Server, make_client: MakeClient, tmp_path: Path, settings: str
 ) -> None:
@@ -87,6 +92,26 @@ def test_a_push_gets_through(
     told = events(done)
     assert (told[-1]["uploaded"], again["present"]) == (len(paths), len(paths))
     assert any("bodies of at most" in event["text"] for event in told if event["event"] == "noted")
+    client = make_client(cache)
+    client.run("nix", "copy", "--from", cache.main, *paths)
+    assert client.hashes(*paths) == builder.hashes(*paths)
+
+
+def port(server: Server) -> int:
+    return int(server.main.removesuffix("/main").rpartition(":")[2])
+
+
+@pytest.mark.parametrize("end", End, ids=lambda end: end.value)
+async def test_a_push_gets_through_where_connections_end(
+    builder: Nix, cache: Server, make_client: MakeClient, end: End
+) -> None:
+    paths = [builder.add(f"file-{size}", random.Random(size).randbytes(size)) for size in (1000, 3 * MIB, 20 * MIB)]
+    async with TcpProxy(port(cache), takes=MIB + 4096, end=end).running() as proxy:
+        url = f"http://127.0.0.1:{proxy.port}/main"
+        done = await asyncio.to_thread(attempt, builder, cache, "--to", url, *paths)
+
+    assert done.returncode == 0, done.stderr + done.stdout[-2000:]
+    assert any(f"bodies of at most {MIB} " in event["text"] for event in events(done) if event["event"] == "noted")
     client = make_client(cache)
     client.run("nix", "copy", "--from", cache.main, *paths)
     assert client.hashes(*paths) == builder.hashes(*paths)

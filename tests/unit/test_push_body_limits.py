@@ -81,6 +81,32 @@ def test_a_limit_that_is_found_out_is_the_same_from_wherever_one_starts() -> Non
     assert found == {MIB}
 
 
+def test_breaks_in_a_row_are_a_sign() -> None:
+    limit = BodyLimit()
+    assert [limit.broke(size, limit.begun()) for size in (3 * MIB, 8 * MIB, MIB)] == [0, 0, 8 * MIB]
+    limit.refused(8 * MIB)
+    assert limit.within(2**50) == 4 * MIB
+    assert limit.broke(4 * MIB, limit.begun()) == 0
+
+
+def test_breaks_at_once_count_once() -> None:
+    limit = BodyLimit()
+    begun = limit.begun()
+    assert [limit.broke(8 * MIB, begun) for _ in range(10)] == [0] * 10
+
+
+def test_a_break_is_no_sign_where_as_much_has_got_through() -> None:
+    limit = BodyLimit()
+    for _ in range(2):
+        limit.broke(8 * MIB, limit.begun())
+    limit.taken(MIB)
+    assert limit.broke(MIB, limit.begun()) == 0
+    assert limit.broke(8 * MIB, limit.begun()) == 8 * MIB
+    limit.taken(8 * MIB)
+    assert [limit.broke(8 * MIB, limit.begun()) for _ in range(10)] == [0] * 10
+    assert [limit.broke(8 * MIB + 1, limit.begun()) for _ in range(3)] == [0, 0, 8 * MIB + 1]
+
+
 async def test_nars_go_in_smaller_parts(store: TemporaryStore) -> None:
     contents = {f"file-{number}": random.Random(number).randbytes(5 * MIB) for number in range(3)}
     for name, content in contents.items():

@@ -16,7 +16,7 @@ from cachesrv.errors import BadInput, CachesrvError, ServerError
 from cachesrv.push.address import Address
 from cachesrv.push.connection import Timeouts, may_need_proxy
 from cachesrv.push.questions import Questions, Said, _Answer
-from cachesrv.push.retry import Overloaded, Unreachable
+from cachesrv.push.retry import Broken, Unreachable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -85,12 +85,12 @@ async def test_answers(answer: bytes, status: int, body: bytes) -> None:
 @pytest.mark.parametrize(
     ("answer", "kind", "text"),
     [
-        (b"", Overloaded, "broke"),
-        (b"HTTP/1.1 200 O", Overloaded, "broke"),
-        (b"HTTP/1.1 200 OK\r\nContent-Le", Overloaded, "broke"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nhello", Overloaded, "broke"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel", Overloaded, "broke"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n", Overloaded, "broke"),
+        (b"", Broken, "broke"),
+        (b"HTTP/1.1 200 O", Broken, "broke"),
+        (b"HTTP/1.1 200 OK\r\nContent-Le", Broken, "broke"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nhello", Broken, "broke"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhel", Broken, "broke"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n", Broken, "broke"),
         (b"220 mail.example.org ESMTP\r\n", ServerError, "does not speak HTTP"),
         (b"HTTP/2 200\r\n\r\n", ServerError, "does not speak HTTP"),
         (b"HTTP/1.1 200 OK\r\nno header\r\n\r\n", ServerError, "header"),
@@ -111,7 +111,7 @@ async def test_what_is_no_answer(answer: bytes, kind: type[CachesrvError], text:
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhel"])
 async def test_one_that_goes_silent_is_left(answer: bytes) -> None:
-    with pytest.raises(Overloaded, match="gone silent"):
+    with pytest.raises(Broken, match="gone silent"):
         await ask(answer, then_wait=True)
 
 

@@ -1,0 +1,147 @@
+"""A proxy with limits of its own. Of HTTP it knows only that an answer begins when the request before it is over."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from contextlib import asynccontextmanager, closing, suppress
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+_PIECE = 64 * 1024
+_TOO_LARGE = b"HTTP/1.1 413 Too Large\r\nContent-Length: 9\r\nConnection: close\r\n\r\ntoo large"
+_AT_ONCE = struct.pack("ii", 1, 0)
+
+
+class End(Enum):
+    """How a connection ends on which too much has come: with a reset, which leaves no answer; or after an answer, with
+    one, since what comes is not read any more.
+    """
+
+    RESET = "reset"
+    ANSWER = "answer"
+
+
+@dataclass
+class TcpProxy:
+    """In front of a server at a port of this machine; in an event loop.
+
+    takes: bytes of a request, 0 for any number; what is more ends its connection, as `end` says.
+    seconds: that a request may take to come, 0 for any time, at `rate` bytes in a second for all of them together.
+    requests: that may come on one connection, 0 for any number; the next one ends it.
+    one_at_a_time: no connection is looked at before the one that came first has ended.
+    ended: how many connections it has ended.
+    """
+
+    upstream: int
+    takes: int = 0
+    end: End = End.RESET
+    seconds: float = 0.0
+    rate: float = 0.0
+    requests: int = 0
+    one_at_a_time: bool = False
+    ended: int = 0
+    port: int = 0
+    _served: dict[asyncio.Task[None], asyncio.StreamWriter] = field(default_factory=dict)
+    _looked_at: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _link: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[TcpProxy]:
+        """Listens meanwhile, on `port`."""
+
+        def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            self._served[asyncio.create_task(self._serve(reader, writer))] = writer
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            self.port = server.sockets[0].getsockname()[1]
+            yield self
+            server.close()
+            for task, writer in self._served.items():
+                task.cancel()
+                writer.transport.abort()
+            await asyncio.gather(*self._served, return_exceptions=True)
+            await asyncio.sleep(0)  # connections close in the next round of the loop
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with closing(writer):
+            if not self.one_at_a_time:
+                await self._connect(reader, writer)
+                return
+            async with self._looked_at:
+                await self._connect(reader, writer)
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answers, out = await asyncio.open_connection("127.0.0.1", self.upstream)
+        connection = _Connection()
+        ways = [
+            asyncio.create_task(self._requests(connection, reader, writer, out)),
+            asyncio.create_task(self._answers(connection, answers, writer)),
+        ]
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+            out.transport.abort()
+
+    async def _requests(
+        self,
+        connection: _Connection,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        out: asyncio.StreamWriter,
+    ) -> None:
+        with suppress(ConnectionError):
+            while piece := await reader.read(_PIECE):
+                connection.add(len(piece))
+                if self.rate:
+                    async with self._link:
+                        await asyncio.sleep(len(piece) / self.rate)
+                if self._is_too_much(connection):
+                    self._end(writer)
+                    return
+                out.write(piece)
+                await out.drain()
+
+    async def _answers(
+        self, connection: _Connection, answers: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        with suppress(ConnectionError):
+            while piece := await answers.read(_PIECE):
+                connection.size = 0
+                writer.write(piece)
+                await writer.drain()
+
+    def _is_too_much(self, connection: _Connection) -> bool:
+        took = asyncio.get_running_loop().time() - connection.begun
+        return 0 < self.takes < connection.size or 0 < self.seconds < took or 0 < self.requests < connection.requests
+
+    def _end(self, writer: asyncio.StreamWriter) -> None:
+        self.ended += 1
+        if self.end is End.ANSWER:
+            writer.write(_TOO_LARGE)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+        writer.transport.abort()
+
+
+@dataclass
+class _Connection:
+    """The request that comes on it: how much of it has come, since when, and how many there were."""
+
+    size: int = 0
+    begun: float = 0.0
+    requests: int = 0
+
+    def add(self, size: int) -> None:
+        """More of it has come."""
+        if not self.size:
+            self.begun = asyncio.get_running_loop().time()
+            self.requests += 1
+        self.size += size
