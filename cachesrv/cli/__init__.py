@@ -7,6 +7,7 @@ exit status or nothing; it is imported when it is called, so that no command wai
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib import import_module
@@ -23,6 +24,8 @@ FAILED = 1
 WRONG_USAGE = 2
 SOME_FAILED = 3
 INTERRUPTED = 130
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 COMMANDS: Mapping[str, str] = {
     "serve": "Answer Nix clients over HTTP.",
@@ -73,6 +76,7 @@ def cli() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit; `arguments` are those of the process unless given."""
+    _open_streams()
     sys.exit(run(arguments))
 
 
@@ -80,6 +84,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit status."""
     try:
         status = cli.main(arguments, prog_name="cachesrv", standalone_mode=False)
+        sys.stdout.flush()
     except click.ClickException as error:
         return _wrong_usage(error)
     except (click.Abort, KeyboardInterrupt):
@@ -89,17 +94,34 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except CachesrvError as error:
         return _say(str(error), FAILED)
     except BrokenPipeError:
-        # who read our output has gone; what is still buffered must not be written at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()  # who read it has gone
         return FAILED
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename is None:
+            _print_no_more()
+            return _say(f"the output cannot be written: {error.strerror}", FAILED)
         if os.environ.get("CACHESRV_DEBUG"):
             raise
         return _say(f"defect, please report it: {type(error).__name__}: {error} (CACHESRV_DEBUG=1 says more)", FAILED)
     return status if isinstance(status, int) else 0
 
 
+def _open_streams() -> None:
+    """What the caller has closed leads nowhere; so its descriptor is not that of a file where what is printed lands."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115  for the whole process
+
+
+def _print_no_more() -> None:
+    """What is still buffered must not be written at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _wrong_usage(error: click.ClickException) -> int:
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        print(error.format_message(), file=sys.stderr)  # noqa: T201  as `--help`
+        return WRONG_USAGE
     context = getattr(error, "ctx", None)
     hint = f" (see {context.command_path} --help)" if context is not None else ""
     return _say(f"{error.format_message()}{hint}", WRONG_USAGE)

@@ -64,6 +64,8 @@ def _outputs(pushed: Pushed, paths: tuple[str, ...]) -> list[PushedOutput]:
 
 
 def _show_output(output: PushedOutput, *, as_json: bool) -> None:
+    from cachesrv.push.one_line import one_line
+
     if as_json:
         click.echo(_json(_document(output)))
         return
@@ -71,7 +73,7 @@ def _show_output(output: PushedOutput, *, as_json: bool) -> None:
         click.echo(_row(push))
     for file in output.files.values():
         what = f"{file.size} bytes, sha256 {file.sha256}" if file.kind == "regular" else file.kind
-        click.echo(f"  {file.name}  {what}")
+        click.echo(f"  {one_line(file.name)}  {what}")
 
 
 def _show_reads(reads: Mapping[str, Reads], *, as_json: bool) -> None:

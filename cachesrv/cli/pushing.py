@@ -20,15 +20,22 @@ if TYPE_CHECKING:
     from cachesrv.push.upstreams import Upstream
 
 
+_HIGHEST = 19
+
+
 def _level(context: click.Context, option: click.Parameter, value: str | None) -> Level | None:
     if value is None:
         return None
-    return "auto" if value == "auto" else click.IntRange(1, 19)(value, option, context)
+    if value == "auto":
+        return "auto"
+    if value not in map(str, range(1, _HIGHEST + 1)):
+        raise click.BadParameter(f"{value!r} is neither a number from 1 to {_HIGHEST} nor `auto`", context, option)
+    return int(value)
 
 
 _OPTIONS = (
     click.option("--to", metavar="URL", help="The cache, such as http://127.0.0.1:5000/main; without a name, `main`."),
-    click.option("--token-file", type=click.Path(path_type=Path), help="A file that holds the token."),
+    click.option("--token-file", type=click.Path(path_type=Path), metavar="FILE", help="A file that holds the token."),
     click.option("--data-dir", metavar="DIR", help="Of a server on this machine, for its push-token."),
     click.option("--no-closure", is_flag=True, help="Push just the paths, not what they refer to."),
     click.option(
@@ -38,8 +45,8 @@ _OPTIONS = (
         "--level",
         callback=_level,
         metavar="LEVEL",
-        help="Of the zstd compression: 1 to 19, or `auto`: higher while NARs wait for the link, lower while it "
-        "waits for them.  [default: 3, or `level` in client.toml]",
+        help=f"Of the zstd compression: 1 to {_HIGHEST}, or `auto`: higher while NARs wait for the link, lower while "
+        "it waits for them.  [default: 3, or `level` in client.toml]",
     ),
     click.option(
         "--memory", type=click.IntRange(16), metavar="MIB", help="For NARs on their way, at most.  [default: 128]"

@@ -21,6 +21,8 @@ ROOT_CACHE = "main"
 
 _cache_name = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,62}").fullmatch
 _plain_path = re.compile(r"[!-$&-~]*").fullmatch  # nothing that would have to be quoted
+_sendable_path = re.compile(r"[!-~]*").fullmatch
+_host_name = re.compile(r"([0-9a-z_-]{1,63}\.)*[0-9a-z_-]{1,63}\.?").fullmatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,4 +95,23 @@ def split_url(url: str) -> SplitResult:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         hint = "it has to begin with http:// or https://, such as http://127.0.0.1:5000/main"
         raise ConfigError(f"not the URL of a cache: {hint}" if "@" in url else f"not the URL of a cache: {url}: {hint}")
+    if not _is_host(parts.hostname):
+        raise ConfigError(f"not the URL of a cache: {parts.hostname!r} cannot be the name of a host")
+    if not _sendable_path(parts.path):
+        raise ConfigError(f"not the URL of a cache: {parts.path!r} has to be written with %, as `%20` for a space")
     return parts
+
+
+def _is_host(name: str) -> bool:
+    """Whether it can be looked up; `name` is in lower case and without brackets."""
+    if ":" in name:
+        try:
+            ipaddress.IPv6Address(name)
+        except ValueError:
+            return False
+        return True
+    try:
+        encoded = name if name.isascii() else name.encode("idna").decode()
+    except UnicodeError:
+        return False
+    return bool(_host_name(encoded))

@@ -48,7 +48,7 @@ class JsonLines:
 
     def __call__(self, event: Event) -> None:
         if not isinstance(event, Sent):
-            self._out.write(msgspec.json.encode(event).decode() + "\n")
+            self._out.write(_json(event) + "\n")
             self._out.flush()
 
 
@@ -86,6 +86,15 @@ class Lines:
     def _print(self, to: TextIO, line: str) -> None:
         to.write(line + "\n")
         to.flush()
+
+
+def _json(event: Event) -> str:
+    try:
+        return msgspec.json.encode(event).decode()
+    except UnicodeEncodeError:  # it has the name of a file, which need not be UTF-8
+        import json  # noqa: PLC0415  seldom needed
+
+        return json.dumps(msgspec.to_builtins(event), separators=(",", ":"))
 
 
 def plan_text(plan: PlanMade) -> str:

@@ -263,6 +263,7 @@ def test_a_cache_below_a_prefix_and_one_from_settings(
         (["ftp://x/" + PROGRAM], (2, "http://")),
         (["http://[/" + PROGRAM], (2, "not a URL")),
         (["http://x:99999/" + PROGRAM], (2, "not a URL")),
+        (["--from", "http://x/my cache", PROGRAM], (2, "not the URL of a cache: '/my cache' has to be written with %")),
         (["--from", "nonsense", PROGRAM], (2, "not the URL of a cache: nonsense: it has to begin with http://")),
         (["http://u:secret@x/" + PROGRAM], (2, "netrc")),
         (["/nix/store/" + PROGRAM], (1, "is not in the store here; which cache?")),

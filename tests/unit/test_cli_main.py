@@ -209,7 +209,14 @@ async def test_help_says_how(user: User) -> None:
     for text in ("Examples:", "cachesrv push ./result", "--token-file", "Exit status"):
         assert text in done.out
     assert (await user.runs("--help")).out.count("\n  ") >= len(COMMANDS)
-    assert (await user.runs()).status == 2
+
+
+@pytest.mark.parametrize("arguments", [[], ["queue"]])
+async def test_without_a_command_it_helps(user: User, arguments: list[str]) -> None:
+    done = await user.runs(*arguments)
+
+    assert (done.status, done.out) == (2, "")
+    assert done.err == (await user.runs(*arguments, "--help")).out
 
 
 @pytest.mark.parametrize(
@@ -218,6 +225,8 @@ async def test_help_says_how(user: User) -> None:
         (["nonsense"], "cachesrv: No such command 'nonsense'. (see cachesrv --help)"),
         (["push", "--jobs", "0", "x"], "cachesrv: Invalid value for '--jobs': 0 is not in the range 1<=x<=256."),
         (["push", "--nonsense"], "cachesrv: No such option"),
+        (["push", "--level", "20", "x"], "cachesrv: Invalid value for '--level': '20' is neither a number"),
+        (["push", "--level", "²", "x"], "cachesrv: Invalid value for '--level': '²' is neither a number"),
     ],
 )
 def test_wrong_usage_is_one_line(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,6 +294,40 @@ async def test_a_reader_who_leaves_early_is_no_defect(user: User, cache: FakeCac
     _, err = await asyncio.wait_for(shell.communicate(), 60)
 
     assert err in (b"1\n", b"0\n")
+
+
+async def in_shell(user: User, command: str) -> Outcome:
+    """What `cachesrv` does as a shell starts it, which knows more about redirections than we do."""
+    shell = await asyncio.create_subprocess_shell(
+        command,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=user.environ | {"cachesrv": f"{sys.executable} -m cachesrv"},
+    )
+    out, err = await asyncio.wait_for(shell.communicate(), 60)
+    assert shell.returncode is not None
+    return Outcome(shell.returncode, out.decode(), err.decode())
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+async def test_streams_may_be_closed(user: User, cache: FakeCache, closed: str) -> None:
+    path = user.adds("greeting", "hello")
+    user.environ["CACHESRV_URL"] = cache.url
+    done = await in_shell(user, f"echo {path} | $cachesrv push --stdin --store {user.home}/root {path} {closed}")
+
+    assert done.status == 0
+    assert "defect" not in done.err
+    assert path.rpartition("/")[2] in cache.published
+
+
+@pytest.mark.parametrize("command", ["--help", "push --dry-run --json", "ls", "cat"])
+async def test_output_that_finds_no_room_is_told(user: User, cache: FakeCache, command: str) -> None:
+    path = user.adds("greeting", "hello")
+    user.environ["CACHESRV_URL"] = cache.url
+    user.environ["NIX_REMOTE"] = str(user.home / "root")
+    done = await in_shell(user, f"$cachesrv {command} {path if command != '--help' else ''} > /dev/full")
+
+    assert (done.status, done.err) == (1, "cachesrv: the output cannot be written: No space left on device\n")
 
 
 def test_every_command_is_there_and_has_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -150,6 +150,18 @@ def test_pushed_lists_pushes(path: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "was not pushed from here" in capsys.readouterr().err
 
 
+def test_names_of_any_kind_leave_the_terminal_alone(
+    environ: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = tmp_path / "tree"
+    (tree / "nix-support").mkdir(parents=True)
+    (tree / "nix-support/\x1b[2J\nodd").write_text("x")
+    put_on_record(environ, tree, "odd")
+
+    _, row = out_of(capsys, "pushed", store_path("odd").full("/nix/store")).splitlines()
+    assert row.startswith("  nix-support/ [2J odd  1 bytes, ")
+
+
 def test_pushed_tells_what_was_spared(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     out_of(capsys, "ls", path)
     out_of(capsys, "ls", path)

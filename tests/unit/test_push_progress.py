@@ -131,6 +131,14 @@ def test_scripts_read_an_object_a_line_and_the_summary_last() -> None:
     }
 
 
+def test_scripts_are_told_names_that_are_not_utf_8() -> None:
+    out = io.StringIO()
+    JsonLines(out)(Failed("./\udcff", "it leads nowhere"))
+
+    assert out.getvalue().isascii()
+    assert json.loads(out.getvalue()) == {"event": "failed", "path": "./\udcff", "error": "it leads nowhere"}
+
+
 def test_a_summary_of_nothing_has_all_its_keys() -> None:
     out = io.StringIO()
     JsonLines(out)(Summary())

@@ -63,6 +63,8 @@ PUSH_TOKEN = ".local/state/cachesrv/push-token"
         ("https://host/some/prefix/ci-1", "https://host/some/prefix", "ci-1"),
         ("http://[::1]:5000", "http://[::1]:5000", "main"),
         ("https://Host/", "https://Host", "main"),
+        ("https://my_host.example.org./ci", "https://my_host.example.org.", "ci"),
+        ("https://bücher.example/ci", "https://bücher.example", "ci"),
     ],
 )
 def test_an_address_is_a_server_and_a_cache(url: str, base: str, cache: str) -> None:
@@ -93,7 +95,13 @@ def test_an_address_is_a_server_and_a_cache(url: str, base: str, cache: str) -> 
         "http://host/../..",
         "http://host/main.narinfo",
         "http://[::1/main",
+        "http://[::x]/main",
         "http://host/мир",
+        "http://\udcff/main",
+        "http://my host/main",
+        "http://my%20host/main",
+        "http://a..b/main",
+        f"http://{'a' * 64}.example.org/main",
     ],
 )
 def test_other_texts_are_no_addresses(url: str) -> None:
