@@ -8,8 +8,8 @@ pipeline comes to nothing but sha256 and zstd of the same bytes on all cores, an
 unpack and hash them again, take together. `--scale` makes the first four smaller.
 
 Each measurement begins with a cache that is empty (or has everything) and a server of its own on all cores, and takes
-the whole command. CPU is that of the command and of the server. Nix's client caches are empty, as our record of what was
-pushed: a warm one would answer without asking anybody. What is `there` was brought by somebody else, so to say.
+the whole command. CPU is that of the command and of the server. Nix's client caches are empty, as is our record of what
+was pushed: a warm one would answer without asking anybody. What is `there` was brought by somebody else, so to say.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from cachesrv.services.caches import ReferencePolicy
 from cachesrv.services.content import needs_reading
 from cachesrv.services.disk_room import DiskRoom
 from cachesrv.services.locks import NamedLocks
+from cachesrv.services.unhurried import unhurried
 from cachesrv.services.verify_nar import LISTING_LIMIT
 from cachesrv.services.writing import Admitted, Writing
 
@@ -124,7 +125,7 @@ class Publish:
             stored = await self._stored(cache, [path for path in paths if _is_stored(path, fresh)])
             outcomes: list[Outcome] = [None] * len(paths)
             admitted: dict[int, Admitted] = {}
-            for number, path in enumerate(paths):
+            async for number, path in unhurried(enumerate(paths)):
                 try:
                     record, listing = await self._admit(cache, path, known, stored, fresh)
                     record = replace(record, pusher=pusher)

@@ -23,6 +23,7 @@ from cachesrv.nix.store_path import StorePath
 from cachesrv.services import visible
 from cachesrv.services.candidate import Candidate
 from cachesrv.services.packs import SentNar
+from cachesrv.services.unhurried import unhurried
 from cachesrv.web import bodies, errors
 from cachesrv.web.auth import token_of
 from cachesrv.web.site import ROUTE, SITE, check_readable, check_writable, named
@@ -74,7 +75,7 @@ async def missing(request: web.Request) -> web.Response:
     cache, asked, pusher = await authorised(request, api.MissingRequest)
     _check_batch([*asked.paths, *asked.realisations])
     services = request.app[SITE].services
-    wanted = {StorePath.parse(path.path): Hash.parse(path.nar_hash).nix32 for path in asked.paths}
+    wanted = {StorePath.parse(path.path): Hash.parse(path.nar_hash).nix32 async for path in unhurried(asked.paths)}
     await services.leases.grant(cache, {path.hash_part for path in wanted}, set(wanted.values()))
     hash_parts = {path.hash_part for path in wanted}
     published = await visible.published(services.catalog, services.index, cache, hash_parts)
@@ -102,7 +103,7 @@ async def publish(request: web.Request) -> web.Response:
     """Publish many paths whose NARs are here."""
     cache, asked, pusher = await authorised(request, api.PublishRequest)
     _check_batch(asked.paths)
-    candidates, wrong = _candidates(cache, asked.paths)
+    candidates, wrong = await _candidates(cache, asked.paths)
     published = await request.app[SITE].services.publish.many(cache, candidates, pusher)
     return json_answer(api.PublishAnswer(_outcomes(asked.paths, wrong, published)))
 
@@ -115,7 +116,7 @@ async def take_pack(request: web.Request) -> web.Response:
         body = await bodies.whole(request, pack.largest(packs.limits), request.app[SITE].rules.stall_timeout)
         received = pack.decode(body, packs.limits)
         _check_batch(received.head.paths)
-        candidates, wrong = _candidates(cache, received.head.paths)
+        candidates, wrong = await _candidates(cache, received.head.paths)
         nars = [
             SentNar(nar.nar_hash, nar.nar_size, bytes(file))
             for nar, file in zip(received.head.nars, received.files, strict=True)
@@ -155,11 +156,13 @@ def _check_batch(paths: Sequence[object]) -> None:
         raise TooLarge(f"{len(paths)} paths in one request, at most {api.MAX_BATCH} are taken")
 
 
-def _candidates(cache: ServedCache, paths: Sequence[api.PathToPublish]) -> tuple[list[Candidate], dict[int, BadInput]]:
+async def _candidates(
+    cache: ServedCache, paths: Sequence[api.PathToPublish]
+) -> tuple[list[Candidate], dict[int, BadInput]]:
     """Those that make sense, and by their places what is wrong with the others."""
     candidates: list[Candidate] = []
     wrong: dict[int, BadInput] = {}
-    for place, path in enumerate(paths):
+    async for place, path in unhurried(enumerate(paths)):
         try:
             candidates.append(Candidate.from_api(path, cache.store_dir))
         except BadInput as error:
