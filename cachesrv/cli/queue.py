@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _on_a_queue(function: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--queue", metavar="DIR", help="Where hooks queue.  [default: see above]")(function)
+    return click.option("--queue", metavar="DIR", help="Where hooks queue.  [default: see below]")(function)
 
 
 @click.group(
@@ -66,7 +67,13 @@ Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 3 --drain has lef
     help="End when there was nothing to do for so long.  [default: 60 if started by a socket of systemd, else never]",
 )
 @click.option("--metrics", type=click.Path(path_type=Path), help="A file for node_exporter's textfile collector.")
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="Of the log, on stderr.",
+)
 def run(
     *, choice: Choice, queue: str | None, drain: bool, idle: float | None, metrics: Path | None, log_level: str
 ) -> int | None:
@@ -94,6 +101,10 @@ For the end of a CI job. What has failed before is tried once more. If a service
 has tried everything.
 
 \b
+The queue is that of --queue or $CACHESRV_QUEUE_DIR, else /var/lib/cachesrv-queue for root,
+~/.local/state/cachesrv/queue for others. Cache and token are found as `cachesrv push` finds them.
+
+\b
 Exit status: 0 all is in the cache, 1 failed, 2 wrong usage or configuration, 3 some paths failed and were named; they
 stay in the queue.
 """
@@ -110,6 +121,10 @@ def drain(*, choice: Choice, queue: str | None) -> int:
 Examples:
   cachesrv queue status
   cachesrv queue status --json | jq .failed_paths
+
+\b
+The queue is that of --queue or $CACHESRV_QUEUE_DIR, else /var/lib/cachesrv-queue for root,
+~/.local/state/cachesrv/queue for others.
 """
 )
 @_on_a_queue
@@ -136,6 +151,12 @@ def status(*, queue: str | None, as_json: bool) -> None:
 Examples:
   cachesrv queue retry
   cachesrv queue retry /nix/store/…-hello-2.12
+
+\b
+The queue is that of --queue or $CACHESRV_QUEUE_DIR, else /var/lib/cachesrv-queue for root,
+~/.local/state/cachesrv/queue for others.
+
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 some of these paths are not among what has failed, and were named.
 """
 )
 @click.argument("paths", metavar="[PATH]...", nargs=-1)
@@ -145,10 +166,20 @@ def retry(*, paths: tuple[str, ...], queue: str | None) -> int:
     from cachesrv.push.progress import count_text
     from cachesrv.push.queue.directory import queue_directory
     from cachesrv.push.queue.process import retry as retry_paths
+    from cachesrv.push.queue.status import read_status
+    from cachesrv.telemetry import configure_logging
 
-    number = retry_paths(queue_directory(queue, os.environ), paths)
+    configure_logging()
+    directory = queue_directory(queue, os.environ)
+    failed = {one.path for one in read_status(directory).failed_paths} if paths else set()
+    meant = {name: _path_meant(name) for name in paths}
+    chosen = failed.intersection(meant.values())
+    number = 0 if paths and not chosen else retry_paths(directory, sorted(chosen))
+    unknown = [name for name, path in meant.items() if path not in chosen]
+    for name in unknown:
+        click.echo(f"failed {name}: it is not among what has failed: see `cachesrv queue status`", err=True)
     click.echo(f"{count_text(number, 'path')} to be tried again")
-    return SOME_FAILED if number < len(set(paths)) else 0
+    return SOME_FAILED if unknown else 0
 
 
 @command.command(
@@ -183,6 +214,17 @@ def units(*, output: Path | None) -> None:
         "    systemctl enable --now cachesrv-queue.socket cachesrv-queue.service    # when there is something",
         err=True,
     )
+
+
+def _path_meant(name: str) -> str:
+    """A store path in full; the name as it is, where it leads to none: the queue may know it all the same."""
+    from cachesrv.errors import BadInput, ConfigError, NotFound
+    from cachesrv.push.store_location import locate
+
+    with suppress(BadInput, ConfigError, NotFound):
+        location = locate(None, os.environ)
+        return location.resolve(name).full(location.store_dir)
+    return name
 
 
 def _drain(choice: Choice, queue: str | None, metrics: Path | None) -> int:

@@ -33,7 +33,13 @@ The queue is that of --queue or $CACHESRV_QUEUE_DIR, else /var/lib/cachesrv-queu
 @click.option("--queue", metavar="DIR", help="Where to queue.  [default: see below]")
 @click.option("--derivations", is_flag=True, help="Push derivations as well.")
 @click.option("--metrics", type=click.Path(path_type=Path), help="A file for node_exporter's textfile collector.")
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="Of the log, on stderr.",
+)
 def command(*, choice: Choice, queue: str | None, derivations: bool, metrics: Path | None, log_level: str) -> None:
     """Push what becomes valid in the local store, from now on."""
     from cachesrv.push.queue.directory import queue_directory

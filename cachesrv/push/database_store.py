@@ -1,11 +1,12 @@
 """A local store without the daemon: its database for what it knows, its files for what it holds."""
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Iterable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Self
 
-from cachesrv.errors import DaemonError, StoreUnavailable
+from cachesrv.errors import DaemonError, StoreError, StoreUnavailable
 from cachesrv.nix.path_info import PathInfo
 from cachesrv.nix.realisation import OutputId, Realisation, TracedOutput
 from cachesrv.nix.store_path import StorePath
@@ -62,6 +63,11 @@ class DatabaseStore:
 
     async def _by_daemon(self, info: PathInfo) -> DaemonStore:
         file = info.store_path.full(self._location.real_store_dir)
+        with suppress(PermissionError):
+            try:
+                await asyncio.to_thread(os.lstat, file)
+            except FileNotFoundError:
+                raise StoreError(f"{file} is missing, although it is valid (see nix-store --verify)") from None
         if self._location.access is not Access.AUTO:
             raise StoreUnavailable(f"{file} cannot be read, and there is no Nix daemon to read it for us")
         async with self._opening:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from cachesrv.errors import BadInput, DaemonError, NotFound, StoreUnavailable
+from cachesrv.errors import BadInput, DaemonError, NotFound, StoreError, StoreUnavailable
 from cachesrv.nix.hashes import Hash
 from cachesrv.nix.path_info import PathInfo
 from cachesrv.nix.realisation import OutputId, parse_realisation
@@ -309,6 +309,9 @@ async def test_a_chroot_store(tmp_path: Path) -> None:
     (tmp_path / "result").symlink_to(full)
     for name in (full, physical, f"{tmp_path}/result"):
         assert await store.resolve(name) == path
+    (nix.root / str(path)).unlink()
+    with pytest.raises(StoreError, match=f"{physical} is missing, although it is valid"):
+        await read(store, known)
     await store.close()
 
 

@@ -98,8 +98,11 @@ class Queue:
 
 def retry(queue: str, paths: Sequence[str]) -> int:
     """Let these paths, or all that have failed, be tried again at once. How many that are. Raises StoreError."""
-    if not Path(queue, FILE).exists():
-        return 0
+    try:
+        if not Path(queue, FILE).exists():
+            return 0
+    except OSError as error:
+        raise StoreError(f"the queue {queue} cannot be used: {error.strerror}") from error
     entries = Entries.open(queue)
     try:
         number = entries.retry(paths or None)

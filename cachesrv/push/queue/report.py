@@ -70,7 +70,7 @@ class LogReport:
 
 
 class LinesReport:
-    """For people, on stderr."""
+    """For people who wait for the end, on stderr."""
 
     def __init__(self, err: TextIO) -> None:
         self._err = err
@@ -82,8 +82,8 @@ class LinesReport:
     def pushed(self, paths: int, summary: Summary) -> None:  # noqa: ARG002  the summary says it
         self._lines(summary)
 
-    def kept(self, entry: Entry, reason: str, next_try: float) -> None:  # noqa: ARG002  nobody waits for that
-        self._print(f"not pushed: {entry.path}: {reason}")
+    def kept(self, entry: Entry, reason: str, next_try: float) -> None:
+        """What is left over is told at the end."""
 
     def dropped(self, entry: Entry, reason: str) -> None:
         self._print(f"dropped: {entry.path}: {reason}")

@@ -85,7 +85,7 @@ def status_lines(status: Status) -> Iterator[str]:
     yield f"in flight  {status.in_flight}"
     yield f"failed     {status.failed}"
     if status.oldest is not None:
-        yield f"oldest     {time_text(status.oldest)}, {max(0.0, time.time() - status.oldest) / 60:.0f} minutes ago"
+        yield f"oldest     {time_text(status.oldest)}, {_age_text(time.time() - status.oldest)} ago"
     if status.process is None:
         yield "pushed by  nobody: start `cachesrv queue run`"
     else:
@@ -101,3 +101,10 @@ def status_lines(status: Status) -> Iterator[str]:
         attempts = count_text(failed.attempts, "attempt")
         when = f"next at {time_text(failed.next_try)}" if failed.next_try else "next at once"
         yield f"failed: {failed.path}  {attempts}, {when}: {failed.reason}"
+
+
+def _age_text(seconds: float) -> str:
+    for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if seconds >= 2 * size:
+            return count_text(int(seconds // size), unit)
+    return count_text(max(0, int(seconds)), "second")

@@ -1,0 +1,94 @@
+"""`cachesrv queue` as people meet it: which paths are meant, what is said of them, and what help says."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cachesrv.cli import run
+from cachesrv.push.queue.directory import make_private
+from cachesrv.push.queue.entries import Entries, Entry
+from cachesrv.push.queue.status import Status, read_status, status_lines
+from tests.push_doubles import store_path
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ONE, TWO = (store_path(name).full("/nix/store") for name in ("one", "two"))
+
+
+@pytest.fixture
+def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """In which two paths have failed."""
+    directory = str(tmp_path / "queue")
+    monkeypatch.setenv("CACHESRV_QUEUE_DIR", directory)
+    monkeypatch.setenv("NIX_REMOTE", str(tmp_path / "root"))
+    monkeypatch.chdir(tmp_path)
+    make_private(directory)
+    with closing(Entries.open(directory)) as entries:
+        entries.add([Entry(ONE), Entry(TWO)])
+        entries.failed({Entry(path): ("no", time.time() + 3600) for path in (ONE, TWO)})
+    return directory
+
+
+def due(queue: str) -> set[str]:
+    """What is to be tried again at once."""
+    return {one.path for one in read_status(queue).failed_paths if not one.next_try}
+
+
+def test_retry_takes_what_leads_to_a_path(queue: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "result").symlink_to(TWO)
+
+    assert run(["queue", "retry", "./result"]) == 0
+    assert (due(queue), capsys.readouterr().out) == ({TWO}, "1 path to be tried again\n")
+    assert run(["queue", "retry", ONE]) == 0
+    assert due(queue) == {ONE, TWO}
+
+
+def test_retry_of_nothing_named_is_of_all(queue: str) -> None:
+    assert run(["queue", "retry"]) == 0
+    assert due(queue) == {ONE, TWO}
+
+
+def test_retry_names_what_has_not_failed(queue: str, capsys: pytest.CaptureFixture[str]) -> None:
+    other = store_path("other").full("/nix/store")
+
+    assert run(["queue", "retry", other, "nonsense"]) == 3
+    out, err = capsys.readouterr()
+    assert (due(queue), out) == (set(), "0 paths to be tried again\n")
+    assert [line.partition(": ")[0] for line in err.splitlines()] == [f"failed {other}", "failed nonsense"]
+    assert run(["queue", "retry", other, ONE]) == 3
+    assert due(queue) == {ONE}
+
+
+@pytest.mark.parametrize("arguments", [["retry"], ["retry", ONE], ["status"]])
+def test_a_queue_that_cannot_be_looked_at_is_told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["queue", *arguments, "--queue", f"/{'q' * 300}"]) == 1
+    assert capsys.readouterr().err.endswith(": File name too long\n")
+
+
+@pytest.mark.parametrize("command", ["run", "status", "retry", "drain"])
+def test_help_says_where_the_queue_is(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["queue", command, "--help"]) == 0
+    help_text = capsys.readouterr().out
+    assert "/var/lib/cachesrv-queue for root" in help_text.partition("see below")[2]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-5, "0 seconds"),
+        (1, "1 second"),
+        (119, "119 seconds"),
+        (120, "2 minutes"),
+        (7200, "2 hours"),
+        (200_000, "2 days"),
+    ],
+)
+def test_ages_are_for_people(seconds: float, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1_000_000.0)
+    lines = status_lines(Status(oldest=1_000_000.0 - seconds))
+    assert any(line.startswith("oldest ") and line.endswith(f", {text} ago") for line in lines)
