@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +13,16 @@ from tests.radosgw import Gateway, shared_gateway
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+SYSTEM = Path(__file__).parent / "system"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long begins first, so that no process is left alone with it at the end: what is marked `long`, then
+    whatever starts servers.
+    """
+    items.sort(key=lambda item: (item.get_closest_marker("long") is None, SYSTEM not in item.path.parents))
 
 
 @pytest.fixture(autouse=True)

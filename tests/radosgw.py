@@ -24,12 +24,13 @@ import tempfile
 import time
 import uuid
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import botocore.session
 from botocore.config import Config
+from botocore.loaders import Loader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,10 +101,13 @@ class Gateway:
 
     endpoint: str
     port: int
+    _loader: Loader = field(default_factory=Loader, repr=False, compare=False)
+    """Keeps what the SDK knows of S3, which takes long to read anew for each session."""
 
     def session(self, access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> botocore.session.Session:
         """Credentials as the stores take them."""
         session = botocore.session.Session()
+        session.register_component("data_loader", self._loader)
         session.set_credentials(access_key, secret_key)
         return session
 

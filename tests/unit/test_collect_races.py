@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     Action = Callable[[Stores], Awaitable[set[str]]]
     Prepare = Callable[[Stores, Clock], Awaitable[None]]
 
+pytestmark = pytest.mark.long
+
 MAIN = cache()
 CACHES = {"main": MAIN}
 MONTH = {"main": policy(max_age=30 * DAY)}

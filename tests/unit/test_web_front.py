@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from cachesrv.web.site import Site
     from tests.front_site import Served
 
+pytestmark = pytest.mark.long
+
 HIT = f"/main/{PRESENT[0]}.narinfo"
 LARGE_NAR = f"/main/nar/{next(name for name, size in NARS.items() if size == LARGE)}"
 MEDIUM_NAR = f"/main/nar/{next(name for name, size in NARS.items() if size == MEDIUM)}"

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
+pytestmark = pytest.mark.long
+
 QUIET = 0.05
 """Seconds without a byte after which a server is taken to wait for more."""
 
