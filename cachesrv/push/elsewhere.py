@@ -100,7 +100,7 @@ def _refusal(response: aiohttp.ClientResponse, said: Mapping[str, str], host: st
     if response.status == 404:
         return NotThere(f"{host} does not know the upload: {because}")
     if response.status in TOO_MUCH or code in _SLOWER:
-        return Overloaded(f"{host} says {because}", seconds_until(response.headers.get("Retry-After", "")))
+        return Overloaded(f"{host} says {because}", seconds_until(response.headers))
     if response.status == _MAYBE_EXPIRED or response.status >= 500 or code in _PASSING:
-        return TryAgain(f"{host} says {because}", seconds_until(response.headers.get("Retry-After", "")))
+        return TryAgain(f"{host} says {because}", seconds_until(response.headers))
     return ServerError(f"{host} does not take a part: {because}")

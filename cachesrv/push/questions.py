@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _HEAD_LIMIT = 64 * 1024
 _PIECE = 256 * 1024
+_NEXT_ADDRESS = 0.25
+"""Seconds that one of several addresses has before the next one is tried as well, as in RFC 8305."""
 _match_status = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: [^\r\n]*)?\r?\n").fullmatch
 _match_size = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r?\n").fullmatch
 
@@ -72,7 +74,9 @@ class Questions:
         _, host, port = self._address.origin
         try:
             async with asyncio.timeout(self._timeouts.connect):
-                reader, writer = await asyncio.open_connection(host, port, ssl=self._tls, limit=_HEAD_LIMIT)
+                reader, writer = await asyncio.open_connection(
+                    host, port, ssl=self._tls, limit=_HEAD_LIMIT, happy_eyeballs_delay=_NEXT_ADDRESS
+                )
         except TimeoutError as error:
             raise Unreachable(f"{self._address} cannot be reached: it does not answer to a connection") from error
         except ssl.SSLError as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from cachesrv.api import ErrorAnswer
+from cachesrv.api import ErrorAnswer, cache_url
 from cachesrv.errors import CachesrvError, Conflict, NotAllowed, NotAuthenticated, Refused, ServerError
 from cachesrv.push.body_limit import BodyTooLarge, LengthWanted
 from cachesrv.push.one_line import one_line
@@ -16,6 +16,8 @@ from cachesrv.push.retry import Broken, Overloaded, TryAgain
 from cachesrv.push.token import is_nowhere
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from cachesrv.push.address import Address
     from cachesrv.push.token import TokenSource
 
@@ -52,7 +54,7 @@ def refusal(
     """
     because = f": {said}" if said else ""
     if 300 <= status < 400:
-        return ServerError(f"{address} redirects{' to ' + one_line(location) if location else ''}: use that URL")
+        return ServerError(_redirected(address, location))
     if status == 401:
         return NotAuthenticated(_who(address, tokens) + because)
     if status == 403:
@@ -85,14 +87,30 @@ def said_in(body: bytes, content_type: str) -> str:
         return one_line(body.decode(errors="replace"))
 
 
-def seconds_until(retry_after: str) -> float:
-    """What a `Retry-After` asks for, in seconds or as a date; 0 when it cannot be read."""
+def seconds_until(headers: Mapping[str, str]) -> float:
+    """What `retry-after` among the headers asks for, in seconds or as a time, which counts from that in `date`: the
+    server's clock may not be ours. 0 when it cannot be read.
+    """
+    retry_after = headers.get("retry-after", "")
     if retry_after.isascii() and retry_after.isdigit():
         return float(retry_after[:9])
+    then, now = _seconds(retry_after), _seconds(headers.get("date", ""))
+    return 0.0 if then is None else max(0.0, then - (time.time() if now is None else now))
+
+
+def _seconds(text: str) -> float | None:
     try:
-        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+        return parsedate_to_datetime(text).timestamp()
     except (ValueError, OverflowError):
-        return 0.0
+        return None
+
+
+def _redirected(address: Address, location: str) -> str:
+    """The cache's URL where an answer sends us elsewhere, as far as that can be told from where it does."""
+    base, found, _ = location.partition(cache_url("", address.cache))
+    if found and base.startswith(("http://", "https://")):
+        return f"{address} is at {one_line(base)}/{address.cache} now: use that URL"
+    return f"{address} redirects{' to ' + one_line(location) if location else ''}: use that URL"
 
 
 def _who(address: Address, tokens: TokenSource) -> str:

@@ -170,7 +170,7 @@ class RemoteCache:
             return NotAllowed(
                 f"{self.url} may not be read with the token from {self._tokens}{f': {said}' if said else ''}"
             )
-        retry_after = seconds_until(response.headers.get("Retry-After", ""))
+        retry_after = seconds_until(response.headers)
         return refusal(response.status, said, self._address, self._tokens, retry_after=retry_after)
 
     def _nar_url(self, info: NarInfo) -> str:

@@ -12,14 +12,16 @@ from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
-from cachesrv.errors import ServerError
+from cachesrv.errors import ConfigError, ServerError
 from cachesrv.push.connection import MAX_ERROR_SIZE, USER_AGENT, tls
-from cachesrv.push.retry import Broken, Unreachable
+from cachesrv.push.retry import Broken, TryAgain, Unreachable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Iterator
 
     from cachesrv.push.connection import Chunk, Timeouts
+
+_PROXY_PASSWORD = 407
 
 
 def for_answers(timeouts: Timeouts) -> aiohttp.ClientTimeout:
@@ -35,8 +37,8 @@ def for_nars(timeouts: Timeouts) -> aiohttp.ClientTimeout:
 def open_session(url: str, connections: int) -> aiohttp.ClientSession:
     """A session for at most so many connections at once to the host of this URL, without cookies or a netrc of its own.
 
-    Proxies come from `http_proxy`, `https_proxy` and `no_proxy`, certificates of authorities from
-    `$NIX_SSL_CERT_FILE` or `$SSL_CERT_FILE`, else from where OpenSSL has them.
+    Proxies come from `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy`, certificates of authorities from
+    `$NIX_SSL_CERT_FILE` or `$SSL_CERT_FILE`, else from where OpenSSL has them. Raises ConfigError.
     """
     trusted = tls(os.environ) if url.startswith("https:") else True
     return aiohttp.ClientSession(
@@ -56,12 +58,16 @@ def our_errors(address: object) -> Iterator[None]:
         yield
     except aiohttp.ClientSSLError as error:
         raise ServerError(f"no TLS connection to {address}: {_tls_reason(error)}") from error
+    except aiohttp.ClientProxyConnectionError as error:
+        raise Unreachable(f"the proxy before {address} cannot be reached: {_reason(error)}") from error
     except aiohttp.ClientConnectorError as error:
         raise Unreachable(f"{address} cannot be reached: {_reason(error)}") from error
     except aiohttp.ConnectionTimeoutError as error:
         raise Unreachable(f"{address} cannot be reached: it does not answer to a connection") from error
     except TimeoutError as error:
         raise Broken(f"{address} has gone silent") from error
+    except aiohttp.ClientHttpProxyError as error:
+        raise _proxy_refusal(address, error.status) from error
     except aiohttp.ClientResponseError as error:
         raise ServerError(f"{address} does not speak HTTP as expected: {error.message}") from error
     except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, OSError) as error:
@@ -89,8 +95,23 @@ async def error_body(response: aiohttp.ClientResponse) -> bytes:
 
 
 def _proxy(url: str) -> str | None:
-    parts = urlsplit(url)
-    return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
+    parts, proxies = urlsplit(url), getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if proxy is None or proxy_bypass(parts.hostname or ""):
+        return None
+    if "://" not in proxy:
+        return f"http://{proxy}"
+    if not proxy.startswith(("http://", "https://")):
+        kind = proxy.partition("://")[0]
+        raise ConfigError(f"{parts.scheme}_proxy or all_proxy names a proxy of the kind {kind}: only http:// will do")
+    return proxy
+
+
+def _proxy_refusal(address: object, status: int) -> ServerError:
+    words = f"the proxy before {address} answered with status {status}"
+    if status == _PROXY_PASSWORD:
+        return ServerError(f"{words}: it wants a user and a password, http://user:password@host in https_proxy")
+    return TryAgain(words) if status >= 500 else ServerError(words)
 
 
 def _reason(error: aiohttp.ClientConnectorError) -> str:

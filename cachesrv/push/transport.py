@@ -87,7 +87,7 @@ class Transport:
 
     async def ask(self, method: str, url: str, body: bytes) -> bytes:
         """What is answered to JSON, or to nothing."""
-        headers = self._headers() | {"Accept": "application/json"}
+        headers = {"Accept": "application/json"}
         if body:
             headers["Content-Type"] = "application/json"
         if len(body) >= _COMPRESS_FROM:
@@ -95,8 +95,9 @@ class Transport:
             body = zstandard.ZstdCompressor().compress(body)
         async with self._body(len(body)), self._traffic.request():
             if self._session is None and not may_need_proxy(os.environ):
-                said = await self._questions.ask(method, url, headers, body)
-                self._check(said.status, said.headers, said.body)
+                token = self._token
+                said = await self._questions.ask(method, url, {**_authorization(token), **headers}, body)
+                self._check(said.status, said.headers, said.body, token)
                 return said.body
             return await self._ask_in_session(method, url, headers, body)
 
@@ -172,7 +173,7 @@ class Transport:
         """What is answered to a body that may take its time."""
         from cachesrv.push.session import for_nars, our_errors, watched  # noqa: PLC0415  brings the library with it
 
-        session = self._opened()
+        session, token = self._opened(), self._token
         with our_errors(self._address):
             async with (
                 asyncio.timeout(None) as deadline,
@@ -180,28 +181,28 @@ class Transport:
                     method,
                     url,
                     data=watched(chunks, deadline, self._timeouts),
-                    headers={**self._headers(), **headers},
+                    headers={**_authorization(token), **headers},
                     allow_redirects=False,
                     timeout=for_nars(self._timeouts),
                 ) as response,
             ):
                 deadline.reschedule(asyncio.get_running_loop().time() + self._timeouts.answer)
-                return await self._answered(response)
+                return await self._answered(response, token)
 
     async def _ask_in_session(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> bytes:
         from cachesrv.push.session import for_answers, our_errors  # noqa: PLC0415  brings the library with it
 
-        session = self._opened()
+        session, token = self._opened(), self._token
         with our_errors(self._address):
             async with session.request(
                 method,
                 url,
                 data=body or None,
-                headers=headers,
+                headers={**_authorization(token), **headers},
                 allow_redirects=False,
                 timeout=for_answers(self._timeouts),
             ) as response:
-                return await self._answered(response)
+                return await self._answered(response, token)
 
     def _opened(self) -> aiohttp.ClientSession:
         """The session, from the first time on that something is sent."""
@@ -211,20 +212,19 @@ class Transport:
             self._session = open_session(self._address.base, self._connections + 1)
         return self._session
 
-    def _headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self._token}"} if self._token is not None else {}
-
-    async def _answered(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _answered(self, response: aiohttp.ClientResponse, token: str | None) -> bytes:
         from cachesrv.push.session import error_body  # noqa: PLC0415  brings the library with it
 
         if 200 <= response.status < 300:
             return await _read(response, MAX_REQUEST_SIZE)
         headers = {name.lower(): value for name, value in response.headers.items()}
-        self._check(response.status, headers, await error_body(response))
+        self._check(response.status, headers, await error_body(response), token)
         raise ServerError(f"{self._address} answers with status {response.status}")
 
-    def _check(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        """Raise what an answer without success means. A token that was renewed meanwhile is worth another try."""
+    def _check(self, status: int, headers: Mapping[str, str], body: bytes, token: str | None) -> None:
+        """Raise what an answer without success means to a request with this token. One that was renewed meanwhile is
+        worth another try.
+        """
         if 200 <= status < 300:
             return
         error = refusal(
@@ -233,13 +233,17 @@ class Transport:
             self._address,
             self._tokens,
             location=headers.get("location", ""),
-            retry_after=seconds_until(headers.get("retry-after", "")),
+            retry_after=seconds_until(headers),
         )
         if isinstance(error, NotAuthenticated):
-            used, self._token = self._token, self._tokens.read()
-            if used != self._token:
+            self._token = self._tokens.read()
+            if token != self._token:
                 raise TryAgain(f"the token from {self._tokens} has been renewed")
         raise error
+
+
+def _authorization(token: str | None) -> dict[str, str]:
+    return {} if token is None else {"Authorization": f"Bearer {token}"}
 
 
 async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
