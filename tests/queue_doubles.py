@@ -121,7 +121,7 @@ class FakeQueue:
         (folder / "store").mkdir()
         self.directory = str(folder / "queue")
         self.lock = QueueLock(self.directory)
-        self.lock.take(wait=False)
+        self.lock.take()
         self.store = TemporaryStore(folder / "store")
         self.way = FakeWay(None, Given(), QUICK, {}, folder=self.store, cache=cache)
         self.told = Told()

@@ -214,6 +214,12 @@ def units(*, output: Path | None) -> None:
         "    systemctl enable --now cachesrv-queue.socket cachesrv-queue.service    # when there is something",
         err=True,
     )
+    if (unseen := shipped.unseen_folder()) is not None:
+        click.echo(
+            f"\nBut the service cannot look into {unseen}, where this cachesrv is: install one for all users, such as"
+            " in /opt/cachesrv, and have that one write the units.",
+            err=True,
+        )
 
 
 def _path_meant(name: str) -> str:

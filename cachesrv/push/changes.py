@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 MODIFIED = 0x002
+WRITER_GONE = 0x008
 MOVED_IN = 0x080
 CREATED = 0x100
 DELETED = 0x200

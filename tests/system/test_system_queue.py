@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from cachesrv.push.queue.lock import QueueLock
 from tests.system.nix import CHAIN
 from tests.system.push import push
 from tests.system.queues import Queue, published
@@ -142,6 +143,26 @@ def test_started_by_a_hook_it_ends_when_all_is_done(nix: Nix, server: Server) ->
     assert published(server) == {path}
     assert not select.select([fifo], [], [], 0)[0]
     os.close(fifo)
+
+
+def test_one_that_stands_by_is_ready_and_takes_over(nix: Nix, server: Server) -> None:
+    queue = Queue(nix, server)
+    name = f"cachesrv-{os.getpid()}"
+    lock = QueueLock(str(queue.directory))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(f"\0{name}")
+        systemd.settimeout(PATIENCE)
+        assert lock.take()
+        path = nix.add("one", "one")
+        hooks_at_once(queue, [path])
+        with queue.runs(NOTIFY_SOCKET=f"@{name}", WATCHDOG_USEC="50000") as service:
+            assert systemd.recv(1000) == b"READY=1\nSTATUS=Waiting for another process to end"
+            assert systemd.recv(1000) == systemd.recv(1000) == b"WATCHDOG=1"
+            assert published(server) == set()
+            lock.close()
+            until(lambda: published(server) == {path}, "it does not take over")
+            service.process.send_signal(signal.SIGTERM)
+            assert service.process.wait(PATIENCE) == 0
 
 
 def test_a_drain_pushes_all_and_says_what_it_could_not(nix: Nix, server: Server, make_nix: MakeNix) -> None:

@@ -249,7 +249,7 @@ async def test_one_who_drains_takes_over_from_a_service_that_ends(
 
 def _another_lock(queue: FakeQueue) -> QueueLock:
     lock = QueueLock(queue.directory)
-    assert not lock.take(wait=False)
+    assert not lock.take()
     return lock
 
 

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from cachesrv.cli import run
 from cachesrv.cli.queue import command
 from cachesrv.push.queue import units as module
 from cachesrv.push.queue.directory import SYSTEM_QUEUE
-from cachesrv.push.queue.units import NAMES, units
+from cachesrv.push.queue.units import NAMES, units, unseen_folder
 
 ROOT = Path(module.__file__).parents[3]
 SPECIFIERS = {"%S": "/var/lib", "%t": "/run"}
@@ -87,6 +88,29 @@ def test_they_can_be_read_by_all_whatever_the_umask(tmp_path: Path, capsys: pyte
     assert run(["queue", "units", "--output", str(tmp_path)]) == 0
     assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o644}
     assert "systemctl enable --now" in capsys.readouterr().err
+
+
+def test_a_program_that_the_service_would_not_find_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tempfile.TemporaryDirectory() as name:  # the folders of pytest are for one user alone
+        folder = Path(name)
+        folder.chmod(0o755)
+        for_all, for_one, hidden = folder / "all", folder / "one", folder / "home"
+        for made, mode in ((for_all, 0o755), (for_one, 0o700), (hidden, 0o755)):
+            made.mkdir()
+            made.chmod(mode)
+            (made / "python").touch()
+        (for_all / "link").symlink_to(for_one / "python")
+        monkeypatch.setattr(module, "__file__", str(for_all / "units.py"))
+        monkeypatch.setattr(module, "_HIDDEN", (hidden,))
+        for program, unseen in (("all/python", None), ("one/python", for_one), ("home/python", hidden)):
+            monkeypatch.setattr(sys, "executable", str(folder / program))
+            assert unseen_folder() == unseen
+        monkeypatch.setattr(sys, "executable", str(for_all / "link"))
+        assert run(["queue", "units", "--output", name]) == 0
+
+    assert f"But the service cannot look into {for_one}, where" in capsys.readouterr().err
 
 
 def test_they_are_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,10 +27,10 @@ class QueueLock:
         give_to_owner(self._file, directory)
         os.close(directory)
 
-    def take(self, *, wait: bool = True) -> bool:
-        """Whether it is ours now; without `wait` that is answered at once."""
+    def take(self) -> bool:
+        """Whether it is ours now."""
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         os.ftruncate(self._file, 0)

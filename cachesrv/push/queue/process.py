@@ -16,7 +16,7 @@ import structlog
 
 from cachesrv import systemd
 from cachesrv.errors import PeerError, StoreError
-from cachesrv.push.changes import DELETED, MODIFIED, Changes
+from cachesrv.push.changes import DELETED, MODIFIED, WRITER_GONE, Changes
 from cachesrv.push.queue.directory import INCOMING
 from cachesrv.push.queue.entries import FILE, TROUBLE, Entries
 from cachesrv.push.queue.intake import Incoming, number_written
@@ -62,10 +62,9 @@ class Queue:
         if fifos and idle is None:
             idle = _IDLE_WHEN_STARTED_BY_HOOKS
         with self._locked() as lock:
-            if not lock.take(wait=False):
+            if not lock.take():
                 _log.warning("another process pushes this queue: waiting for its end", process=holder(self.directory))
-                systemd.notify("STATUS=Waiting for another process to end", os.environ)
-                lock.take()
+                asyncio.run(_stand_by(self.directory, lock))
             with self._work() as work, suppress(asyncio.CancelledError):
                 asyncio.run(_serve(Service(work, idle=idle, gather=gather), fifos))
 
@@ -73,7 +72,7 @@ class Queue:
         """Push all there is, or wait until another process has; what could not be pushed is returned, and stays."""
         self.way.check()
         with self._locked() as lock, self._work() as work:
-            if lock.take(wait=False):
+            if lock.take():
                 return asyncio.run(drain(work))
             return asyncio.run(_wait_for_other(self.directory, lock, work))
 
@@ -120,6 +119,19 @@ def wake(queue: str) -> None:
         raise StoreError(f"the queue {queue} cannot be written: {error.strerror}") from error
 
 
+async def _stand_by(queue: str, lock: QueueLock) -> None:
+    """Until the lock is ours. Hooks are served meanwhile, by another process: to systemd we are ready."""
+    systemd.notify("READY=1\nSTATUS=Waiting for another process to end", os.environ)
+    watchdog = asyncio.create_task(systemd.feed_watchdog(os.environ))
+    try:
+        with Changes() as changes:
+            changes.add(queue, WRITER_GONE)
+            while not lock.take():
+                await changes.wait(_LOOK)
+    finally:
+        watchdog.cancel()
+
+
 async def _serve(service: Service, fifos: Sequence[int]) -> None:
     task = asyncio.current_task()
     assert task is not None
@@ -144,7 +156,7 @@ async def _wait_for_other(queue: str, lock: QueueLock, work: Work) -> list[Entry
         changes.add(queue, MODIFIED)
         changes.add(f"{queue}/{INCOMING}", DELETED)
         while not _is_done(queue, work.entries, begun):
-            if lock.take(wait=False):  # it has ended
+            if lock.take():  # it has ended
                 return await drain(work)
             await changes.wait(_LOOK)
     return work.entries.those_failed()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 import sys
 from importlib import resources
 from pathlib import Path
@@ -12,6 +13,10 @@ from cachesrv.errors import StoreError
 NAMES = ("cachesrv-queue.service", "cachesrv-queue.socket")
 
 _PROGRAM = "@cachesrv@"
+
+_HIDDEN = (Path("/home"), Path("/root"), Path("/run/user"))
+"""What ProtectHome= takes out of sight. Source: systemd.exec(5)."""
+
 _plain = re.compile(r"[A-Za-z0-9_./+-]+").fullmatch
 
 
@@ -34,11 +39,25 @@ def write_units(folder: Path) -> list[Path]:
     return written
 
 
-def _this_program() -> str:
-    """As the first words of ExecStart=. Source: systemd.service(5), Command lines; systemd.syntax(7), Quoting."""
+def unseen_folder() -> Path | None:
+    """A folder of this installation in which the service would find nothing; its user is one that has no rights."""
+    for file in (_program(), Path(sys.executable), Path(__file__)):
+        for folder in (*reversed(file.parents), *reversed(file.resolve().parents)):
+            if folder in _HIDDEN or not folder.stat().st_mode & stat.S_IXOTH:
+                return folder
+    return None
+
+
+def _program() -> Path:
     python = Path(sys.executable)
     script = python.with_name("cachesrv")
-    words = [str(script)] if script.exists() else [str(python), "-m", "cachesrv"]
+    return script if script.exists() else python
+
+
+def _this_program() -> str:
+    """As the first words of ExecStart=. Source: systemd.service(5), Command lines; systemd.syntax(7), Quoting."""
+    program = _program()
+    words = [str(program)] if program.name == "cachesrv" else [str(program), "-m", "cachesrv"]
     return " ".join(map(_quoted, words))
 
 
