@@ -97,6 +97,7 @@ class FastAnswers:
         self._files = OpenFiles()
         self.slow = 0
         self._rules: Rules | None = None
+        self._told: Rules | None = None
         self._caches: dict[bytes, ServedCache] = {}
         self._root: ServedCache | None = None
         self.tick()
@@ -114,9 +115,10 @@ class FastAnswers:
 
     def refresh(self) -> bool:
         """Whether other rules hold than when this was last asked: forms that were found before hold no more."""
-        if self._site.rules is self._rules:
+        if self._site.rules is self._told:
             return False
-        self._adopt(self._site.rules)
+        self._told = self._site.rules
+        self._adopt(self._told)
         self._files.close()
         return True
 

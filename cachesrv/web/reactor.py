@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from cachesrv.errors import StoreError
 from cachesrv.web.known import Known
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ _PAUSE = 1.0
 _SWEEPS = 5
 """How often in the idle time-out it is looked who is idle."""
 _STOP_INTERVAL = 0.02
+_NO_VERSION = -1
+"""Of an index that cannot be read."""
 _TCP_INFO = struct.Struct("=52xII")
 """In `struct tcp_info`: milliseconds since data came, and since an acknowledgement did. Source: linux/tcp.h."""
 
@@ -100,6 +103,7 @@ class Reactor:
         self._connections: dict[int, _Connection] = {}
         self._known = Known()
         self._leaving: set[asyncio.Task[object]] = set()
+        self._accepting = False
         self._stopping = False
 
     def __len__(self) -> int:
@@ -194,7 +198,10 @@ class Reactor:
         connections, readable, append = self._connections, select.EPOLLIN, into.append
         ok, miss = answers.ok, answers.miss
         hits = misses = 0
-        get, done, version = answers.snapshot()
+        try:
+            get, done, version = answers.snapshot()
+        except Exception:  # noqa: BLE001  whatever it was, the handlers meet it too, and have words for it
+            get, done, version = _unreadable, _nothing, _NO_VERSION
         known = self._known.at(version, answers.now)
         try:
             for descriptor, event in events:
@@ -275,7 +282,12 @@ class Reactor:
         except OSError as error:
             self._failed(connection, error)
         if sent < size and connection.sock.fileno() >= 0:
-            connection.file, connection.position, connection.end = os.dup(answer.descriptor), sent, size
+            try:
+                connection.file = os.dup(answer.descriptor)
+            except OSError:
+                self._end(connection)
+                return
+            connection.position, connection.end = sent, size
             self._send_later(connection, memoryview(head)[-unsent:] if unsent else None)
 
     def _send_file(self, connection: _Connection) -> bool:
@@ -370,13 +382,16 @@ class Reactor:
             self._epoll.modify(connection.sock.fileno(), _REQUESTS)
 
     def _listen(self) -> None:
-        if not self._stopping:
+        if not (self._stopping or self._accepting):
+            self._accepting = True
             for descriptor in self._listening:
                 self._epoll.register(descriptor, select.EPOLLIN)
 
     def _listen_no_more(self) -> None:
-        for descriptor in self._listening:
-            self._epoll.unregister(descriptor)
+        if self._accepting:
+            self._accepting = False
+            for descriptor in self._listening:
+                self._epoll.unregister(descriptor)
 
     def _leave(self, connection: _Connection, data: bytes) -> None:
         """Let asyncio have it, with what one read of its own would have given it."""
@@ -407,3 +422,11 @@ class Reactor:
         descriptor = connection.sock.fileno()
         if self._connections.pop(descriptor, None):
             self._epoll.unregister(descriptor)
+
+
+def _unreadable(_key: bytes) -> bytes | None:
+    raise StoreError("the index cannot be read")
+
+
+def _nothing() -> None:
+    """What there is to be done with a snapshot that there is not."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 import socket
 import time
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import lmdb
 import pytest
 from aiohttp import web
 
@@ -39,7 +42,7 @@ from tests.front_site import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator, Sequence
     from pathlib import Path
 
     from cachesrv.web.site import Site
@@ -50,12 +53,16 @@ NAMES = {size: name for name, size in NARS.items()}
 
 @dataclass(frozen=True)
 class Served:
-    port: int
+    ports: Sequence[int]
     answers: FastAnswers
     reactor: Reactor
     fronts: Fronts
     site: Site
     clients: ExitStack
+
+    @property
+    def port(self) -> int:
+        return self.ports[0]
 
     async def connect(self, receive_buffer: int | None = None) -> Connection:
         connection = await Connection.open(self.port, receive_buffer=receive_buffer)
@@ -73,7 +80,12 @@ class Served:
 
 @asynccontextmanager
 async def serving(
-    folder: Path, *, idle_timeout: float = 60, send_buffer: int | None = None, complete: bool = False
+    folder: Path,
+    *,
+    idle_timeout: float = 60,
+    send_buffer: int | None = None,
+    complete: bool = False,
+    sockets: int = 1,
 ) -> AsyncIterator[Served]:
     async with AsyncExitStack() as stack:
         site = counting_apart(await stack.enter_async_context(open_site(folder, complete=complete)))
@@ -85,12 +97,12 @@ async def serving(
         stack.callback(answers.close)
         fronts = Fronts(answers, runner.server)
         reactor = Reactor(answers, fronts, idle_timeout=idle_timeout)
-        sock = listening(send_buffer)
-        port: int = sock.getsockname()[1]
-        reactor.start([sock])
+        opened = [listening(send_buffer) for _ in range(sockets)]
+        ports = [sock.getsockname()[1] for sock in opened]
+        reactor.start(opened)
         try:
             with ExitStack() as clients:
-                yield Served(port, answers, reactor, fronts, site, clients)
+                yield Served(ports, answers, reactor, fronts, site, clients)
         finally:
             await reactor.stop_answering()
             await fronts.stop(1)
@@ -122,6 +134,20 @@ def record(part: str, number: int) -> PathRecord:
         ca=None,
         registered_at=1,
     )
+
+
+@contextmanager
+def no_more_files(*, leave: int = 0) -> Iterator[None]:
+    """As if as many files were open as this process may have, but for so many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [os.open("/dev/null", os.O_RDONLY) for _ in range(leave + 1)]
+    for descriptor in free:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[-1], hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def answers_to(connection: Connection, *requests: bytes) -> list[tuple[bytes, bytes]]:
@@ -403,3 +429,78 @@ async def test_a_defect_loses_no_request_but_its_own(served: Served, monkeypatch
     answered = [len(connection.received) > start for connection, start in zip(connections, before, strict=True)]
     assert sorted(answered) == [False, True, True]
     assert [type(error) for error in told] == [ZeroDivisionError]
+
+
+async def test_new_rules_hold_in_the_reactor_whoever_met_them_first(served: Served) -> None:
+    elsewhere, connection, other = await served.connect(), await served.connect(), await served.connect()
+    await answers_to(elsewhere, get("/nix-cache-info"))
+    await served.until(reactor=2, fronts=1)
+    request, nar_request = get(f"/open/{PRESENT[0]}.narinfo"), get(f"/open/nar/{NAMES[LARGE]}")
+    assert await answers_to(connection, request, request) == [(OK, narinfo(0))] * 2
+    assert await answers_to(other, nar_request) == [(OK, nar(LARGE))]
+    rules = served.site.rules
+    private = replace(rules.caches["open"], public=False)
+    served.site.rules = replace(rules, caches={**rules.caches, "open": private})
+    assert await answers_to(elsewhere, get(f"/main/{PRESENT[0]}.narinfo")) == [(OK, narinfo(0))]
+    for asking in (connection, other):
+        for asked in (request, nar_request, get(f"/open/{PRESENT[1]}.narinfo")):
+            ((status, _),) = await answers_to(asking, asked)
+            assert status == b"HTTP/1.1 401 Unauthorized"
+
+
+async def test_an_index_that_cannot_be_looked_into_is_left_to_the_handlers(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection = await served.connect()
+    request = get(f"/main/{PRESENT[0]}.narinfo")
+    assert await answers_to(connection, request) == [(OK, narinfo(0))]
+
+    def fail(*_: object) -> None:
+        raise lmdb.PanicError("a write failed")
+
+    monkeypatch.setattr(served.answers, "snapshot", fail)
+    told: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context.get("exception")))
+    ((status, _),) = await answers_to(connection, request)
+    assert status == b"HTTP/1.1 200 OK"  # the handlers' own look at the index succeeds here
+    assert not told
+    await served.until(reactor=0, fronts=1)
+
+
+async def test_what_does_not_fit_among_the_open_files_waits_and_is_answered(tmp_path: Path) -> None:
+    async with serving(tmp_path, sockets=2) as served:
+        first = await served.connect()
+        assert await answers_to(first, get(f"/main/{PRESENT[0]}.narinfo")) == [(OK, narinfo(0))]
+        told: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        clients = [socket.create_connection(("127.0.0.1", port)) for port in served.ports]
+        with no_more_files():
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert await answers_to(first, get(f"/main/{PRESENT[1]}.narinfo")) == [(OK, narinfo(1))]
+        for client in clients:
+            client.setblocking(False)
+            connection = Connection(client)
+            assert await answers_to(connection, get(f"/main/{PRESENT[0]}.narinfo")) == [(OK, narinfo(0))]
+            connection.close()
+        assert not told
+
+
+async def test_the_end_comes_also_while_no_connections_are_accepted(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        client = socket.create_connection(("127.0.0.1", served.port))
+        served.clients.callback(client.close)
+        with no_more_files():
+            for _ in range(5):
+                await asyncio.sleep(0)
+            await served.reactor.stop_answering()
+
+
+async def test_a_nar_that_cannot_be_sent_on_ends_its_connection(tmp_path: Path) -> None:
+    async with serving(tmp_path, send_buffer=8192) as served:
+        connection = await served.connect(receive_buffer=4096)
+        with no_more_files(leave=1):
+            await connection.send(get(f"/main/nar/{NAMES[LARGE]}"))
+            await connection.receive_answers(["GET"])
+        assert connection.ended
+        assert len(served.reactor) == 0
