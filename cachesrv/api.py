@@ -197,7 +197,7 @@ class UploadRequest(msgspec.Struct, frozen=True):
     """
 
     nar_hash: str
-    nar_size: int
+    nar_size: Annotated[int, msgspec.Meta(ge=0)]
     direct: bool = False
 
 

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cachesrv.errors import CachesrvError
+from cachesrv.errors import CachesrvError, NotFound
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -57,6 +57,13 @@ class Assembly:
         self._parts = parts
         self._changed.set()
         return True
+
+    async def made(self) -> NarRecord:
+        """Wait for it. Raises what `receive` does, GivenUp, and NotFound when it was closed meanwhile."""
+        await asyncio.wait([self.result])
+        if self.result.cancelled():
+            raise NotFound("the parts of this NAR were given up: begin it again")
+        return self.result.result()
 
     async def close(self) -> None:
         """Give up, and wait until nothing is at work."""

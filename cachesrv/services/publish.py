@@ -21,6 +21,9 @@ from cachesrv.errors import (
     MissingNar,
     MissingReferences,
     Refused,
+    StoreFull,
+    StoreUnavailable,
+    TooLarge,
 )
 from cachesrv.nix import narinfo
 from cachesrv.nix.compression import decompress
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 
     from cachesrv.catalog.base import Catalog, NarRecord
     from cachesrv.index.base import Index
+    from cachesrv.nix.store_path import StorePath
     from cachesrv.services.caches import ServedCache
     from cachesrv.services.candidate import Candidate
     from cachesrv.services.ingest import Ingest
@@ -130,7 +134,7 @@ class Publish:
                     record, listing = await self._admit(cache, path, known, stored, fresh)
                     record = replace(record, pusher=pusher)
                     admitted[number] = Admitted(cache, record, listing, _relied_on(cache, path) - elsewhere)
-                    known.setdefault(path.store_path.hash_part, None)
+                    known[path.store_path.hash_part] = record
                 except CachesrvError as error:
                     outcomes[number] = error
             for number, failure in (await self._write(paths, admitted)).items():
@@ -242,19 +246,22 @@ class Publish:
         try:
             await self._submit(list(admitted.values()))
         except CachesrvError as error:
-            if len(admitted) == 1:
+            if len(admitted) == 1 or _concerns_all(error):
                 return dict.fromkeys(admitted, error)
         else:
             return {}
         failed: dict[int, CachesrvError] = {}
+        gone: set[StorePath] = set()
         for number, path in admitted.items():
-            gone = {paths[other].store_path for other in failed}
             try:
                 if not gone.isdisjoint(paths[number].references):
                     raise MissingReferences(f"{paths[number].store_path} refers to a path that could not be published")
                 await self._submit([path])
             except CachesrvError as error:
+                if _concerns_all(error):
+                    return failed | {other: error for other in admitted if other >= number}
                 failed[number] = error
+                gone.add(paths[number].store_path)
         return failed
 
     async def _submit(self, paths: list[Admitted]) -> None:
@@ -289,6 +296,11 @@ class Publish:
             await self.remember_conflicts(conflicts, pusher)
 
 
+def _concerns_all(error: CachesrvError) -> bool:
+    """Whether no other path would fare better now: a store does not answer, or is full."""
+    return isinstance(error, StoreUnavailable | StoreFull) and not isinstance(error, BeingRemoved)
+
+
 def _refusal(cache: ServedCache, path: Candidate, error: CachesrvError, pusher: str) -> RefusalRecord:
     return RefusalRecord(
         cache=cache.name,
@@ -316,11 +328,18 @@ def _references(path: Candidate) -> set[str]:
 
 
 def _record(cache: ServedCache, info: narinfo.NarInfo, nar: NarRecord) -> PathRecord:
+    """Raises TooLarge for a narinfo that nobody here would read again."""
+    text = narinfo.render(info)
+    if len(text) > narinfo.DEFAULT_LIMIT:
+        raise TooLarge(
+            f"{info.store_path} has {len(info.references)} references: its narinfo would have {len(text)} bytes, at"
+            f" most {narinfo.DEFAULT_LIMIT} are taken"
+        )
     return PathRecord(
         cache=cache.name,
         hash_part=info.store_path.hash_part,
         name=info.store_path.name,
-        narinfo=narinfo.render(info),
+        narinfo=text,
         nar_key=nar.key,
         nar_hash=nar.nar_hash,
         nar_size=nar.nar_size,

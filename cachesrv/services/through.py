@@ -76,12 +76,12 @@ class Through:
         assembly = self._assemblies.get(place)
         if assembly and assembly.follow(digests):
             with suppress(GivenUp):  # just before it heard of these
-                return await assembly.result
+                return await assembly.made()
         if assembly:
             await assembly.close()
         assembly = self._assemble(cache, place, nar_hash)
         assembly.follow(digests)
-        return await assembly.result
+        return await assembly.made()
 
     def progress(self, place: Place) -> int:
         """Bytes of its parts that have been read."""

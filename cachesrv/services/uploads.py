@@ -117,10 +117,9 @@ class Uploads:
             return None
         await self._disk_room.for_nar()
         before = await self._store.begun(place)
+        _check_nar(place, before, nar_hash)
         if before is None:
             await self._room.for_upload()
-        elif before.nar_hash != begun.nar_hash:
-            raise Conflict(f"the upload {upload} is for another NAR, {before.nar_hash}: choose another name")
         completing = self._completing.get(place)
         if completing and completing.done():
             self._forget(place, completing)
@@ -187,13 +186,15 @@ class Uploads:
         by their tags and, if they are known, their `md5`; wait for it for `patience` seconds. When it is there, its
         parts are not any more.
 
-        Raises BadInput when they do not make up this NAR: then they are gone, too. StoreError.
+        Raises BadInput when they do not make up this NAR: then they are gone, too. Conflict when the upload is for
+        another NAR, StoreError.
         """
         place = Place.of(cache.name, upload)
         if not 1 <= len(parts) <= MAX_PARTS:
             raise BadInput(f"a NAR of {len(parts)} parts: it has 1 to {MAX_PARTS}")
         if len(md5) not in {0, len(parts)}:
             raise BadInput(f"the MD5 of {len(md5)} parts of a NAR that has {len(parts)}")
+        _check_nar(place, await self._store.begun(place), nar_hash)
         if place not in self._completing:
             task = asyncio.create_task(self._complete(cache, place, nar_hash, list(parts), md5))
             self._completing[place] = task
@@ -288,3 +289,9 @@ class Uploads:
     def _forget(self, place: Place, task: asyncio.Task[NarRecord | Missing]) -> None:
         if self._completing.get(place) is task:
             del self._completing[place]
+
+
+def _check_nar(place: Place, begun: Begun | None, nar_hash: Hash) -> None:
+    """Raises Conflict when an upload is for another NAR."""
+    if begun and begun.nar_hash != nar_hash.nix32:
+        raise Conflict(f"the upload {place.upload} is for another NAR, {begun.nar_hash}: choose another name")

@@ -190,6 +190,7 @@ def test_what_is_no_upload(client: Client) -> None:
         assert client.put(f"/api/v1/caches/main/uploads/{name}", json.dumps(NAR).encode()).status in {400, 404}
     for body in (b"", b"{}", b'{"nar_hash": "sha256:x", "nar_size": 1}', b'{"nar_hash": 1, "nar_size": 1}'):
         assert client.put(UPLOAD, body).status == 400
+    assert client.put(UPLOAD, json.dumps(NAR | {"nar_size": -1, "direct": True}).encode()).status == 400
     begin(client)
     other = {"nar_hash": f"sha256:{'0' * 52}", "nar_size": 5}
     assert client.put(UPLOAD, json.dumps(other).encode()).status == 409

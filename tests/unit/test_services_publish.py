@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -17,6 +17,8 @@ from cachesrv.errors import (
     MissingNar,
     MissingReferences,
     StoreError,
+    StoreUnavailable,
+    TooLarge,
     Unsigned,
 )
 from cachesrv.index.base import IndexEntry, Present
@@ -40,7 +42,7 @@ from tests.service_site import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from pathlib import Path
 
 LIBRARY = Sample("library", b"library")
@@ -156,6 +158,74 @@ async def test_a_second_nar_for_a_path(site: Site, as_: Callable[[Sample], Candi
     outcomes = await site.add(again, needs, as_=as_)
     assert isinstance(outcomes[0], Conflict)
     assert outcomes[1] is None
+
+
+async def test_two_nars_for_a_path_in_one_batch(site: Site) -> None:
+    """The first one is published."""
+    again = Sample("library", b"another library")
+    await site.send(LIBRARY, again)
+
+    outcomes = await site.add(LIBRARY, again)
+
+    assert outcomes[0] is None
+    assert isinstance(outcomes[1], Conflict)
+    assert LIBRARY.nar_hash.nix32 in str(outcomes[1])
+    record = await site.catalog.path("main", LIBRARY.path.hash_part)
+    assert record is not None
+    assert record.nar_hash == LIBRARY.nar_hash.nix32
+    await check_what_is_visible(site)
+
+
+async def test_a_path_twice_in_one_batch(site: Site) -> None:
+    tool = replace(TOOL, references=())
+    await site.send(*CHAIN)
+    assert await site.add(LIBRARY, TOOL, tool, TOOL) == [None] * 4
+    await check_what_is_visible(site)
+
+
+async def test_a_narinfo_that_nobody_would_read_again_is_not_published(tmp_path: Path) -> None:
+    many = Sample("many", references=tuple(path_of(f"{number}-{'n' * 200}") for number in range(5000)))
+    async with open_site(tmp_path, cache=served_cache(references=ReferencePolicy.ANY)) as site:
+        await site.send(many)
+        (outcome,) = await site.add(many)
+        assert isinstance(outcome, TooLarge)
+        assert "5000 references" in str(outcome)
+        assert await site.published() == set()
+
+
+@pytest.mark.parametrize("gone_after", [0, 2])
+async def test_a_store_that_has_gone_is_not_asked_for_each_path(tmp_path: Path, gone_after: int) -> None:
+    """`gone_after`: so many paths, which are tried one by one since one of them cannot be published."""
+    samples = [Sample(f"sample-{number}", b"%d" % number) for number in range(20)]
+    asked = 0
+
+    class Gone:
+        def __init__(self, store: Any) -> None:
+            self._store = store
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._store, name)
+
+        async def put_in_order(self, levels: Sequence[Mapping[str, bytes]]) -> Any:
+            nonlocal asked
+            asked += 1
+            if gone_after and asked == 1:
+                raise StoreError("one of them")
+            if asked > gone_after:
+                raise StoreUnavailable("no answer")
+            return await self._store.put_in_order(levels)
+
+    def wrap(store: Any) -> Any:
+        return Gone(store) if hasattr(store, "put_in_order") else store
+
+    async with open_site(tmp_path, wrap=wrap) as site:
+        await site.send(*samples)
+        outcomes = await site.add(*samples)
+        published = max(0, gone_after - 1)
+        assert [outcome is None for outcome in outcomes] == [True] * published + [False] * (20 - published)
+        assert isinstance(outcomes[-1], StoreUnavailable)
+        assert asked == gone_after + 1
+        await check_what_is_visible(site)
 
 
 async def test_many_at_once_publish_one_of_two(site: Site) -> None:

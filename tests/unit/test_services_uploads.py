@@ -338,6 +338,35 @@ async def test_an_upload_is_for_one_nar(files: Site) -> None:
         await begin(opened, files)
         with pytest.raises(Conflict, match="another NAR"):
             await begin(opened, files, OTHER)
+        for number, part in enumerate(PARTS, 1):
+            await send(opened, files, number, part)
+        with pytest.raises(Conflict, match="another NAR"):
+            await complete(opened, files, sample=OTHER)
+        assert await complete(opened, files) == await files.ingest.known(files.cache, NAR_KEY.removeprefix("main/nar/"))
+
+
+async def test_parts_may_be_forgotten_while_a_nar_is_made_of_them(files: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another client has found that what it sends is damaged: this one is told to send all of it again."""
+    reading, goes_on = asyncio.Event(), asyncio.Event()
+    receive = files.ingest.receive
+
+    async def held(*given: Any) -> NarRecord:
+        reading.set()
+        await goes_on.wait()
+        return await receive(*given)
+
+    monkeypatch.setattr(files.ingest, "receive", held)
+    async with process(files) as opened:
+        await begin(opened, files)
+        for number, part in enumerate(PARTS, 1):
+            await send(opened, files, number, part)
+        completing = asyncio.create_task(complete(opened, files))
+        await reading.wait()
+        await opened.abort(files.cache, UPLOAD)
+        goes_on.set()
+
+        assert await completing == Missing([*range(1, len(PARTS) + 1)])
+    assert await keys(files) == set()
 
 
 async def test_an_upload_is_for_one_cache(files: Site) -> None:
