@@ -136,7 +136,8 @@ class _Copy:
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
-            Path(self._file.name).unlink(missing_ok=True)
+            with suppress(OSError):
+                Path(self._file.name).unlink()
             self._file = None
 
     def _see(self, seen: Seen) -> None:

@@ -249,8 +249,10 @@ class CompressedNar:
         self.leaving.close()
         if self._working:
             await asyncio.wait(self._working)
-        await self._source.close()
-        self._lease.close()
+        try:
+            await self._source.close()
+        finally:
+            self._lease.close()
 
     async def _next_frame(self) -> int:
         """Bytes of the NAR in it."""

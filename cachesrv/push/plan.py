@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from cachesrv.api import WantedPath
 from cachesrv.errors import ServerError
 from cachesrv.nix.path_info import PathInfo, in_reference_order
+from cachesrv.push.one_line import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -175,7 +176,7 @@ def _decide(
 
 def _conflict(published: str, info: PathInfo) -> str:
     return (
-        f"the cache has it with NAR hash {published}, this store with {info.nar_hash.nix32}: "
+        f"the cache has it with NAR hash {one_line(published)}, this store with {info.nar_hash.nix32}: "
         "the build is not deterministic, and what is published stays"
     )
 

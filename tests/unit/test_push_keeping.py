@@ -16,6 +16,7 @@ from cachesrv.nix import listing
 from cachesrv.nix.nar_writer import dump
 from cachesrv.push import events
 from cachesrv.push.address import Address
+from cachesrv.push.kept_nars import KeptNars
 from cachesrv.push.pushed import Pushed
 from cachesrv.push.record import Record
 from cachesrv.push.retry import Backoff
@@ -135,6 +136,18 @@ async def test_where_nothing_can_be_recorded_the_push_goes_on(
     assert len(notes) == 2
     assert f"{tmp_path}/file/pushed.sqlite" in notes[0]
     assert f"NARs are not kept in {tmp_path}/file/nars: Not a directory" in notes[1]
+
+
+def test_a_directory_for_nars_may_go_while_one_is_kept(store: TemporaryStore, tmp_path: Path) -> None:
+    """Letting go of what was kept so far is no reason to fail."""
+    info = store.add("path", b"contents")
+    directory = tmp_path / "nars"
+    tap = KeptNars(directory).tap(info)
+    tap.feed(memoryview(b"".join(dump(store.file("path")))))
+    directory.rename(tmp_path / "elsewhere")
+    directory.touch()
+
+    tap.drop()
 
 
 async def test_what_was_published_before_a_cancellation_is_on_record(

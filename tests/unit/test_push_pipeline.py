@@ -201,6 +201,21 @@ async def test_whoever_leaves_early_leaves_nothing_behind(large: Path) -> None:
     assert len(asyncio.all_tasks()) == 1
 
 
+async def test_a_source_that_cannot_be_closed_keeps_no_memory(large: Path) -> None:
+    """The push goes on with other NARs, which would wait for it for ever."""
+
+    class Stuck(LocalNar):
+        async def close(self) -> None:
+            await super().close()
+            raise StoreError("the disk has gone")
+
+    with Pipeline() as pipeline:
+        with pytest.raises(StoreError, match="gone"):
+            async with pipeline.nar(Stuck(NarDump(large)), info_of(large)) as nar:
+                await anext(aiter(nar))
+        assert pipeline.budget.free == pipeline.budget.total
+
+
 async def test_a_consumer_that_goes_while_it_waits_does_no_harm(large: Path) -> None:
     info = info_of(large)
     stop = threading.Event()

@@ -74,6 +74,13 @@ def test_a_conflict_names_both_hashes() -> None:
     assert BASE.nar_hash.nix32 in plan.steps[0].reason
 
 
+def test_what_a_server_says_of_a_conflict_does_nothing_to_a_terminal() -> None:
+    plan = make_plan([BASE], Answers(conflicts={BASE.store_path.base_name: "\x1b[2J\nsha256:0"}))
+
+    assert plan.steps[0].reason.isprintable()
+    assert "sha256:0" in plan.steps[0].reason
+
+
 def test_what_an_upstream_has_is_left_to_it() -> None:
     plan = make_plan(DIAMOND, missing("base", "left", "right", "top"), {BASE.store_path: "somebody has it"})
 
