@@ -141,6 +141,8 @@ class ChunksBody:
 
     async def begin(self, part: ByteRange, small: int) -> bytes | None:
         """See Body. Of a large part the first chunk is waited for."""
+        if not part.length:
+            return b""
         self._chunks = self._read(part)
         if part.length <= small:
             return b"".join([await _in_memory(chunk) async for chunk in self._chunks])

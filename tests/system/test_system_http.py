@@ -67,6 +67,15 @@ def test_the_fields_of_each_kind_of_object(client: Client) -> None:
         assert _without_date(head.headers) == _without_date(answer.headers)
 
 
+def test_an_object_without_contents(server: Server, client: Client) -> None:
+    log = f"/main/log/{Sample('silent').path.base_name}.drv"
+    assert server.pusher.put(log, b"").status == 204
+    whole, head = client.get(log), client.head(log)
+    assert (whole.status, whole.body, whole.headers["content-length"]) == (200, b"", "0")
+    assert (head.status, head.headers["content-length"]) == (200, "0")
+    assert client.get(log, Range="bytes=0-").status == 416
+
+
 def test_the_cache_is_at_the_root_too(client: Client) -> None:
     for path in ("/main/nix-cache-info", SMALL.narinfo_url, SMALL.nar_url, LARGE.nar_url):
         assert client.get(path.removeprefix("/main")).body == client.get(path).body
