@@ -31,8 +31,7 @@ async def ready(request: web.Request) -> web.Response:
     site = request.app[SITE]
     if not site.ready:
         return web.Response(status=503, text="stopping\n", headers={"Cache-Control": "no-store"})
-    for cache in site.rules.caches:
-        await site.services.catalog.count(cache)
+    await site.services.catalog.noted(COLLECTED)
     return web.Response(text="ready\n", headers={"Cache-Control": "no-store"})
 
 
