@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 
 _REMEMBERED = 1000
-_REMEMBERED_SECONDS = 300.0
+_REMEMBERED_SECONDS = 10.0
+"""After that it is looked up again: another process may have begun it anew, and clients try for longer than this."""
 
 
 class Direct:
@@ -65,8 +66,11 @@ class Direct:
     async def begin(self, place: Place, size: int) -> Staged:
         """An upload of so many bytes at most."""
         name = f"{token_hex(8)}-{size}"
-        staged = self._remembered[place] = Staged(name, await self._store.begin(place.staged_key(name)))
-        return staged
+        return Staged(name, await self._store.begin(place.staged_key(name)))
+
+    def remember(self, place: Place, staged: Staged) -> None:
+        """Parts of this upload go there, as was just noted."""
+        self._remembered[place] = staged
 
     async def parts(self, place: Place, staged: Staged) -> list[ArrivedPart] | None:
         """Those of this upload that are there; None when it is not to be had any more."""
@@ -90,7 +94,8 @@ class Direct:
             begun = await self._parts.begun(place)
             if begun is None or begun.staged is None:
                 raise NotFound("there is no such upload: begin it, or look whether the NAR is there by now")
-            staged = self._remembered[place] = begun.staged
+            staged = begun.staged
+            self.remember(place, staged)
         return await self._store.sign(place.staged_key(staged.name), staged.id, number, md5)
 
     async def complete(self, place: Place, begun: Begun, tags: Sequence[str], md5: Sequence[str]) -> Staged | list[int]:

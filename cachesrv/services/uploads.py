@@ -141,6 +141,7 @@ class Uploads:
                 return None
             staged, parts = await self._direct.begin(place, size), []
         await self._store.begin(place, replace(begun, staged=staged))
+        self._direct.remember(place, staged)
         return DirectParts(parts, self._direct.least, self._direct.most)
 
     async def begun(self, cache: ServedCache, uploads: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from yarl import URL
 
 from cachesrv.errors import BadInput, Mismatch, NotFound, StoreFull, StoreUnavailable, TooLarge
 from cachesrv.nix.seekable import largest_file
-from cachesrv.services import upload_room
+from cachesrv.services import direct, upload_room
 from cachesrv.services.direct import Direct
 from cachesrv.services.ingest import Ingest
 from cachesrv.services.part_store import Begun, Part, PartStore, Place
@@ -504,3 +504,26 @@ async def test_numbers_have_limits(site: Site, number: int) -> None:
         await there(uploads, site)
         with pytest.raises(BadInput, match="counted from 1 to 10000"):
             await uploads.sign(site.cache, UPLOAD, number, md5(b"").digest())
+
+
+async def test_another_process_has_begun_it_anew(site: Site) -> None:
+    """After what was sent turned out to be something else, say: parts go where they are looked for."""
+    async with process(site) as one, process(site) as two:
+        await there(one, site)
+        await send(one, site, [1])
+        await two.abort(site.cache, UPLOAD)
+        await there(two, site)
+
+        await there(one, site)
+        await send(one, site, [1, 2, 3])
+        await complete(two, site)
+
+
+async def test_what_another_process_has_begun_is_found_out_in_time(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "_REMEMBERED_SECONDS", 0.0)
+    async with process(site) as one, process(site) as two:
+        await there(one, site)
+        await two.abort(site.cache, UPLOAD)
+        await there(two, site)
+        await send(one, site, [1, 2, 3])
+        await complete(two, site)
