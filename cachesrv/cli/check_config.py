@@ -120,7 +120,7 @@ def _wrong_keys(config: Config) -> Iterator[str]:
 
     for cache in config.cache:
         own = DataDirectory(config.data_dir).secret_key(cache.name)
-        files = (own,) if own.exists() else ()
+        files = (own,) if os.access(own, os.F_OK) else ()
         for file in files if cache.signing_key_files is None else map(Path, cache.signing_key_files):
             try:
                 parse_secret_key(read_secret(file), file)

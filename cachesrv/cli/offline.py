@@ -46,7 +46,13 @@ def load(config_file: Path | None, data_dir: str | None) -> Config:
     loaded = config.load(config_file, config.data_dir(data_dir, os.environ), os.environ)
     # A mistyped directory would get a catalog of its own, in which no server ever looks. Where one has been started, a
     # catalog may be gone all the same: then a new one is what is wanted.
-    if loaded.catalog.url is None and not DataDirectory(loaded.data_dir).push_token.exists():
+    try:
+        started = DataDirectory(loaded.data_dir).push_token.exists()
+    except OSError as error:
+        raise ConfigError(
+            f"the data directory {loaded.data_dir} cannot be read: {error.strerror}: run this as the user of the server"
+        ) from error
+    if loaded.catalog.url is None and not started:
         raise ConfigError(
             f"no server has been started with the data directory {loaded.data_dir}: say --data-dir, or start it once"
         )

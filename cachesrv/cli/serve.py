@@ -76,7 +76,7 @@ def _serve(load: Callable[[], Config], options: Sequence[str]) -> None:
     config = load()
     count = config.server.workers
     data = DataDirectory(config.data_dir)
-    first_start = not data.push_token.exists()
+    first_start = not os.access(data.push_token, os.F_OK)
     data.make()
     tls = tls_context(config.server.tls_certificate, config.server.tls_private_key)
     inherited = systemd.inherited_sockets(os.environ)

@@ -70,7 +70,7 @@ def distrusts(environ: Mapping[str, str], system: ConfFiles) -> str | None:
     There is no daemon where this user may write the store's database: then Nix does it all by itself.
     """
     location = locate(None, environ)
-    if os.access(location.state_dir, os.W_OK) or not location.socket.exists():
+    if os.access(location.state_dir, os.W_OK) or not os.access(location.socket, os.F_OK):
         return None
     user = _user_name(os.geteuid())
     believed = words(lines(system.conf), "trusted-users", ["root"])

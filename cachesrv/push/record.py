@@ -8,6 +8,7 @@ processes may write at the same time.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,7 @@ class Record:
     @classmethod
     def existing(cls, file: Path, limits: Limits | None = None) -> Self | None:
         """The record, None if nothing was pushed from here yet."""
-        return cls.open(file, limits) if file.exists() else None
+        return cls.open(file, limits) if os.access(file, os.F_OK) else None
 
     def close(self) -> None:
         self._db.close()

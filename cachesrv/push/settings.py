@@ -93,7 +93,7 @@ def client_config_path(environ: Mapping[str, str]) -> Path:
 
 def read_client_config(path: Path) -> ClientConfig:
     """An empty one when there is no such file. Raises ConfigError."""
-    if not path.exists():
+    if not os.access(path, os.F_OK):  # also where its folder may not be looked into: a home need not be ours
         return ClientConfig()
     try:
         config = msgspec.convert(tomllib.loads(read_private(path)), ClientConfig)
@@ -101,7 +101,11 @@ def read_client_config(path: Path) -> ClientConfig:
         raise ConfigError(f"{path}: {error}") from None
     if config.token_file is None:
         return config
-    return msgspec.structs.replace(config, token_file=str(path.parent / Path(config.token_file).expanduser()))
+    try:
+        token_file = path.parent / Path(config.token_file).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: token_file = {config.token_file!r}: {error}") from None
+    return msgspec.structs.replace(config, token_file=str(token_file))
 
 
 def _address(given: Given, environ: Mapping[str, str], config: ClientConfig) -> Address:
@@ -158,7 +162,10 @@ def _push_token(given: Given, environ: Mapping[str, str]) -> Path | None:
 
 
 def _home(environ: Mapping[str, str]) -> Path:
-    return Path(environ.get("HOME") or "~").expanduser()
+    try:
+        return Path(environ.get("HOME") or "~").expanduser()
+    except RuntimeError:  # a user whom the system does not know
+        return Path("/")
 
 
 def _readable(path: Path) -> bool:

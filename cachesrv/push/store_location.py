@@ -164,7 +164,7 @@ def _home_store(environ: Mapping[str, str]) -> Path | None:
         return None
     data = environ.get("XDG_DATA_HOME") or f"{environ.get('HOME', '')}/.local/share"
     root = Path(data) / "nix" / "root"
-    return root if not Path(DEFAULT_STATE_DIR).exists() and root.is_dir() else None
+    return root if not Path(DEFAULT_STATE_DIR).exists() and os.access(root, os.X_OK) else None
 
 
 def _parameters(query: str) -> dict[str, str]:

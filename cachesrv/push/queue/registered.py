@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cachesrv.errors import BadInput
@@ -94,7 +94,7 @@ class Registered:
     def _is_locked(self, name: str) -> bool:
         if time.monotonic() - self._locked[name][1] > LOCK_PATIENCE:
             return False
-        return Path(self._location.real_store_dir, f"{name}.lock").exists()
+        return os.access(f"{self._location.real_store_dir}/{name}.lock", os.F_OK)
 
     def _queue(self, entries: Entries, names: list[str]) -> None:
         """Queue these, and note how far we are: before the first one that is still locked."""
