@@ -8,7 +8,7 @@ The map. A line imports only lines below it; names joined by `|` do not import e
     services                       use cases over the three base protocols
     storage | index | catalog      objects by key | hash part -> answer | SQL
     config | telemetry | systemd
-    pack | turns                   the form in which many small NARs go over the wire | how many requests at once
+    pack | turns | budget          the form of many small NARs on the wire | how many requests at once | and bytes
     api                            wire structs of the push API, written once, used by web and push
     nix                            formats and protocols of Nix: pure, no network, no event loop
     errors                         everything raised on purpose

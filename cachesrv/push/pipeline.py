@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import zstandard
 
+from cachesrv.budget import Budget
 from cachesrv.errors import Mismatch, TooLarge
 from cachesrv.nix.seekable import Frames, FrameSize, seek_table
 from cachesrv.push.arrived import OtherBytes
-from cachesrv.push.budget import Budget, Buffers
+from cachesrv.push.buffers import Buffers
 from cachesrv.push.level import DEFAULT_LEVEL, levels
 from cachesrv.push.load import Leaving, Load
 from cachesrv.push.memory import Shares
@@ -34,10 +35,10 @@ from cachesrv.push.memory import Shares
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
+    from cachesrv.budget import Lease
     from cachesrv.nix.hashes import Hash
     from cachesrv.nix.path_info import PathInfo
     from cachesrv.push.arrived import FrameAt
-    from cachesrv.push.budget import Lease
     from cachesrv.push.level import Level
     from cachesrv.push.nar_source import NarSource
 

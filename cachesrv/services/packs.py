@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from cachesrv.budget import Budget
 from cachesrv.catalog.base import NarRecord
 from cachesrv.errors import BadInput, CachesrvError, Mismatch, StoreError, TooLarge
 from cachesrv.nix.compression import SUFFIXES
 from cachesrv.nix.seekable import compress_frame
-from cachesrv.pack import LIMITS
+from cachesrv.pack import LIMITS, largest
 from cachesrv.services.disk_room import DiskRoom
 from cachesrv.services.ingest import DEFAULT_LEASE
 from cachesrv.services.publish import FreshNar
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 _COMPRESSION = "zstd"
 _SUFFIX = f".nar{SUFFIXES[_COMPRESSION]}"
+_MEMORY = 64 * 1024 * 1024
+"""Bytes of all packs that are in memory, most of them on their way in."""
 
 _Judged = FreshNar | CachesrvError
 """A NAR, or why it is none."""
@@ -52,7 +55,9 @@ class SentNar:
 
 
 class Packs:
-    """Takes packs in, at most `parallel` at a time; `max_nar_size` in bytes, of each NAR, 0 for no limit of its own."""
+    """Takes packs in, and works on at most `parallel` at a time; `max_nar_size` in bytes, of each NAR, 0 for no limit
+    of its own.
+    """
 
     def __init__(
         self,
@@ -75,13 +80,20 @@ class Packs:
         self._metrics = metrics
         self._lease = lease
         self._slots = asyncio.Semaphore(parallel)
+        self._memory = Budget(_MEMORY)
         self.limits = msgspec.structs.replace(LIMITS, nar_size=min(LIMITS.nar_size, max_nar_size or LIMITS.nar_size))
+        self.largest = largest(self.limits)
+        """Bytes of a pack, at most."""
 
     @asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
-        """To be held while a pack is in memory."""
-        async with self._slots:
+    async def memory(self, size: int) -> AsyncIterator[None]:
+        """For a pack of so many bytes, from the first of them on: who sends slowly takes no more than that."""
+        lease = self._memory.lease()
+        await lease.take(min(size, self.largest))
+        try:
             yield
+        finally:
+            lease.close()
 
     async def receive(
         self, cache: ServedCache, nars: Sequence[SentNar], paths: Sequence[Candidate], pusher: str
@@ -89,6 +101,12 @@ class Packs:
         """Store NARs, then publish paths as `Publish.many` does: the outcomes of both, in their order. Raises
         StoreError when the store fails for all of them; any of them may be there then.
         """
+        async with self._slots:
+            return await self._receive(cache, nars, paths, pusher)
+
+    async def _receive(
+        self, cache: ServedCache, nars: Sequence[SentNar], paths: Sequence[Candidate], pusher: str
+    ) -> tuple[list[Outcome], list[Outcome]]:
         await self._room.for_nar(sum(len(sent.file) for sent in nars))
         of_paths = {path.nar_hash.nix32 for path in paths}
         judged = await asyncio.to_thread(self._judge_all, cache, nars, of_paths)

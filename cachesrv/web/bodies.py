@@ -49,6 +49,12 @@ def coding(request: web.Request) -> str:
         raise UnknownCoding(f"Content-Encoding {name[:50]!r} cannot be decoded here") from error
 
 
+def decoded_size(request: web.Request, limit: int) -> int:
+    """How many bytes a body may come to, `limit` where that is not said. Raises UnknownCoding."""
+    size = request.content_length
+    return size if size is not None and coding(request) == "none" else limit
+
+
 async def whole(request: web.Request, limit: int, stall_timeout: float) -> bytes:
     """A small body, decoded; at most `limit` bytes before and after. Raises TooLarge."""
     compression = coding(request)

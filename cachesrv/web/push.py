@@ -112,8 +112,8 @@ async def take_pack(request: web.Request) -> web.Response:
     """Store many small NARs, and publish paths."""
     cache, pusher = await _pusher(request)
     packs = request.app[SITE].services.packs
-    async with packs.slot():
-        body = await bodies.whole(request, pack.largest(packs.limits), request.app[SITE].rules.stall_timeout)
+    async with packs.memory(bodies.decoded_size(request, packs.largest)):
+        body = await bodies.whole(request, packs.largest, request.app[SITE].rules.stall_timeout)
         received = pack.decode(body, packs.limits)
         _check_batch(received.head.paths)
         candidates, wrong = await _candidates(cache, received.head.paths)

@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
 
+from cachesrv import pack
+from cachesrv.api import PackHead
 from tests.system import push
 from tests.system.server import until
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from tests.system.server import Server
 
 NUMBER = 600
+SLOW = 12
+PACKS = "/api/v1/caches/main/nars"
 # Each refers to the one before it and to one far away.
 PATHS = f"""
     let
@@ -83,3 +88,16 @@ def _count(folder: Path) -> int:
     for place in (folder, folder / "nar"):
         found += len(os.listdir(place)) if place.exists() else 0  # noqa: PTH208  it is asked a thousand times a second
     return found
+
+
+def test_slow_senders_hold_nobody_up(cache: Server) -> None:
+    """Each has said what it is about to send, and takes its time."""
+    pusher = cache.pusher
+    with ExitStack() as stack:
+        for _ in range(SLOW):
+            slow = stack.enter_context(pusher.connect())
+            head = f"POST {PACKS} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {pusher.token}\r\n"
+            slow.sendall(f"{head}Content-Length: {2**20}\r\n\r\n.".encode())
+        sent = pack.encode(PackHead([]), [])
+        answers = [pusher.ask("POST", PACKS, sent).status for _ in range(3)]
+    assert answers == [200] * 3

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import pytest
 import zstandard
 
+from cachesrv.budget import Budget
 from cachesrv.errors import BadInput, Mismatch, StoreError, TooLarge
 from cachesrv.nix.hashes import Hash
 from cachesrv.nix.nar_writer import NarDump, dump
 from cachesrv.nix.seekable import FrameIndex
-from cachesrv.push.budget import Budget, Buffers
+from cachesrv.push.buffers import Buffers
 from cachesrv.push.memory import Shares
 from cachesrv.push.nar_source import LocalNar, StreamedNar
 from cachesrv.push.pipeline import FRAME_SIZE, Pipeline
