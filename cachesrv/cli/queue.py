@@ -237,8 +237,10 @@ def _drain(choice: Choice, queue: str | None, metrics: Path | None) -> int:
     from cachesrv.push.queue.directory import queue_directory
     from cachesrv.push.queue.process import Queue
     from cachesrv.push.queue.report import LinesReport
+    from cachesrv.telemetry import configure_logging
 
     os.umask(0o077)
+    configure_logging()
     left = Queue(queue_directory(queue, os.environ), choice.way(), LinesReport(sys.stderr), metrics).drain()
     for entry in left:
         click.echo(f"failed {entry.path}: {entry.reason}", err=True)

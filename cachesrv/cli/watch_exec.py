@@ -38,7 +38,9 @@ def command(words: tuple[str, ...], *, choice: Choice, derivations: bool) -> int
     from cachesrv.push.queue.registered import Registered
     from cachesrv.push.queue.report import LinesReport
     from cachesrv.push.store_location import locate
+    from cachesrv.telemetry import configure_logging
 
+    configure_logging()
     source = Registered(locate(choice.store, os.environ), derivations=derivations)
     source.check()
     return Execution(words, source, choice.way(), LinesReport(sys.stderr), sys.stderr).run()

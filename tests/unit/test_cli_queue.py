@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from contextlib import closing
 from typing import TYPE_CHECKING
@@ -68,6 +70,19 @@ def test_retry_names_what_has_not_failed(queue: str, capsys: pytest.CaptureFixtu
 def test_a_queue_that_cannot_be_looked_at_is_told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["queue", *arguments, "--queue", f"/{'q' * 300}"]) == 1
     assert capsys.readouterr().err.endswith(": File name too long\n")
+
+
+def test_a_drain_tells_its_troubles_on_stderr(queue: str, tmp_path: Path) -> None:
+    (tmp_path / "queue/incoming/directory").mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "cachesrv", "queue", "drain", "--to", "http://127.0.0.1:9/main"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "what a hook wrote cannot be read" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("cachesrv: there is no Nix store with a database at ")
 
 
 @pytest.mark.parametrize("command", ["run", "status", "retry", "drain"])

@@ -148,7 +148,7 @@ def test_a_queue_of_another_version_is_left_alone(tmp_path: Path) -> None:
 def test_what_is_no_queue_is_told(tmp_path: Path) -> None:
     (tmp_path / "queue.sqlite").write_text("what is this? " * 1000)
 
-    with pytest.raises(StoreError, match=r"the queue .*/queue.sqlite cannot be used: file is not a database"):
+    with pytest.raises(StoreError, match=r"the queue .*/queue.sqlite cannot be used: file is not a database: move it"):
         Entries.open(str(tmp_path))
     with pytest.raises(StoreError, match="cannot be made: No such file or directory"):
         Entries.open(str(tmp_path / "nowhere"))

@@ -48,6 +48,7 @@ TROUBLE = "trouble"
 
 _LOCK_PATIENCE = 30.0
 _LONGEST_REASON = 1000
+_DAMAGED = ("SQLITE_NOTADB", "SQLITE_CORRUPT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +266,8 @@ def _create(file: str) -> None:
 
 
 def _explain(file: str, error: sqlite3.Error) -> StoreError:
-    if getattr(error, "sqlite_errorname", "").startswith("SQLITE_FULL"):
+    name = getattr(error, "sqlite_errorname", "")
+    if name.startswith("SQLITE_FULL"):
         return StoreFull(f"there is no room for the queue {file}")
-    return StoreError(f"the queue {file} cannot be used: {error}")
+    remedy = ": move it away, and push again what it may have held" if name.startswith(_DAMAGED) else ""
+    return StoreError(f"the queue {file} cannot be used: {error}{remedy}")
