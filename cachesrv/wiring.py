@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import aiohttp
 
 from cachesrv.catalog.sql import SqlCatalog
-from cachesrv.config import Upstream as UpstreamConfig
 from cachesrv.errors import BadInput, ConfigError, StoreError
 from cachesrv.index.lmdb import LmdbIndex
 from cachesrv.nix.signing import PublicKey, trusted_keys
@@ -74,6 +73,8 @@ if TYPE_CHECKING:
 
 _FETCHES = 128
 """NARs that are fetched from afar at the same time."""
+_PATIENCE_WITH_COPIES = 10
+"""Seconds for which a cache is waited for that is asked for copies."""
 
 
 def private_umask() -> None:
@@ -169,7 +170,7 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
         stack.push_async_callback(catalog.close)
         index = open_index(config)
         stack.callback(index.close)
-        upstreams = await _open_upstreams(config, stack)
+        upstreams = Upstreams(_open_upstreams(config, stack), patience=config.lookup.timeout)
         completeness = Completeness(storage, catalog)
         bucket = BucketSource(storage, Breaker(), completeness)
         sources: list[Source] = [CatalogSource(catalog), bucket, upstreams]
@@ -332,7 +333,7 @@ async def open_repair(
 async def open_copies(url: str, stack: AsyncExitStack) -> Copies:
     """Any binary cache: `http(s)://`, `s3://`, `file://` or a folder. Raises ConfigError."""
     if "://" in url and not url.startswith("file://"):
-        return FromReader(url, await _open_reader(UpstreamConfig(name=url, url=url, public_keys=()), stack))
+        return FromReader(url, _open_reader(DeclaredUpstream(url, url, (), _PATIENCE_WITH_COPIES), stack))
     folder = Path(url.removeprefix("file://"))
     if not (folder / "nix-cache-info").exists():
         raise ConfigError(f"{folder} is not a folder that is a binary cache: it has no nix-cache-info")
@@ -365,9 +366,8 @@ def _is_nar(key: str) -> bool:
 
 
 async def _open_disk_cache(config: Config, stack: AsyncExitStack) -> ObjectCache:
-    """The disk cache, where there is something to keep in it."""
-    wanted = not _storage_is_local(config) or any(cache.pull_through for cache in config.cache)
-    if not wanted or not config.delivery.disk_cache_size:
+    """The disk cache; also where nothing is to be kept in it yet, for caches that come to pull through by a reload."""
+    if not config.delivery.disk_cache_size:
         return NoCache()
     path = config.delivery.disk_cache_path or DataDirectory(config.data_dir).nar_cache
     # A reserve, and what pushes leave beside it.
@@ -377,18 +377,46 @@ async def _open_disk_cache(config: Config, stack: AsyncExitStack) -> ObjectCache
     return disk_cache
 
 
-async def _open_upstreams(config: Config, stack: AsyncExitStack) -> Upstreams:
-    upstreams = {upstream.name: await _open_upstream(upstream, stack) for upstream in config.upstream}
-    by_cache = {cache.name: tuple(upstreams[name] for name in cache.upstreams) for cache in config.cache}
-    return Upstreams(by_cache, patience=config.lookup.timeout)
+class _OpenUpstreams:
+    """Those that were declared at any time, each opened once, and open until `stack` is left."""
+
+    def __init__(self, stack: AsyncExitStack) -> None:
+        self._stack = stack
+        self._open: dict[DeclaredUpstream, Upstream] = {}
+
+    def __call__(self, cache: ServedCache) -> tuple[Upstream, ...]:
+        """Those of a cache."""
+        return tuple(self._open.get(declared) or self.open(declared) for declared in cache.upstreams)
+
+    def open(self, declared: DeclaredUpstream) -> Upstream:
+        """One of them; only in an event loop."""
+        keys = trusted_keys(map(PublicKey.parse, declared.public_keys))
+        reader = _open_reader(declared, self._stack)
+        upstream = self._open[declared] = Upstream(declared.name, reader, keys, Breaker())
+        return upstream
 
 
-async def _open_upstream(upstream: UpstreamConfig, stack: AsyncExitStack) -> Upstream:
-    keys = trusted_keys(_public_key(f"upstream {upstream.name}", text) for text in upstream.public_keys)
-    return Upstream(upstream.name, await _open_reader(upstream, stack), keys, Breaker())
+def _open_upstreams(config: Config, stack: AsyncExitStack) -> _OpenUpstreams:
+    upstreams = _OpenUpstreams(stack)
+    for declared in _declared_upstreams(config).values():
+        upstreams.open(declared)
+    return upstreams
 
 
-async def _open_reader(upstream: UpstreamConfig, stack: AsyncExitStack) -> Reader:
+def _declared_upstreams(config: Config) -> dict[str, DeclaredUpstream]:
+    """By name. Raises ConfigError for one that cannot be asked."""
+    for upstream in config.upstream:
+        for text in upstream.public_keys:
+            _public_key(f"upstream {upstream.name}", text)
+        if upstream.url.startswith("s3:"):
+            _bucket_of_others(upstream.name, upstream.url)
+    return {
+        upstream.name: DeclaredUpstream(upstream.name, upstream.url, upstream.public_keys, upstream.timeout)
+        for upstream in config.upstream
+    }
+
+
+def _open_reader(upstream: DeclaredUpstream, stack: AsyncExitStack) -> Reader:
     if upstream.url.startswith("s3:"):
         store = _open_bucket_of_others(upstream)
         stack.push_async_callback(store.close)
@@ -396,23 +424,29 @@ async def _open_reader(upstream: UpstreamConfig, stack: AsyncExitStack) -> Reade
     # How many connections there are is bounded by how much is asked and fetched at the same time.
     connector = aiohttp.TCPConnector(limit=0)
     session = aiohttp.ClientSession(connector=connector, headers={"User-Agent": "cachesrv"})
-    return HttpReader(await stack.enter_async_context(session), upstream.url, timeout=upstream.timeout)
+    stack.push_async_callback(session.close)
+    return HttpReader(session, upstream.url, timeout=upstream.timeout)
 
 
-def _open_bucket_of_others(upstream: UpstreamConfig) -> S3Store:
+def _open_bucket_of_others(upstream: DeclaredUpstream) -> S3Store:
     from cachesrv.storage.s3 import S3Store
 
+    url = _bucket_of_others(upstream.name, upstream.url)
+    requests = _persistent(Direct(), timeout=upstream.timeout)
+    return S3Store(url.bucket, requests=requests, prefix=url.prefix, region=url.region, endpoint=url.endpoint)
+
+
+def _bucket_of_others(name: str, text: str) -> BucketUrl:
     try:
-        url = BucketUrl.parse(upstream.url)
-        requests = _persistent(Direct(), timeout=upstream.timeout)
-        return S3Store(url.bucket, requests=requests, prefix=url.prefix, region=url.region, endpoint=url.endpoint)
+        return BucketUrl.parse(text)
     except BadInput as error:
-        raise ConfigError(f"upstream {upstream.name}: {error}") from error
+        raise ConfigError(f"upstream {name}: {error}") from error
 
 
 def served_caches(config: Config) -> dict[str, ServedCache]:
     """The caches by name, with their keys; a cache without a key gets one made. Raises ConfigError."""
-    return {cache.name: _served_cache(config, cache) for cache in config.cache}
+    upstreams = _declared_upstreams(config)
+    return {cache.name: _served_cache(config, cache, upstreams) for cache in config.cache}
 
 
 @dataclass(frozen=True, slots=True)
@@ -442,7 +476,7 @@ def build_rules(given: Declared, catalog: Catalog, base_url: str) -> Rules:
     )
 
 
-def _served_cache(config: Config, cache: Cache) -> ServedCache:
+def _served_cache(config: Config, cache: Cache, upstreams: Mapping[str, DeclaredUpstream]) -> ServedCache:
     return ServedCache(
         name=cache.name,
         prefix=cache.place,
@@ -456,12 +490,7 @@ def _served_cache(config: Config, cache: Cache) -> ServedCache:
         references=ReferencePolicy(cache.references),
         pull_through=cache.pull_through,
         bucket_is_authority=cache.authority == "bucket",
-        upstreams=tuple(
-            DeclaredUpstream(upstream.url, upstream.public_keys)
-            for name in cache.upstreams
-            for upstream in config.upstream
-            if upstream.name == name
-        ),
+        upstreams=tuple(upstreams[name] for name in cache.upstreams),
     )
 
 

@@ -27,10 +27,14 @@ class ReferencePolicy(Enum):
 
 @dataclass(frozen=True)
 class DeclaredUpstream:
-    """A cache that clients have beside this one; keys in Nix's `name:base64` form."""
+    """A cache that clients have beside this one; keys in Nix's `name:base64` form. `timeout`: seconds, as for
+    `cachesrv.services.http_reader`.
+    """
 
+    name: str
     url: str
     public_keys: tuple[str, ...]
+    timeout: float
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import asyncio
 import re
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from cachetools import TTLCache
 
@@ -20,14 +20,16 @@ from cachesrv.nix.compression import SUFFIXES, decompressed
 from cachesrv.nix.signing import verify_any
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping
+    from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
 
     from cachesrv.nix.narinfo import NarInfo
     from cachesrv.nix.signing import PublicKey
     from cachesrv.services.breaker import Breaker
-    from cachesrv.services.caches import ServedCache
+    from cachesrv.services.caches import DeclaredUpstream, ServedCache
 
 _NAR_NAME = re.compile(r"nar/(([0-9a-df-np-sv-z]{52})(\.nar(?:\.[a-z0-9]+)?))\Z")
+_Reference: TypeAlias = "tuple[str, tuple[DeclaredUpstream, ...], str]"
+"""What was resolved: the name of a cache, the upstreams that it had then, and a hash part."""
 _MAX_RESOLVED = 100_000
 _RESOLVED_SECONDS = 3600
 """How long a reference that an upstream has is taken to be there."""
@@ -121,14 +123,15 @@ class Upstream:
 
 
 class Upstreams:
-    """The upstreams of all caches: a source of narinfos, and a place where references resolve. A question to all of a
-    cache's upstreams takes at most `patience` seconds, of which each has its share.
+    """The upstreams of all caches: a source of narinfos, and a place where references resolve. `of` gives those of a
+    cache, in the order in which they are asked. A question to all of them takes at most `patience` seconds, of which
+    each has its share.
     """
 
-    def __init__(self, by_cache: Mapping[str, tuple[Upstream, ...]], *, patience: float) -> None:
-        self._by_cache = by_cache
+    def __init__(self, of: Callable[[ServedCache], Sequence[Upstream]], *, patience: float) -> None:
+        self._of = of
         self._patience = patience
-        self._resolved: TTLCache[tuple[str, str], bool] = TTLCache(_MAX_RESOLVED, _RESOLVED_SECONDS)
+        self._resolved: TTLCache[_Reference, bool] = TTLCache(_MAX_RESOLVED, _RESOLVED_SECONDS)
         self._resolving = asyncio.Semaphore(_RESOLVED_TOGETHER)
 
     async def narinfo(self, cache: ServedCache, hash_part: str) -> bytes | None:
@@ -148,7 +151,7 @@ class Upstreams:
         return {hash_part for hash_part, there in zip(hash_parts, answers, strict=True) if there}
 
     async def _resolves(self, cache: ServedCache, hash_part: str) -> bool:
-        key = cache.name, hash_part
+        key = cache.name, cache.upstreams, hash_part
         if key in self._resolved:
             return True
         async with self._resolving:
@@ -163,7 +166,7 @@ class Upstreams:
         """The first upstream that has the path, and what it says of it, if that `fits`; None when all are sure not to
         have it. Raises PeerError when none has it and one could not tell, PeerUnavailable if that one may later.
         """
-        upstreams = self._by_cache.get(cache.name, ())
+        upstreams = self._of(cache)
         doubts: list[PeerError] = []
         for upstream in upstreams:
             try:

@@ -131,7 +131,8 @@ async def far_site(
     storage = None if local else KeepingStore(bucket, kept, lambda key: "/nar/" in key)
     async with FakeUpstream() as upstream, aiohttp.ClientSession() as session:
         reader = HttpReader(session, upstream.url, timeout=0.5)
-        upstreams = Upstreams({"main": (Upstream("up", reader, {KEY.name: KEY.public}, Breaker()),)}, patience=0.5)
+        up = Upstream("up", reader, {KEY.name: KEY.public}, Breaker())
+        upstreams = Upstreams(lambda _: [up], patience=0.5)
         async with open_site(folder, storage=storage, cache=PULLING, upstreams=upstreams) as site:
             lookup = Lookup(site.index, [upstreams], negative_ttl=60, timeout=1)
             fetches = Fetches(kept)

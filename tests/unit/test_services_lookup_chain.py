@@ -85,7 +85,8 @@ async def open_chain(folder: Path, index: Index) -> AsyncIterator[Chain]:
     bucket = Bucket()
     async with FakeUpstream() as upstream, aiohttp.ClientSession() as session:
         reader = HttpReader(session, upstream.url, timeout=60)
-        upstreams = Upstreams({"main": (Upstream("up", reader, {KEY.name: KEY.public}, Breaker()),)}, patience=TIMEOUT)
+        up = Upstream("up", reader, {KEY.name: KEY.public}, Breaker())
+        upstreams = Upstreams(lambda _: [up], patience=TIMEOUT)
         async with open_site(folder, storage=bucket, index=index, cache=CACHE, upstreams=upstreams) as site:
             sources: list[Source] = [CatalogSource(site.catalog), BucketSource(bucket, Breaker()), upstreams]
             lookup = Lookup(index, sources, negative_ttl=1000, timeout=TIMEOUT)

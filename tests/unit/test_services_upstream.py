@@ -14,6 +14,7 @@ from cachesrv.nix import narinfo
 from cachesrv.nix.signing import SecretKey, verify_any
 from cachesrv.services import breaker as breaking
 from cachesrv.services.breaker import Breaker
+from cachesrv.services.caches import DeclaredUpstream
 from cachesrv.services.http_reader import HttpReader
 from cachesrv.services.store_reader import StoreReader
 from cachesrv.services.upstream import Upstream, Upstreams, our_name
@@ -68,7 +69,7 @@ def upstream(server: FakeUpstream, session: aiohttp.ClientSession) -> Upstream:
 
 
 def of_main(*upstreams: Upstream, patience: float = PATIENCE) -> Upstreams:
-    return Upstreams({"main": upstreams}, patience=patience)
+    return Upstreams(lambda cache: upstreams if cache.name == "main" else (), patience=patience)
 
 
 async def test_what_is_signed_is_believed(upstream: Upstream, server: FakeUpstream) -> None:
@@ -254,6 +255,13 @@ async def test_one_that_hangs_is_soon_not_waited_for(server: FakeUpstream, sessi
         with pytest.raises(PeerUnavailable, match="left alone"):
             await upstreams.find(PULLING, HASH_PART)
     assert loop.time() - begun < 0.2
+
+
+async def test_what_was_resolved_counts_for_the_upstreams_of_that_time(upstream: Upstream, server: FakeUpstream) -> None:
+    upstreams = Upstreams(lambda cache: [upstream] if cache.upstreams else [], patience=PATIENCE)
+    declared = DeclaredUpstream("up", server.url, (KEY.public.render(),), 5)
+    assert await upstreams.resolve(served_cache(upstreams=(declared,)), [HASH_PART]) == {HASH_PART}
+    assert await upstreams.resolve(served_cache(), [HASH_PART]) == set()
 
 
 async def test_only_caches_that_pull_through_have_what_upstreams_have(upstream: Upstream, server: FakeUpstream) -> None:
