@@ -257,7 +257,7 @@ async def test_one_that_hangs_is_soon_not_waited_for(server: FakeUpstream, sessi
     assert loop.time() - begun < 0.2
 
 
-async def test_what_was_resolved_counts_for_the_upstreams_of_that_time(upstream: Upstream, server: FakeUpstream) -> None:
+async def test_what_was_resolved_counts_for_the_upstreams_of_then(upstream: Upstream, server: FakeUpstream) -> None:
     upstreams = Upstreams(lambda cache: [upstream] if cache.upstreams else [], patience=PATIENCE)
     declared = DeclaredUpstream("up", server.url, (KEY.public.render(),), 5)
     assert await upstreams.resolve(served_cache(upstreams=(declared,)), [HASH_PART]) == {HASH_PART}
