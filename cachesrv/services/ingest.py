@@ -58,6 +58,16 @@ class NarName:
         return cls(match["hash"], _COMPRESSIONS[suffix] if suffix else None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Put:
+    """A NAR that was checked and put into storage some time after the fence; `created`: it was not there before."""
+
+    compression: str
+    verified: VerifiedNar
+    fence: int
+    created: bool
+
+
 class Ingest:
     """Takes NARs into storage."""
 
@@ -99,9 +109,11 @@ class Ingest:
         key = cache.key(f"nar/{name}")
         async with self._slots:
             if size is not None and size <= _SMALL:
-                record = await self._receive_small(cache, parsed, key, chunks, size)
+                put = await self._put_small(parsed, key, chunks, size)
             else:
-                record = await self._receive_streaming(cache, parsed, key, chunks, size)
+                put = await self._put_streaming(parsed, key, chunks, size)
+        # What was there already may have to be read, which takes a turn of its own.
+        record = await self._stored(cache, key, put)
         self._metrics.add("nars_stored")
         self._metrics.add("received_bytes", record.file_size)
         return record
@@ -119,8 +131,7 @@ class Ingest:
         key = cache.key(f"nar/{name}")
         compression, verified = await self.examine(name, chunks)
         fence = await self._catalog.fence([key])
-        created = await publish(key)
-        record = await self._stored(cache, key, compression, verified, fence, created=created)
+        record = await self._stored(cache, key, _Put(compression, verified, fence, created=await publish(key)))
         self._metrics.add("nars_stored")
         self._metrics.add("received_bytes", record.file_size)
         return record
@@ -203,9 +214,7 @@ class Ingest:
             self._executor, lambda pieces: verify(compression, pieces, nar_limit=self._max_nar_size), chunks
         )
 
-    async def _receive_small(
-        self, cache: ServedCache, name: NarName, key: str, chunks: AsyncIterable[bytes], size: int
-    ) -> NarRecord:
+    async def _put_small(self, name: NarName, key: str, chunks: AsyncIterable[bytes], size: int) -> _Put:
         body = b"".join([chunk async for chunk in chunks])
         _check_length(len(body), size)
         compression = name.compression or _guess(body)
@@ -214,12 +223,9 @@ class Ingest:
         )
         _check_name(name, verified)
         fence = await self._catalog.fence([key])
-        created = await self._storage.put(key, body)
-        return await self._stored(cache, key, compression, verified, fence, created=created)
+        return _Put(compression, verified, fence, created=await self._storage.put(key, body))
 
-    async def _receive_streaming(
-        self, cache: ServedCache, name: NarName, key: str, chunks: AsyncIterable[bytes], size: int | None
-    ) -> NarRecord:
+    async def _put_streaming(self, name: NarName, key: str, chunks: AsyncIterable[bytes], size: int | None) -> _Put:
         # Where there is no room, no body is asked for.
         async with self._storage.writer(key, size=size) as writer:
             pieces = coalesced(chunks)
@@ -245,16 +251,13 @@ class Ingest:
             verified = await self._verified(compression, written())
             _check_name(name, verified)
             fence = await self._catalog.fence([key])
-            created = await writer.commit()
-        return await self._stored(cache, key, compression, verified, fence, created=created)
+            return _Put(compression, verified, fence, created=await writer.commit())
 
-    async def _stored(
-        self, cache: ServedCache, key: str, compression: str, verified: VerifiedNar, fence: int, *, created: bool
-    ) -> NarRecord:
+    async def _stored(self, cache: ServedCache, key: str, put: _Put) -> NarRecord:
         """What the catalog says of the object under `key`: the one just made, or the one that was there before."""
-        if not created:
-            return await self.there(cache, key.rsplit("/", 1)[1], compression, verified.nar_hash.nix32)
-        return await self._note(cache, key, compression, verified, fence)
+        if not put.created:
+            return await self.there(cache, key.rsplit("/", 1)[1], put.compression, put.verified.nar_hash.nix32)
+        return await self._note(cache, key, put.compression, put.verified, put.fence)
 
     async def _note(
         self, cache: ServedCache, key: str, compression: str, verified: VerifiedNar, fence: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import lzma
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -195,6 +196,24 @@ async def test_a_nar_that_lies_in_storage(site: Site) -> None:
     await site.storage.put(f"main/nar/{SMALL.nar_name}", b"garbage")
     with pytest.raises(BadInput):
         await site.ingest.adopt(site.cache, SMALL.nar_name, "none")
+
+
+@pytest.mark.parametrize("sample", [SMALL, LARGE], ids=lambda sample: sample.name)
+async def test_many_that_lie_in_storage_come_at_once(site: Site, sample: Sample) -> None:
+    """As after the catalog was lost: what is there is read, while all turns are taken by those who send it again."""
+    samples = [replace(sample, content=sample.content + b"%d" % number) for number in range(3)]
+    for one in samples:
+        await site.storage.put(f"main/nar/{one.nar_name}", one.file)
+    ingest = Ingest(site.storage, site.catalog, site.metrics, parallel=len(samples))
+    try:
+        async with asyncio.timeout(30):
+            records = await asyncio.gather(
+                *(ingest.receive(site.cache, one.nar_name, chunks(one.file), len(one.file)) for one in samples)
+            )
+    finally:
+        await ingest.close()
+    assert [record.nar_hash for record in records] == [one.nar_hash.nix32 for one in samples]
+    assert [await site.catalog.nar(record.key) for record in records] == records
 
 
 async def test_a_nar_that_is_gone_from_storage_is_not_known(site: Site) -> None:
