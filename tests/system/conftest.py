@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.system.nix import Nix
+from tests.system.push import by_copy, by_push
 from tests.system.server import Server
 from tests.system.stored import Bucket, Stored
 
@@ -48,6 +49,10 @@ def storage(request: pytest.FixtureRequest) -> str:
 
 every_storage = pytest.mark.parametrize("storage", [FILES, REDIRECT, PROXY], indirect=True)
 both_storages = pytest.mark.parametrize("storage", [FILES, REDIRECT], indirect=True)
+both_ways_and_storages = pytest.mark.parametrize(
+    ("storage", "fill"), [(FILES, by_copy), (REDIRECT, by_push)], indirect=["storage"]
+)
+"""For what has to do with each of them by itself: the matrix would show everything twice."""
 
 
 @pytest.fixture

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from tests.system.nix import Nix
     from tests.system.server import Server
 
-pytestmark = every_storage
-
 READER, FOREIGN = "token-of-a-reader", "token-for-another-cache"
 CONFIG = f"""
 [[cache]]
@@ -89,6 +87,7 @@ def test_each_signs_with_its_own_key(builder: Nix, server: Server, make_client: 
     client.run("nix", "copy", "--from", f"{server.url}/team", program)
 
 
+@every_storage
 def test_what_is_in_one_is_not_in_the_others(builder: Nix, server: Server) -> None:
     sample = Sample("alone", b"alone")
     assert server.pusher.put(f"/team/nar/{sample.nar_name}", sample.file).status == 204
@@ -102,6 +101,7 @@ def test_what_is_in_one_is_not_in_the_others(builder: Nix, server: Server) -> No
         assert server.pusher.put(f"{cache}{url}", narinfo).status == 422
 
 
+@every_storage
 def test_a_private_cache_shows_nothing_to_strangers(builder: Nix, server: Server) -> None:
     """Not even whether a path is there; 403 would be a miss to Nix, so that without a token it is 401."""
     there, absent = Sample("there", b"there"), Sample("absent", b"absent")
@@ -150,6 +150,7 @@ def test_tokens_come_as_bearer_and_as_password(server: Server) -> None:
         assert answer.status == status, header
 
 
+@every_storage
 def test_nix_reads_a_private_cache_with_netrc(builder: Nix, server: Server, make_client: MakeClient) -> None:
     (program,) = builder.build(CHAIN, "program")
     team = f"{server.url}/team"

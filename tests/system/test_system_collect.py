@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.offline import DAY, pass_time
-from tests.system.conftest import both_storages
+from tests.system.conftest import both_storages, both_ways_and_storages
 from tests.system.nix import CHAIN
-from tests.system.push import both_ways, push
+from tests.system.push import push
 from tests.system.server import CACHESRV, until
 
 if TYPE_CHECKING:
@@ -85,8 +85,7 @@ def age(server: Server, seconds: int) -> None:
     pass_time(server.data_dir / "catalog.sqlite", seconds)
 
 
-@both_storages
-@both_ways
+@both_ways_and_storages
 def test_what_nobody_needs_goes_and_closures_stay_whole(builder: Nix, cache: Server, client: Nix, fill: Fill) -> None:
     program, tool, library = builder.build(CHAIN, "program", "tool", "library")
     fill(builder, cache, program)

@@ -7,20 +7,17 @@ import json
 from typing import TYPE_CHECKING
 
 import brotli  # type: ignore[import-untyped]  # it has no types
-import pytest
 import zstandard
 
-from tests.system.conftest import every_storage
+from tests.system.conftest import both_storages, both_ways_and_storages
 from tests.system.nix import CONTENT_ADDRESSED
-from tests.system.push import attempt, both_ways, by_copy, events, push
+from tests.system.push import attempt, by_copy, events, push
 
 if TYPE_CHECKING:
     from tests.system.conftest import MakeNix
     from tests.system.nix import Nix
     from tests.system.push import Fill
     from tests.system.server import Server
-
-pytestmark = every_storage
 
 BUILD_ID = "0123456789abcdef0123456789abcdef01234567"
 WITH_DEBUG_INFO = f"""{{
@@ -37,7 +34,7 @@ WITH_DEBUG_INFO = f"""{{
 }}"""
 
 
-@both_ways
+@both_ways_and_storages
 def test_content_addressed_paths_need_no_signature(make_nix: MakeNix, server: Server, fill: Fill) -> None:
     """Text with references, files by flat and recursive hash: in the usual store directory, without any key."""
     source, client = make_nix(), make_nix()
@@ -59,7 +56,7 @@ def test_content_addressed_paths_need_no_signature(make_nix: MakeNix, server: Se
     assert client.hashes(*infos) == source.hashes(text, added, flat, recursive)
 
 
-@both_ways
+@both_ways_and_storages
 def test_content_addressed_paths_that_refer_to_themselves(builder: Nix, cache: Server, client: Nix, fill: Fill) -> None:
     (program,) = builder.build(CONTENT_ADDRESSED, "program")
     infos = builder.infos(program)
@@ -70,6 +67,7 @@ def test_content_addressed_paths_that_refer_to_themselves(builder: Nix, cache: S
     assert client.hashes(program) == builder.hashes(program)
 
 
+@both_storages
 def test_realisations_let_content_addressed_builds_be_substituted(builder: Nix, cache: Server, client: Nix) -> None:
     secret = builder.folder / "secret"
     secret.write_text(builder.run("nix", "key", "generate-secret", "--key-name", "builder-1"))
@@ -91,6 +89,7 @@ def test_realisations_let_content_addressed_builds_be_substituted(builder: Nix, 
         assert (head.status, head.headers["content-length"]) == (200, str(len(bare.body)))
 
 
+@both_storages
 def test_pushed_realisations_let_content_addressed_builds_be_substituted(
     builder: Nix, cache: Server, client: Nix
 ) -> None:
@@ -105,6 +104,7 @@ def test_pushed_realisations_let_content_addressed_builds_be_substituted(
     assert events_of_second[-1]["present"] == 2
 
 
+@both_storages
 def test_a_path_that_came_out_once_more_is_realised_once_more(builder: Nix, cache: Server, client: Nix) -> None:
     """Another derivation with the same output: the path is in the cache, how it came to be is not."""
     other = CONTENT_ADDRESSED.replace("echo $out > $out/self", "true; echo $out > $out/self")
@@ -117,6 +117,7 @@ def test_a_path_that_came_out_once_more_is_realised_once_more(builder: Nix, cach
     assert client.build(other, "library") == [library]
 
 
+@both_storages
 def test_a_realisation_leads_to_a_path_that_is_there_and_stays(builder: Nix, cache: Server) -> None:
     library, program = builder.build(CONTENT_ADDRESSED, "library", "program")
     output = f"sha256:{'0' * 64}!out"
@@ -137,6 +138,7 @@ def test_a_realisation_leads_to_a_path_that_is_there_and_stays(builder: Nix, cac
     assert found | {"signatures": []} == leads_to
 
 
+@both_storages
 def test_the_build_trace_of_current_nix(builder: Nix, cache: Server) -> None:
     """The layout that replaces realisations from Nix 2.35 on."""
     (library,) = builder.build(CONTENT_ADDRESSED, "library")
@@ -152,6 +154,7 @@ def test_the_build_trace_of_current_nix(builder: Nix, cache: Server) -> None:
     assert found | {"signatures": []} == json.loads(trace)
 
 
+@both_storages
 def test_the_index_of_debug_info(builder: Nix, cache: Server, client: Nix) -> None:
     (symbols,) = builder.build(WITH_DEBUG_INFO, "symbols")
     builder.run("nix", "copy", "--to", f"{cache.main}?index-debug-info=true", symbols)
@@ -176,28 +179,28 @@ ENCODERS = {
 }
 
 
-@pytest.mark.parametrize("coding", ENCODERS)
-def test_metadata_that_comes_encoded_is_served_plain(builder: Nix, cache: Server, client: Nix, coding: str) -> None:
+@both_storages
+def test_metadata_that_comes_encoded_is_served_plain(builder: Nix, cache: Server, client: Nix) -> None:
     """What newer Nix sends with `narinfo-compression`, `ls-compression` and `log-compression`."""
-    encode = ENCODERS[coding]
-    (library,) = builder.build(CONTENT_ADDRESSED, "library")
-    by_copy(builder, cache, library)
-    hash_part = _base_name(library)[:32]
-    other = cache.pusher
-    narinfo = other.get(f"/main/{hash_part}.narinfo").body
-    signed = narinfo + b"Sig: other-1:" + b"A" * 86 + b"==\n"
-    log = b"a build log\n" * 1000
-    listing = other.get(f"/main/{hash_part}.ls").body
-    for name, plain in (
-        (f"{hash_part}.narinfo", signed),
-        (f"log/{'0' * 32}-library.drv", log),
-        (f"{hash_part}.ls", listing),
-    ):
-        assert other.put(f"/main/{name}", encode(plain), Content_Encoding=coding).status == 204
-        answer = other.get(f"/main/{name}")
-        assert "content-encoding" not in answer.headers
-        assert sorted(answer.body.splitlines()) == sorted(plain.splitlines())
-    client.run("nix", "copy", "--from", cache.main, library)
+    pusher = cache.pusher
+    for coding, encode in ENCODERS.items():
+        path = builder.add(coding, f"some text for {coding}")
+        by_copy(builder, cache, path)
+        hash_part = _base_name(path)[:32]
+        narinfo = pusher.get(f"/main/{hash_part}.narinfo").body
+        signed = narinfo + b"Sig: other-1:" + b"A" * 86 + b"==\n"
+        log = b"a build log\n" * 1000
+        listing = pusher.get(f"/main/{hash_part}.ls").body
+        for name, plain in (
+            (f"{hash_part}.narinfo", signed),
+            (f"log/{hash_part}-library.drv", log),
+            (f"{hash_part}.ls", listing),
+        ):
+            assert pusher.put(f"/main/{name}", encode(plain), Content_Encoding=coding).status == 204
+            answer = pusher.get(f"/main/{name}")
+            assert "content-encoding" not in answer.headers
+            assert sorted(answer.body.splitlines()) == sorted(plain.splitlines())
+        client.run("nix", "copy", "--from", cache.main, path)
 
 
 def _base_name(path: str) -> str:

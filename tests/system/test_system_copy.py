@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.system.conftest import every_storage
+from tests.system.conftest import both_storages, both_ways_and_storages, every_storage
 from tests.system.nix import CHAIN
 from tests.system.push import both_ways, by_copy, push
 
@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from tests.system.push import Fill
     from tests.system.server import Server
 
-pytestmark = every_storage
 
-
+@every_storage
 @both_ways
 def test_a_closure_is_copied_unchanged(builder: Nix, cache: Server, client: Nix, fill: Fill) -> None:
     (program,) = builder.build(CHAIN, "program")
@@ -31,7 +30,7 @@ def test_a_closure_is_copied_unchanged(builder: Nix, cache: Server, client: Nix,
     client.run("nix", "store", "verify", "-r", "--sigs-needed", "1", program)
 
 
-@both_ways
+@both_ways_and_storages
 def test_a_closure_is_substituted_and_not_built(builder: Nix, cache: Server, client: Nix, fill: Fill) -> None:
     (program,) = builder.build(CHAIN, "program")
     fill(builder, cache, program)
@@ -47,7 +46,7 @@ def test_a_machine_that_may_not_build_fails_without_the_cache(client: Nix) -> No
         client.build(CHAIN, "library")
 
 
-@both_ways
+@both_ways_and_storages
 def test_signatures_are_required_and_given(builder: Nix, cache: Server, client: Nix, fill: Fill) -> None:
     (program,) = builder.build(CHAIN, "program")
     fill(builder, cache, program)
@@ -59,7 +58,7 @@ def test_signatures_are_required_and_given(builder: Nix, cache: Server, client: 
     client.run("nix", "copy", "--from", cache.main, program)
 
 
-@both_ways
+@both_ways_and_storages
 def test_the_cache_can_be_inspected(builder: Nix, cache: Server, client: Nix, fill: Fill) -> None:
     program, tool, library = builder.build(CHAIN, "program", "tool", "library")
     fill(builder, cache, program)
@@ -72,6 +71,7 @@ def test_the_cache_can_be_inspected(builder: Nix, cache: Server, client: Nix, fi
     client.run("nix", "store", "ping", "--store", cache.main)
 
 
+@both_storages
 def test_what_is_there_already_is_not_sent_again(builder: Nix, cache: Server) -> None:
     program, tool = builder.build(CHAIN, "program", "tool")
     first = push(builder, cache, tool)
@@ -86,6 +86,7 @@ def test_what_is_there_already_is_not_sent_again(builder: Nix, cache: Server) ->
     assert cache.snapshot() == before
 
 
+@every_storage
 def test_build_logs(builder: Nix, cache: Server, client: Nix) -> None:
     (library,) = builder.build(CHAIN, "library")
     by_copy(builder, cache, library)
@@ -93,15 +94,16 @@ def test_build_logs(builder: Nix, cache: Server, client: Nix) -> None:
     assert client.run("nix", "log", "--store", cache.main, library) == "building library"
 
 
-@pytest.mark.parametrize("compression", ["xz", "zstd", "none", "gzip", "bzip2", "br"])
-def test_every_compression_of_nix(builder: Nix, cache: Server, client: Nix, compression: str) -> None:
-    (program,) = builder.build(CHAIN, "program")
-    builder.run("nix", "copy", "--to", f"{cache.main}?compression={compression}", program)
-    client.run("nix", "copy", "--from", cache.main, program)
-    assert client.hashes(program) == builder.hashes(program)
-    hash_part = program.removeprefix(f"{builder.store_dir}/")[:32]
-    narinfo = cache.client().get(f"/main/{hash_part}.narinfo").text
-    assert f"\nCompression: {compression}\n" in narinfo
+@every_storage
+def test_every_compression_of_nix(builder: Nix, cache: Server, client: Nix) -> None:
+    for compression in ("xz", "zstd", "none", "gzip", "bzip2", "br"):
+        path = builder.add(compression, f"some text for {compression}")
+        builder.run("nix", "copy", "--to", f"{cache.main}?compression={compression}", path)
+        client.run("nix", "copy", "--from", cache.main, path)
+        assert client.hashes(path) == builder.hashes(path)
+        hash_part = path.removeprefix(f"{builder.store_dir}/")[:32]
+        narinfo = cache.client().get(f"/main/{hash_part}.narinfo").text
+        assert f"\nCompression: {compression}\n" in narinfo
 
 
 def test_a_cache_that_others_trust_signs_beside_them(builder: Nix, cache: Server, make_client: MakeClient) -> None:
@@ -125,6 +127,7 @@ def test_a_cache_that_others_trust_signs_beside_them(builder: Nix, cache: Server
     assert {signature.partition(":")[0] for signature in info["signatures"]} == {"main-1", "builder-1", "late-1"}
 
 
+@both_storages
 def test_listings_are_those_of_nix(builder: Nix, cache: Server) -> None:
     """With or without `write-nar-listing`, after both ways of pushing: the listing is there, and is what Nix writes."""
     program, tool, library = builder.build(CHAIN, "program", "tool", "library")

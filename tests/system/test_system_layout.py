@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.system.conftest import both_storages
+from tests.system.conftest import both_storages, both_ways_and_storages
 from tests.system.nix import CHAIN
-from tests.system.push import both_ways, by_copy, push
+from tests.system.push import by_copy, push
 from tests.system.server import CACHESRV
 from tests.system.stored import Folder
 
@@ -31,8 +31,7 @@ def reindex(server: Server, *arguments: str) -> subprocess.CompletedProcess[str]
     )
 
 
-@both_storages
-@both_ways
+@both_ways_and_storages
 def test_the_objects_are_a_cache_without_a_server(builder: Nix, cache: Server, client: Nix, fill: Fill) -> None:
     (program,) = builder.build(CHAIN, "program")
     fill(builder, cache, program)

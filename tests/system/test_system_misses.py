@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cachesrv.index.lmdb import LmdbIndex
-from tests.system.conftest import both_storages
+from tests.system.conftest import both_storages, both_ways_and_storages
 from tests.system.nix import CHAIN
 from tests.system.push import both_ways, push
 from tests.system.server import until
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from tests.system.nix import Nix
     from tests.system.push import Fill
     from tests.system.server import Server
-
-pytestmark = both_storages
 
 # As Nix 2.8 sends it: plain enough to be answered from the index, without a parser.
 PLAIN = "{} /main/{}.narinfo HTTP/1.1\r\nHost: {}\r\nUser-Agent: curl/7.88.1 Nix/2.8.0\r\nAccept: */*\r\n\r\n"
@@ -76,6 +74,7 @@ def test_neither_absence_nor_publish_is_lost_with_the_server(
     assert cache.absences == 0
 
 
+@both_storages
 @both_ways
 def test_a_client_that_missed_it_gets_it(
     builder: Nix, cache: Server, client: Nix, make_client: MakeClient, fill: Fill
@@ -117,7 +116,7 @@ def test_an_error_is_not_remembered_as_an_absence(builder: Nix, cache: Server) -
     assert cache.absences == 0
 
 
-@both_ways
+@both_ways_and_storages
 def test_an_absence_that_outlived_a_crash_is_cleared_by_the_next_push(builder: Nix, cache: Server, fill: Fill) -> None:
     """Killed between catalog and index: what was published is hidden, until it is pushed again."""
     path = builder.add("file", "content")
