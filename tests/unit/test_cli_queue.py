@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import closing
 from typing import TYPE_CHECKING
@@ -11,9 +13,17 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cachesrv.cli import run
+from cachesrv.errors import StoreError
 from cachesrv.push.queue.directory import make_private
 from cachesrv.push.queue.entries import Entries, Entry
+from cachesrv.push.queue.execution import Execution
+from cachesrv.push.queue.pusher import Way
+from cachesrv.push.queue.registered import Registered
+from cachesrv.push.queue.report import LogReport
 from cachesrv.push.queue.status import Status, read_status, status_lines
+from cachesrv.push.run import Options
+from cachesrv.push.settings import Given
+from cachesrv.push.store_location import locate
 from tests.push_doubles import store_path
 
 if TYPE_CHECKING:
@@ -39,6 +49,17 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def due(queue: str) -> set[str]:
     """What is to be tried again at once."""
     return {one.path for one in read_status(queue).failed_paths if not one.next_try}
+
+
+def test_what_a_killed_process_had_in_flight_is_not(queue: str) -> None:
+    three = Entry(store_path("three").full("/nix/store"))
+    with closing(Entries.open(queue)) as entries:
+        entries.add([three])
+        entries.claim([three, Entry(TWO)])
+    status = read_status(queue)
+
+    assert (status.waiting, status.in_flight, status.failed) == (1, 0, 2)
+    assert (status.in_flight_paths, [one.path for one in status.failed_paths]) == ([], [ONE, TWO])
 
 
 def test_retry_takes_what_leads_to_a_path(queue: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,3 +128,14 @@ def test_ages_are_for_people(seconds: float, text: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(time, "time", lambda: 1_000_000.0)
     lines = status_lines(Status(oldest=1_000_000.0 - seconds))
     assert any(line.startswith("oldest ") and line.endswith(f", {text} ago") for line in lines)
+
+
+def test_a_command_whose_queue_finds_no_place_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    way = Way(None, Given("http://127.0.0.1:9/main"), Options(), {"HOME": str(tmp_path)})
+    source = Registered(locate(str(tmp_path), {}))
+    execution = Execution(["touch", str(tmp_path / "started")], source, way, LogReport(), io.StringIO())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+
+    with pytest.raises(StoreError, match=r"no directory can be made for the queue: No such file .*: set \$TMPDIR"):
+        execution.run()
+    assert not (tmp_path / "started").exists()

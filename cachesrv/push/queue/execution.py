@@ -55,7 +55,7 @@ class Execution:
     def run(self) -> int:
         """The exit status, that of the command if it was started. Raises, before that, ConfigError and StoreError."""
         self._way.check()
-        with tempfile.TemporaryDirectory(prefix="cachesrv-") as queue, closing(Entries.open(queue)) as entries:
+        with _temporary_directory() as queue, closing(Entries.open(queue)) as entries:
             work = Work(entries, [self._source], self._way, self._report)
             with suppress(asyncio.CancelledError):
                 asyncio.run(self._run(work))
@@ -126,6 +126,13 @@ class Execution:
     def _print(self, line: str) -> None:
         self._err.write(f"cachesrv: {line}\n")
         self._err.flush()
+
+
+def _temporary_directory() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="cachesrv-")
+    except OSError as error:
+        raise StoreError(f"no directory can be made for the queue: {error.strerror}: set $TMPDIR") from error
 
 
 def _terminal_tells_all() -> bool:

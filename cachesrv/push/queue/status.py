@@ -62,17 +62,22 @@ def read_status(queue: str) -> Status:
     try:
         counts = entries.counts()
         trouble = entries.fact(TROUBLE)
+        claimed, failed = entries.those_claimed(), entries.those_failed()
+        if process is None:  # one that was killed had them in flight
+            failed += [entry for entry in claimed if entry.attempts]
+            more += sum(not entry.attempts for entry in claimed)
+            claimed = []
         return Status(
             process=process,
             waiting=counts.waiting + entries.unknown(fresh) + more,
-            in_flight=counts.pushing,
-            failed=counts.failed,
+            in_flight=len(claimed),
+            failed=len(failed),
             oldest=min([*ages, *([counts.oldest] if counts.oldest else [])], default=None),
             trouble=msgspec.json.decode(trouble, type=Trouble) if trouble else None,
-            in_flight_paths=[entry.path for entry in entries.those_claimed()],
+            in_flight_paths=[entry.path for entry in claimed],
             failed_paths=[
                 FailedPath(entry.path, entry.reason or "", entry.attempts, entry.queued, entry.next_try)
-                for entry in entries.those_failed()
+                for entry in failed
             ],
         )
     finally:
