@@ -320,6 +320,18 @@ async def test_streams_may_be_closed(user: User, cache: FakeCache, closed: str) 
     assert path.rpartition("/")[2] in cache.published
 
 
+@pytest.mark.parametrize("encoding", ["ascii:strict", "latin-1:strict", "utf-8:strict"])
+async def test_names_go_through_whatever_the_locale(user: User, encoding: str) -> None:
+    user.environ |= {"PYTHONIOENCODING": encoding, "CACHESRV_URL": "http://127.0.0.1:9/main"}
+    names = b"./\xff\n./\xc3\xbc\n"
+    user.adds("greeting", "hello")
+    process = await user.start("push", "--json", "--stdin", "--store", str(user.home / "root"))
+    out, err = await asyncio.wait_for(process.communicate(names), 60)
+
+    assert err == b""
+    assert [json.loads(line).get("path") for line in out.splitlines()] == ["./\udcff", "./ü", None]
+
+
 @pytest.mark.parametrize("command", ["--help", "push --dry-run --json", "ls", "cat"])
 async def test_output_that_finds_no_room_is_told(user: User, cache: FakeCache, command: str) -> None:
     path = user.adds("greeting", "hello")
