@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -160,8 +161,9 @@ class _Collector:
 
 
 def configure_logging(level: str = "info") -> None:
-    """Log to stderr: for people on a terminal, one JSON object a line elsewhere."""
+    """Log to stderr: for people on a terminal, one JSON object a line elsewhere. Source for $NO_COLOR: no-color.org."""
     on_terminal = sys.stderr.isatty()
+    colors = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     structlog.configure(
         processors=[
@@ -170,7 +172,7 @@ def configure_logging(level: str = "info") -> None:
             structlog.processors.TimeStamper(fmt="iso", utc=not on_terminal),
             structlog.processors.StackInfoRenderer(),
             *([] if on_terminal else [structlog.processors.format_exc_info]),
-            structlog.dev.ConsoleRenderer() if on_terminal else structlog.processors.JSONRenderer(),
+            structlog.dev.ConsoleRenderer(colors=colors) if on_terminal else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),

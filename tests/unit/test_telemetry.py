@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import subprocess
 import sys
 
@@ -120,3 +122,20 @@ def test_logs_are_json_where_nobody_reads_along() -> None:
     assert (failed["event"], failed["text"], failed["level"]) == ("failed", "two\nlines", "error")
     assert "ZeroDivisionError" in failed["exception"]
     assert told["timestamp"].endswith("Z")
+
+
+@pytest.mark.parametrize(
+    ("variables", "coloured"),
+    [({}, True), ({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
+)
+def test_logs_are_for_people_on_a_terminal(variables: dict[str, str], coloured: bool) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    terminal, end = pty.openpty()
+    subprocess.run([sys.executable, "-c", LOG], check=True, env=environment | {"TERM": "xterm"} | variables, stderr=end)
+    os.close(end)
+    shown = os.read(terminal, 1_000_000).decode()
+    os.close(terminal)
+
+    assert "told" in shown
+    assert "ZeroDivisionError" in shown
+    assert ("\x1b[" in shown) == coloured
