@@ -10,7 +10,8 @@ was handed over since the connection was last idle is one plain request, the con
 front answers again. After anything else, what follows on the connection stays with aiohttp: there is no telling here
 where its requests end.
 
-A client that does not take its answers gets no further ones made: no more is read from it until it has.
+A client that sends no more after one whole request is answered, and let go. One that does not take its answers gets no
+further ones made: no more is read from it until it has.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from aiohttp import web
 
 from cachesrv.web.fast import MANY_SLOW
 from cachesrv.web.objects import FRUGAL
+from cachesrv.web.plain import is_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -49,6 +51,7 @@ class Front(asyncio.Protocol):
     __slots__ = (
         "_answers",
         "_busy",
+        "_ended",
         "_fronts",
         "_handling",
         "_head_begun",
@@ -58,6 +61,7 @@ class Front(asyncio.Protocol):
         "_received",
         "_single",
         "_transport",
+        "_whole",
         "quiet_sweeps",
     )
 
@@ -72,6 +76,8 @@ class Front(asyncio.Protocol):
         self._inner: asyncio.Protocol | None = None
         self._busy = False
         self._single = False
+        self._whole = False
+        self._ended = False
         self._paused = False
         self._handling = 0
         self._head_begun = False
@@ -94,8 +100,9 @@ class Front(asyncio.Protocol):
                 return
             self._busy = True
             self._single = self._answers.block(data) is not None
+            self._whole = self._single or is_whole(data)
         else:
-            self._single = False
+            self._single = self._whole = False
         if not self._head_begun:
             self._head_begun = True
             self.quiet_sweeps = 0
@@ -110,6 +117,10 @@ class Front(asyncio.Protocol):
         self._inner.data_received(data)
 
     def eof_received(self) -> bool | None:
+        # Under TLS there is no such thing as one half of a connection.
+        if self._whole and self._transport.get_extra_info("sslcontext") is None:
+            self._ended = True
+            return True
         return self._inner.eof_received() if self._inner else None
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -147,8 +158,11 @@ class Front(asyncio.Protocol):
         self._handling -= 1
         self._fronts.handling -= 1
         self._head_begun = False
+        self._whole = False
         self.quiet_sweeps = 0
-        if answered and self._single:
+        if self._ended:
+            self._transport.close()
+        elif answered and self._single:
             self._busy = False
             if self._paused:
                 self._transport.pause_reading()

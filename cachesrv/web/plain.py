@@ -32,6 +32,10 @@ _CONDITIONS = frozenset({b"range", b"if-range", b"if-none-match", b"if-modified-
 """Fields that change the answer, but not where the request ends."""
 
 
+_WITHOUT_BODY = (b"GET ", b"HEAD ")
+_BODY = re.compile(rb"content-length|transfer-encoding|upgrade", re.IGNORECASE)
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """The header fields of a request that has no body and leaves the connection open. `token` is what it carries for
@@ -65,6 +69,13 @@ def judge(fields: bytes) -> Block | None:
     except NotAuthenticated:
         return None
     return Block(token, conditional=bool(effective))
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether this is one request that has no body and has come to its end, as far as can be told without a parser."""
+    if not (data.startswith(_WITHOUT_BODY) and data.endswith(b"\r\n\r\n") and data.count(b"\r\n\r\n") == 1):
+        return False
+    return not _BODY.search(data)
 
 
 class Blocks:

@@ -17,7 +17,7 @@ from cachesrv.services.answer import present
 from cachesrv.web.fast import MANY_SLOW, SMALL_NAR, FastAnswers
 from cachesrv.web.plain import MAX_BLOCK, Blocks
 from tests import certificate
-from tests.exchange import Connection
+from tests.exchange import Connection, parse
 from tests.front_site import (
     ABSENT,
     ENDED,
@@ -37,7 +37,7 @@ from tests.front_site import (
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
     from cachesrv.web.site import Site
@@ -567,6 +567,58 @@ async def test_limits(served: Served, name: str, segment: int, caplog: pytest.Lo
     assert await connection.ends(0.2) == (status == b"400")
     connection.close()
     caplog.clear()
+
+
+def closing(target: str) -> bytes:
+    return request(target, "Connection: close")
+
+
+def old(target: str) -> bytes:
+    return f"GET {target} HTTP/1.0\r\n\r\n".encode()
+
+
+class TestWhoSendsNoMore:
+    @BY
+    @pytest.mark.parametrize("form", [request, closing, old])
+    async def test_is_answered_and_let_go(self, site: Site, form: Callable[[str], bytes], *, by_reactor: bool) -> None:
+        async with front_server(site, by_reactor=by_reactor, send_buffer=SMALL_SOCKET) as served:
+            for target in (HIT, f"/main/{UNKNOWN}.narinfo", "/health/live", MEDIUM_NAR, LARGE_NAR):
+                whole, connection = await Connection.open(served.port), await Connection.open(served.port)
+                await whole.ask(form(target))
+                await connection.send(form(target))
+                connection.sock.shutdown(socket.SHUT_WR)
+                assert await connection.ends()
+                answers = [parse(bytes(one.received)) for one in (whole, connection)]
+                assert answers[0] == answers[1] != ()
+                whole.close()
+                connection.close()
+
+    @BY
+    async def test_gets_no_answer_to_what_did_not_come(self, site: Site, *, by_reactor: bool) -> None:
+        parts = [b"", b"GET / HT", request("/")[:-1], request("/", "Content-Length: 5"), request("/nowhere") * 2]
+        async with front_server(site, by_reactor=by_reactor) as served:
+            for data in parts:
+                connection = await Connection.open(served.port)
+                connection.sock.send(data)
+                connection.sock.shutdown(socket.SHUT_WR)
+                assert await connection.ends()
+                assert not connection.received.startswith(b"HTTP/1.1 200")
+                connection.close()
+
+    @BY
+    async def test_and_takes_no_more(self, site: Site, *, by_reactor: bool) -> None:
+        async with front_server(site, by_reactor=by_reactor, send_buffer=SMALL_SOCKET) as served:
+            for target in (LARGE_NAR, "/health/live"):
+                connection = await Connection.open(served.port, receive_buffer=4096)
+                await connection.send(old(target))
+                connection.sock.shutdown(socket.SHUT_WR)
+                await connection.receive(5)
+                connection.close()
+            for _ in range(1000):
+                if not served.connections:
+                    break
+                await asyncio.sleep(0.01)
+            assert not served.connections
 
 
 class TestTls:
