@@ -8,6 +8,7 @@ unless it is one that will not pass. Equal questions in flight are asked once.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -100,9 +101,15 @@ class Lookup:
         # The catalog is first of them, and the only one that takes a look to tell.
         return all(source.lacks(cache, hash_part) for source in reversed(self._sources))
 
-    async def forget(self, cache: ServedCache, hash_part: str) -> None:
-        """Take what the index says of a path for nothing, and look it up anew next time. Raises StoreError."""
-        await asyncio.to_thread(self._index.delete, [(cache.name, hash_part)])
+    async def forget(self, cache: ServedCache, hash_part: str, nar: str) -> None:
+        """If the index says that the NAR of a path is `nar/<nar>`, take that for nothing: it is looked up anew next
+        time. Raises StoreError.
+        """
+        # Anybody may name a path and a NAR that have nothing to do with each other; a look costs less than a write.
+        known = self._index.get(cache.name, hash_part)
+        url = rb"\nURL: nar/%s[?\n]" % re.escape(nar.encode())
+        if isinstance(known, Present) and re.search(url, known.body):
+            await asyncio.to_thread(self._index.delete, [(cache.name, hash_part)])
 
     async def close(self) -> None:
         """Finish what is being asked and learnt."""

@@ -28,7 +28,8 @@ _log = structlog.get_logger()
 
 class PullThrough:
     """Fetches NARs from upstream, stores them and publishes their paths; see `cachesrv.services.delivery.Origin`.
-    `keep`: NARs stay in the disk cache as well. `forget` takes an answer for a path from the index.
+    `keep`: NARs stay in the disk cache as well. `forget` takes the answer for a path from the index, if it leads to the
+    NAR of this name.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class PullThrough:
         publish: Publish,
         *,
         keep: bool,
-        forget: Callable[[ServedCache, str], Awaitable[None]],
+        forget: Callable[[ServedCache, str, str], Awaitable[None]],
     ) -> None:
         self._upstreams = upstreams
         self._ingest = ingest
@@ -53,7 +54,7 @@ class PullThrough:
         found = await self._upstreams.find(cache, hash_part, lambda info: our_name(info) == name)
         if not found:
             # It was there when its narinfo was looked up, and is upstream no more.
-            await self._forget(cache, hash_part)
+            await self._forget(cache, hash_part, name)
             return None
         upstream, info = found
         size = await upstream.size(info)

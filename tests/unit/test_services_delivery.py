@@ -18,7 +18,7 @@ from cachesrv.errors import (
     StoreError,
     StoreFull,
 )
-from cachesrv.index.base import Absent, IndexEntry
+from cachesrv.index.base import Absent, IndexEntry, Present
 from cachesrv.services import fetch as fetching
 from cachesrv.services.answer import present
 from cachesrv.services.breaker import Breaker
@@ -422,6 +422,18 @@ async def test_what_has_left_the_upstream_is_forgotten(local: Far) -> None:
     assert await local.open(LARGE, LARGE.path.hash_part) is None
     known = local.site.index.get("main", LARGE.path.hash_part)
     assert known is None or isinstance(known, Absent)
+
+
+async def test_who_asks_for_nonsense_has_nothing_forgotten(local: Far) -> None:
+    other = Sample("other").path.hash_part
+    local.site.index.put([IndexEntry("main", LARGE.path.hash_part, present(LARGE.narinfo()))])
+    local.site.index.put_absent([("main", other)], 2**40)
+    epoch = local.site.index.epoch()
+    for hash_part in (LARGE.path.hash_part, other):
+        assert await local.delivery.open(PULLING, HUGE.nar_name, hash_part) is None
+    assert local.site.index.epoch() == epoch
+    assert isinstance(local.site.index.get("main", LARGE.path.hash_part), Present)
+    assert isinstance(local.site.index.get("main", other), Absent)
 
 
 async def test_caches_that_do_not_pull_through_do_not(local: Far) -> None:

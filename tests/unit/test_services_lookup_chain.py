@@ -276,6 +276,6 @@ async def test_an_error_that_nobody_waits_for_is_nobodys_concern(chain: Chain, r
 async def test_what_was_looked_up_can_be_forgotten(chain: Chain) -> None:
     assert await chain.find(UPSTREAM.path.hash_part)
     await chain.learnt()
-    await chain.lookup.forget(CACHE, UPSTREAM.path.hash_part)
+    await chain.lookup.forget(CACHE, UPSTREAM.path.hash_part, UPSTREAM.nar_name)
     del chain.upstream.objects[f"{UPSTREAM.path.hash_part}.narinfo"]
     assert await chain.find(UPSTREAM.path.hash_part) is None
