@@ -15,6 +15,7 @@ from cachesrv.errors import CachesrvError, NotAllowed
 from cachesrv.nix.realisation import object_name, render
 from cachesrv.push.events import Failed, Noted, Realised
 from cachesrv.push.failure import MISSING_REFERENCES, Failure
+from cachesrv.push.foremost import foremost
 from cachesrv.push.upload import concerns_all
 
 if TYPE_CHECKING:
@@ -73,8 +74,12 @@ class RealisationUpload:
             ready = [output for output in open_ if not _needed(output, open_[output]) & open_.keys()]
             # a cycle, which no store should hold, is sent as it is: the server judges
             batch = {output: open_.pop(output) for output in ready or list(open_)}
-            sent = await asyncio.gather(*(self._send(output, one, failed) for output, one in batch.items()))
-            failed.update(output for output, done in zip(batch, sent, strict=True) if not done)
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    sent = {output: tasks.create_task(self._send(output, one, failed)) for output, one in batch.items()}
+            except BaseExceptionGroup as group:
+                raise foremost(group) from None
+            failed.update(output for output, sending in sent.items() if not sending.result())
 
     async def _send(self, output: RealisedOutput, realisation: Realisation, failed: set[RealisedOutput]) -> bool:
         name = object_name(output)

@@ -165,7 +165,7 @@ class Upload:
                 raise
             self._put_back(batch)
             if isinstance(error, TryAgain):
-                self._settle((), {path: Failure.of(error) for path in pack.paths if self._order.is_open(path)})
+                self._settle((), {path: Failure.of(error) for path in pack.paths})
                 return []
             self._packing = None  # whatever the reason: it will be the same for the next one
             return [ready.nar for ready in pack.ready]
@@ -243,11 +243,12 @@ class Upload:
             self._order.put_back(path)
 
     def _settle(self, published: Sequence[StorePath], failed: Mapping[StorePath, Failure]) -> None:
-        """Pass on what has failed, and what has failed with it."""
-        for path, failure in failed.items():
-            self._emit(Failed(path.base_name, *failure))
+        """Pass on what has failed, and what has failed with it; a NAR may fail whose path had failed before."""
+        told = [path for path in failed if self._order.is_open(path)]
+        for path in told:
+            self._emit(Failed(path.base_name, *failed[path]))
         refused = [path for path in self._result.refused if self._order.is_open(path)]
-        for path, cause in self._order.settle(published, [*failed, *refused]).items():
+        for path, cause in self._order.settle(published, [*told, *refused]).items():
             error = f"it refers to {cause}, which is not in the cache"
             if cause in self._result.refused:
                 self._result.refused[path] = error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
@@ -15,7 +16,7 @@ from cachesrv.push.address import Address
 from cachesrv.push.run import Options, push
 from cachesrv.push.settings import Settings
 from cachesrv.push.token import TokenVariable
-from tests.push_doubles import FakeCache, TemporaryStore, answer, store_path
+from tests.push_doubles import FakeCache, TemporaryStore, answer, hang, store_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -86,6 +87,17 @@ async def test_they_follow_their_paths_in_order(store: TemporaryStore, cache: Fa
         assert parse_realisation(cache.realisations[object_name(output)], output) == store.realised[output]
     (plan,) = (event for event in told if isinstance(event, events.PlanMade))
     assert plan.realisations == 3
+
+
+async def test_none_is_sent_when_the_push_has_ended(store: TemporaryStore, cache: FakeCache) -> None:
+    """One of several that are on their way at once shows that the others cannot arrive either."""
+    store.realised = {output: replace(one, dependencies=()) for output, one in store.realised.items()}
+    cache.fail("realisation", hang, answer(403))
+
+    with pytest.raises(NotAllowed):
+        await run(store, cache, "program")
+
+    assert [task for task in asyncio.all_tasks() if "RealisationUpload" in repr(task.get_coro())] == []
 
 
 async def test_those_that_are_there_are_not_sent_again(store: TemporaryStore, cache: FakeCache) -> None:

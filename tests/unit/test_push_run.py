@@ -478,3 +478,29 @@ def _hold(store: TemporaryStore, upstream: FakeUpstream, name: str) -> None:
     """Let an upstream have the narinfo of a path."""
     path = store_path(name)
     upstream.objects[f"{path.hash_part}.narinfo"] = narinfo.render(signed_narinfo(store.infos[path]))
+
+
+async def test_a_path_fails_once(store: TemporaryStore, cache: FakeCache) -> None:
+    """By what it refers to, and then by its own NAR, which was on its way already."""
+    store.add("damaged", b"what it was")
+    store.file("damaged").write_bytes(b"what it is now")
+    store.add("top", b"top", ["damaged"])
+    told: list[events.Event] = []
+    hopeless = asyncio.Event()
+
+    def tell(event: events.Event) -> None:
+        told.append(event)
+        if isinstance(event, events.Failed) and event.path == store_path("top").base_name:
+            hopeless.set()
+
+    async def refuse(request: web.Request) -> web.StreamResponse:
+        await hopeless.wait()
+        return await answer(400)(request)
+
+    cache.fail("nar", refuse)
+    cache.fail("nar", refuse)
+    summary = await push(full("top"), store, settings(cache), QUICK, tell)
+
+    assert summary.failed == 2
+    failed = [event.path for event in told if isinstance(event, events.Failed)]
+    assert failed == [store_path(name).base_name for name in ("damaged", "top")]
