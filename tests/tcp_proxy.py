@@ -47,6 +47,7 @@ class TcpProxy:
     one_at_a_time: bool = False
     ended: int = 0
     port: int = 0
+    _listening: asyncio.Server | None = None
     _served: dict[asyncio.Task[None], asyncio.StreamWriter] = field(default_factory=dict)
     _looked_at: asyncio.Lock = field(default_factory=asyncio.Lock)
     _link: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -54,19 +55,30 @@ class TcpProxy:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[TcpProxy]:
         """Listens meanwhile, on `port`."""
-
-        def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            self._served[asyncio.create_task(self._serve(reader, writer))] = writer
-
-        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-            self.port = server.sockets[0].getsockname()[1]
+        await self.up()
+        try:
             yield self
-            server.close()
-            for task, writer in self._served.items():
-                task.cancel()
-                writer.transport.abort()
-            await asyncio.gather(*self._served, return_exceptions=True)
-            await asyncio.sleep(0)  # connections close in the next round of the loop
+        finally:
+            await self.down()
+
+    async def up(self) -> None:
+        """Listen, where it was before."""
+        self._listening = await asyncio.start_server(self._begin, "127.0.0.1", self.port)
+        self.port = self._listening.sockets[0].getsockname()[1]
+
+    async def down(self) -> None:
+        """Refuse connections, and end those that there are."""
+        assert self._listening is not None
+        self._listening.close()
+        served, self._served = self._served, {}
+        for task, writer in served.items():
+            task.cancel()
+            writer.transport.abort()
+        await asyncio.gather(*served, return_exceptions=True)
+        await asyncio.sleep(0)  # connections close in the next round of the loop
+
+    def _begin(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._served[asyncio.create_task(self._serve(reader, writer))] = writer
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with closing(writer):

@@ -25,7 +25,7 @@ from cachesrv.api import (
 )
 from cachesrv.errors import BadInput, Refused, ServerError
 from cachesrv.push.refusal import NotThere
-from cachesrv.push.retry import TryAgain, retry
+from cachesrv.push.retry import TryAgain, Unreachable, retry
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Mapping, Sequence
@@ -59,6 +59,10 @@ def upload_name(nar_hash: Hash, recipe: str, part_size: int, *, direct: bool = F
 
 class NoStorage(TryAgain):
     """The server's storage does not take parts from us."""
+
+
+class StorageOutOfReach(NoStorage, Unreachable):
+    """There is no connection to it."""
 
 
 class Parts(Protocol):
@@ -129,14 +133,18 @@ class NarUpload:
         to be begun anew, and NoStorage.
         """
         what = f"sending part {number} of {self.info.store_path.base_name}"
-        backoff = self._server.backoff
-        if not parts.proven:
-            backoff = replace(backoff, attempts=min(_FIRST_ATTEMPTS, backoff.attempts))
+        backoff, proven = self._server.backoff, parts.proven
+        if not proven:
+            backoff = replace(backoff, attempts=min(_FIRST_ATTEMPTS, backoff.attempts), outage=0.0)
         try:
             await retry(lambda: parts.put(number, digest, size, body), what, backoff, self._emit)
         except NotThere as error:
             # Somebody else may have completed it, or it was removed as stale.
             raise TryAgain(str(error)) from error
+        except NoStorage:
+            if proven or not parts.proven:
+                raise
+            await self.put(parts, number, digest, size, body)  # others got through meanwhile
 
     async def complete(self, parts: Parts) -> None:
         """Have the NAR made of the parts; it is there, checked, when this returns.
@@ -247,6 +255,8 @@ class _Direct:
             self._tags[number] = await self._server.elsewhere.put(turn, signed.url, headers, body())
         except NotThere:
             raise
+        except Unreachable as error:
+            raise StorageOutOfReach(str(error)) from error
         except TryAgain as error:
             raise NoStorage(str(error), error.retry_after) from error
         except (BadInput, ServerError) as error:

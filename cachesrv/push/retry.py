@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+OUTAGE = 240.0
+"""Seconds: a laptop that sleeps, a router that starts again."""
+
 
 class TryAgain(ServerError):
     """A failure that may pass; `retry_after` is the delay in seconds that the server asked for. `tried` says that it
@@ -53,13 +56,15 @@ class Unreachable(TryAgain):
 @dataclass(frozen=True, slots=True)
 class Backoff:
     """How often and how long: the delay doubles from `first` to `longest` seconds, the last half of it at random.
-    A server that asks for more than `patience` seconds is not waited for.
+    A server that asks for more than `patience` seconds is not waited for. With an `outage`, one that cannot be reached
+    is tried for so many seconds, however often that is.
     """
 
     attempts: int = 8
     first: float = 0.5
     longest: float = 30.0
     patience: float = 300.0
+    outage: float = 0.0
 
     def delay(self, attempt: int, retry_after: float, jitter: float) -> float:
         """Seconds to wait after the failure of `attempt` (from 1); `jitter` is from 0 to 1."""
@@ -71,17 +76,24 @@ async def retry(operation: Callable[[], Awaitable[Result]], what: str, backoff: 
     """The result of `operation`, called again after each TryAgain but those that come out of here themselves; the last
     one is raised.
     """
-    attempt = 1
+    attempt, missed, lost_since = 0, 0, 0.0
+    now = asyncio.get_running_loop().time
     while True:
         try:
             return await operation()
         except TryAgain as error:
+            if isinstance(error, Unreachable) and backoff.outage:
+                missed, lost_since = missed + 1, lost_since or now()
+                over = now() - lost_since >= backoff.outage
+            else:
+                attempt, missed, lost_since = attempt + 1, 0, 0.0
+                over = attempt >= backoff.attempts
             impatient = error.retry_after > backoff.patience
-            if error.tried or attempt >= backoff.attempts or impatient:
+            if error.tried or over or impatient:
                 error.tried = True
                 error.hopeless |= impatient
                 raise
-            delay = backoff.delay(attempt, error.retry_after, random.random())  # noqa: S311  jitter is no secret
-            emit(Retrying(what, attempt, round(delay, 3), str(error)))
+            count = missed or attempt
+            delay = backoff.delay(count, error.retry_after, random.random())  # noqa: S311  jitter is no secret
+            emit(Retrying(what, count, round(delay, 3), str(error)))
         await asyncio.sleep(delay)
-        attempt += 1

@@ -21,7 +21,7 @@ from cachesrv.push.failure import CONFLICT
 from cachesrv.push.one_line import one_line
 from cachesrv.push.plan import Answers, Decision, make_plan, wanted
 from cachesrv.push.realisations import RealisationUpload, missing_realisations
-from cachesrv.push.retry import Backoff
+from cachesrv.push.retry import OUTAGE, Backoff
 from cachesrv.push.selection import select
 from cachesrv.push.server import connect
 from cachesrv.push.tally import Tally
@@ -65,7 +65,7 @@ class Options:
     record: Path | None = None
     journal: Path | None = None
     keep_nars: Path | None = None
-    backoff: Backoff = field(default_factory=Backoff)
+    backoff: Backoff = field(default_factory=lambda: Backoff(outage=OUTAGE))
     timeouts: Timeouts = field(default_factory=Timeouts)
 
 

@@ -99,7 +99,7 @@ class Server:
 
     async def describe(self) -> CacheAnswer:
         """What a client has to know of the cache."""
-        backoff = replace(self.backoff, attempts=min(FIRST_ATTEMPTS, self.backoff.attempts))
+        backoff = replace(self.backoff, attempts=min(FIRST_ATTEMPTS, self.backoff.attempts), outage=0.0)
         cache = await self.ask("GET", "", b"", CacheAnswer, backoff)
         self.bodies.said(cache.part_size)
         return cache

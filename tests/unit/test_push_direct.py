@@ -46,11 +46,16 @@ async def cache() -> AsyncIterator[FakeCache]:
 
 
 async def pushed(
-    store: TemporaryStore, cache: FakeCache, *names: str, told: list[events.Event] | None = None, memory: int = 256
+    store: TemporaryStore,
+    cache: FakeCache,
+    *names: str,
+    told: list[events.Event] | None = None,
+    memory: int = 256,
+    options: Options = QUICK,
 ) -> events.Summary:
     settings = Settings(Address.parse(cache.url), TokenVariable.of("CACHESRV_TOKEN", "secret"))
     paths = [store_path(name).full("/nix/store") for name in names or ["large"]]
-    options = replace(QUICK, memory=memory * MIB)
+    options = replace(options, memory=memory * MIB)
     return await push(paths, store, settings, options, (told if told is not None else []).append)
 
 
@@ -161,11 +166,13 @@ async def test_no_url_is_asked_for_before_its_time(
     assert [route for route in cache.requests if route in {"sign", "bucket"}] == ["sign", "bucket"] * 3
 
 
-async def test_a_bucket_that_cannot_be_reached_is_given_up_soon(store: TemporaryStore, cache: FakeCache) -> None:
-    async def nowhere(request: web.Request) -> web.Response:
-        await request.read()
-        return web.json_response({"url": "http://127.0.0.1:1/bucket", "headers": {}})
+async def nowhere(request: web.Request) -> web.Response:
+    """A fault: the URL of a bucket that cannot be reached."""
+    await request.read()
+    return web.json_response({"url": "http://127.0.0.1:1/bucket", "headers": {}})
 
+
+async def test_a_bucket_that_cannot_be_reached_is_given_up_soon(store: TemporaryStore, cache: FakeCache) -> None:
     cache.fail("sign", *[nowhere] * 100)
     told: list[events.Event] = []
     await pushed(store, cache, told=told)
@@ -173,6 +180,23 @@ async def test_a_bucket_that_cannot_be_reached_is_given_up_soon(store: Temporary
     assert stored(store, cache)
     assert cache.count("sign") <= 3 * 3
     assert "127.0.0.1:1" in notes(told)[0]
+
+
+async def test_a_bucket_that_was_there_is_waited_for(store: TemporaryStore, cache: FakeCache) -> None:
+    """More often than anything else is tried again: it is the network that is gone."""
+
+    async def lose(request: web.Request) -> web.Response:
+        cache.fail("sign", *[nowhere] * 20)
+        return await cache._bucket(request)
+
+    cache.fail("bucket", lose)
+    told: list[events.Event] = []
+    options = replace(QUICK, backoff=replace(QUICK.backoff, longest=0.02, outage=60), jobs=1)
+    await pushed(store, cache, told=told, options=options)
+
+    assert stored(store, cache)
+    assert (cache.count("bucket"), cache.count("part"), notes(told)) == (3, 0, [])
+    assert cache.count("sign") > 20
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "nonsense", "http://"])

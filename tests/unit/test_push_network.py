@@ -6,6 +6,7 @@ import asyncio
 import random
 import socket
 from contextlib import asynccontextmanager, closing, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +15,7 @@ from cachesrv.errors import ConfigError, ServerError
 from cachesrv.nix.hashes import Hash
 from cachesrv.push.address import Address
 from cachesrv.push.connection import Timeouts
+from cachesrv.push.events import Retrying
 from cachesrv.push.retry import Backoff, TryAgain, Unreachable
 from cachesrv.push.run import Options, push
 from cachesrv.push.server import connect
@@ -21,11 +23,15 @@ from cachesrv.push.settings import Settings
 from cachesrv.push.token import TokenVariable
 from tests.certificate import contexts
 from tests.push_doubles import FakeCache, TemporaryStore, answer, store_path
+from tests.tcp_proxy import TcpProxy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from aiohttp import web
+
+    from cachesrv.push.events import Event
     from cachesrv.push.server import Server
 
 MIB = 2**20
@@ -48,6 +54,10 @@ async def talking(url: str, **options: Any) -> AsyncIterator[Server]:
         yield server
 
 
+def port(cache: FakeCache) -> int:
+    return int(cache.url.removesuffix("/main").rpartition(":")[2])
+
+
 async def send(server: Server, data: bytes) -> None:
     async def chunks() -> AsyncIterator[bytes]:
         yield data
@@ -64,18 +74,18 @@ async def test_an_address_that_does_not_answer_beside_one_that_does(
     if library:
         environment.setenv("no_proxy", "nothing")
     async with FakeCache() as cache:
-        port = int(cache.url.removesuffix("/main").rpartition(":")[2])
+        there = port(cache)
         with socket.socket() as deaf, socket.socket() as first, socket.socket() as second:
-            deaf.bind(("127.0.0.2", port))
+            deaf.bind(("127.0.0.2", there))
             deaf.listen(0)
             for waiting in (first, second):
                 waiting.setblocking(False)
                 with suppress(BlockingIOError):
-                    waiting.connect(("127.0.0.2", port))
+                    waiting.connect(("127.0.0.2", there))
 
             async def both(*_: object, **__: object) -> list[Any]:
                 kind = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
-                return [(*kind, ("127.0.0.2", port)), (*kind, ("127.0.0.1", port))]
+                return [(*kind, ("127.0.0.2", there)), (*kind, ("127.0.0.1", there))]
 
             environment.setattr(asyncio.get_running_loop(), "getaddrinfo", both)
             url = cache.url.replace("127.0.0.1", "cache.example")
@@ -237,3 +247,29 @@ async def test_redirects_are_told_of_and_not_followed(
     assert "use that URL" in str(caught.value)
     assert not isinstance(caught.value, TryAgain)
     assert other.requests == []
+
+
+async def test_a_network_that_is_lost_for_a_while(tmp_path: Path) -> None:
+    """In the middle of a large NAR: what has arrived is not sent again, however often there is no connection."""
+    store = TemporaryStore(tmp_path)
+    store.add("large", random.Random(1).randbytes(8 * MIB))
+    async with FakeCache(part_size=MIB) as cache, TcpProxy(port(cache)).running() as between:
+
+        async def lose(request: web.Request) -> web.StreamResponse:
+            await between.down()
+            return await answer(500)(request)
+
+        def emit(event: Event) -> None:
+            if isinstance(event, Retrying) and event.attempt == 5 and not found:
+                found.append(asyncio.create_task(between.up()))
+
+        found: list[asyncio.Task[None]] = []
+        cache.fail("part", cache._part, cache._part, lose)
+        settings = Settings(Address.parse(f"http://127.0.0.1:{between.port}/main"), TOKEN)
+        patient = Options(backoff=replace(QUICK, attempts=4, longest=0.1, outage=60))
+        summary = await push([store_path("large").full("/nix/store")], store, settings, patient, emit)
+        await found[0]
+
+    assert summary.uploaded == 1
+    assert cache.count("part") < 9 + 9
+    assert cache.count("begin") == 1

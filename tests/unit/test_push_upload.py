@@ -172,6 +172,22 @@ async def test_a_failure_that_may_pass_is_tried_again_so_often_and_told() -> Non
     ]
 
 
+@pytest.mark.parametrize(("outage", "tries"), [(0.0, 3), (60.0, 10), (0.000001, 2)])
+async def test_no_connection_is_waited_out(outage: float, tries: int) -> None:
+    """Other failures count as ever, before and after."""
+    said = iter([*[Unreachable("")] * 6, TryAgain(""), Unreachable(""), TryAgain(""), TryAgain("")])
+    made = 0
+
+    async def fail() -> None:
+        nonlocal made
+        made += 1
+        raise next(said)
+
+    with pytest.raises(TryAgain) as caught:
+        await retry(fail, "asking", Backoff(3, first=0.001, longest=0.001, outage=outage), lambda _: None)
+    assert (made, caught.value.tried) == (tries, True)
+
+
 async def test_a_server_that_asks_for_too_much_patience_is_left() -> None:
     async def fail() -> None:
         raise TryAgain("come back tomorrow", retry_after=86400)
