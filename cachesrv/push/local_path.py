@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from cachesrv.errors import BadInput, NotFound, StoreError
 from cachesrv.nix.listing import Directory, Regular, Symlink
+from cachesrv.push.one_line import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,12 +24,14 @@ _COPIED_AT_ONCE = 1024 * 1024
 
 class LocalPath:
     """A `contents.Contents`. `path`: the full store path; `real`: where its files are. Links are what the system says
-    they are: they may lead to other store paths.
+    they are: they may lead to other store paths, and nowhere else. What was built has made them, and whoever reads may
+    be somebody who may read more than who built it.
     """
 
     def __init__(self, path: str, real: str) -> None:
         self._path = path
         self._real = Path(real)
+        self._store = f"{os.path.realpath(self._real.parent)}/"
 
     async def find(self, names: Names, *, follow: bool = False, recursive: bool = True) -> tuple[Names, ListingNode]:
         return await asyncio.to_thread(self._find, names, follow=follow, recursive=recursive)
@@ -37,16 +40,14 @@ class LocalPath:
         await asyncio.to_thread(self._copy, names, write)
 
     def _find(self, names: Names, *, follow: bool, recursive: bool) -> tuple[Names, ListingNode]:
-        file = self._real.joinpath(*names)
         try:
-            return names, _node(Path(os.path.realpath(file)) if follow else file, -1 if recursive else 1)
+            return names, _node(self._reached(names, follow=follow), -1 if recursive else 1)
         except OSError as error:
             raise self._failed(names, error) from error
 
     def _copy(self, names: Names, write: Write) -> None:
-        file = self._real.joinpath(*names)
         try:
-            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            descriptor = os.open(self._reached(names, follow=True), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise self._failed(names, error) from error
         try:
@@ -64,6 +65,15 @@ class LocalPath:
                 yield data
         except OSError as error:
             raise self._failed(names, error) from error
+
+    def _reached(self, names: Names, *, follow: bool) -> Path:
+        """Where that is, when links were followed: the last one only if `follow`. Raises NotFound."""
+        file = self._real.joinpath(*names)
+        ends_there = follow or file.name == ".."
+        reached = os.path.realpath(file) if ends_there else f"{os.path.realpath(file.parent)}/{file.name}"
+        if not reached.startswith(self._store):
+            raise NotFound(f"{one_line(self._full(names))} leads out of the store, to {one_line(reached)}")
+        return Path(reached)
 
     def _full(self, names: Names) -> str:
         return "/".join([self._path, *names])

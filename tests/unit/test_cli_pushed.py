@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from contextlib import closing
 from pathlib import Path
@@ -100,13 +101,37 @@ async def test_what_is_not_on_record_comes_from_the_store(path: str, environ: di
     real = in_store(tmp_path, path)
     real.mkdir(parents=True)
     (real / "file").write_text("here")
-    (real / "elsewhere").symlink_to(tmp_path / "outside")
-    (tmp_path / "outside").write_text("behind a link")
+    (real / "elsewhere").symlink_to("../other/file")
+    (real.parent / "other").mkdir()
+    (real.parent / "other/file").write_text("behind a link")
 
     assert await read_file(f"{path}/file", environ) == b"here"
     assert await read_file(f"{path}/elsewhere", environ) == b"behind a link"
     with open_pushed(environ) as pushed:
         assert pushed.reads() == {"store": Reads(2, 17)}
+
+
+@pytest.mark.parametrize("member", ["file", "folder/secret", "../../secret", "folder/.."])
+def test_what_leads_out_of_the_store_is_not_read(
+    member: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], environ: dict[str, str]
+) -> None:
+    """What was built may have links to whatever it likes."""
+    base = str(store_path("unknown"))
+    outside = tmp_path / "root/nix"
+    real = in_store(tmp_path, f"/nix/store/{base}")
+    real.mkdir(parents=True)
+    (real / "file").symlink_to(outside / "secret")
+    (real / "folder").symlink_to(outside)
+    (outside / "secret").write_text("told")
+
+    for full in (base, f"/nix/store/{base}"):
+        assert run(["cat", f"{full}/{member}"]) == 1
+    assert run(["ls", f"{base}/{member}"]) == (0 if member == "file" else 1)
+    out, err = capfd.readouterr()
+    assert "told" not in out
+    assert f"leads out of the store, to {tmp_path}/root" in err
+    with pytest.raises(NotFound):
+        asyncio.run(read_file(f"{base}/{member}", environ))
 
 
 def test_a_cache_that_is_named_is_asked(path: str, capsys: pytest.CaptureFixture[str]) -> None:
