@@ -38,8 +38,9 @@ from cachesrv.nix.nar_writer import NarDump, dump
 from cachesrv.nix.path_info import PathInfo
 from cachesrv.nix.seekable import compress_frame, cut
 from cachesrv.nix.store_path import StorePath
+from cachesrv.push.frame import FRAME_SIZE
 from cachesrv.push.nar_source import LocalNar
-from cachesrv.push.pipeline import FRAME_SIZE, Pipeline
+from cachesrv.push.pipeline import Pipeline
 from tests.system.server import CACHESRV, Server
 
 if TYPE_CHECKING:

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
     from cachesrv.api import CacheAnswer
     from cachesrv.nix.path_info import PathInfo
+    from cachesrv.push.compressed_nar import CompressedNar
     from cachesrv.push.events import Emit
     from cachesrv.push.nar_source import NarSource
-    from cachesrv.push.pipeline import CompressedNar, Pipeline
+    from cachesrv.push.pipeline import Pipeline
     from cachesrv.push.server import Server
     from cachesrv.push.transfers import Transfers
 

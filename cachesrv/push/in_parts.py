@@ -19,10 +19,10 @@ from cachesrv.nix.seekable import largest_file
 from cachesrv.push.arrived import Arrived, ArrivedPart, OtherBytes
 from cachesrv.push.events import Noted, Resumed, Sent
 from cachesrv.push.foremost import foremost
+from cachesrv.push.frame import recipe
 from cachesrv.push.nar_upload import NarUpload, NoStorage, begun_uploads, upload_name
 from cachesrv.push.part_memory import PartMemory
 from cachesrv.push.parts import cut
-from cachesrv.push.pipeline import recipe
 from cachesrv.push.retry import TryAgain
 
 if TYPE_CHECKING:
@@ -33,12 +33,13 @@ if TYPE_CHECKING:
     from cachesrv.nix.hashes import Hash
     from cachesrv.nix.path_info import PathInfo
     from cachesrv.push.arrived import Transfer
+    from cachesrv.push.compressed_nar import CompressedNar
     from cachesrv.push.connection import Chunk
     from cachesrv.push.events import Emit
     from cachesrv.push.nar_upload import Parts
     from cachesrv.push.part_memory import Share
     from cachesrv.push.parts import Part
-    from cachesrv.push.pipeline import CompressedNar, Pipeline
+    from cachesrv.push.pipeline import Pipeline
     from cachesrv.push.server import Server
     from cachesrv.push.transfers import Transfers
 

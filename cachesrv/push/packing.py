@@ -12,10 +12,10 @@ from cachesrv import pack
 from cachesrv.api import PackedNar, PackHead
 from cachesrv.errors import CachesrvError
 from cachesrv.nix.seekable import Frames
+from cachesrv.push.compressed_nar import check
 from cachesrv.push.events import Sending, Sent, Stored
 from cachesrv.push.failure import Failure
 from cachesrv.push.nar_source import LocalNar
-from cachesrv.push.pipeline import check
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator, Sequence

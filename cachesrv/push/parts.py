@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Container
 
+    from cachesrv.push.compressed_nar import CompressedNar
     from cachesrv.push.part_memory import Share
-    from cachesrv.push.pipeline import CompressedNar
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
     from pathlib import Path
 
-    from cachesrv.push.pipeline import CompressedNar
+    from cachesrv.push.compressed_nar import CompressedNar
 
 PRODUCTS = b"file iso $out/iso\n"
 

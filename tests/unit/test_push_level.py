@@ -16,9 +16,10 @@ from cachesrv.nix.nar_writer import dump
 from cachesrv.nix.seekable import compress_zstd
 from cachesrv.push import events, level
 from cachesrv.push.address import Address
+from cachesrv.push.frame import FRAME_SIZE
 from cachesrv.push.level import DEFAULT_LEVEL, HIGHEST, LOWEST, AdaptiveLevel, FixedLevel, Observed, levels
 from cachesrv.push.load import Leaving, Load
-from cachesrv.push.pipeline import FRAME_SIZE, Pipeline
+from cachesrv.push.pipeline import Pipeline
 from cachesrv.push.run import Options, push
 from cachesrv.push.settings import Settings
 from cachesrv.push.token import TokenVariable

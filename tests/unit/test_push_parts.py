@@ -16,12 +16,12 @@ from cachesrv.nix.nar_writer import dump
 from cachesrv.push import events, in_parts, nar_upload
 from cachesrv.push.address import Address
 from cachesrv.push.connection import Timeouts
+from cachesrv.push.frame import FRAME_SIZE, recipe
 from cachesrv.push.in_parts import part_memory
 from cachesrv.push.level import DEFAULT_LEVEL, Level
 from cachesrv.push.memory import Shares
 from cachesrv.push.nar_upload import upload_name
 from cachesrv.push.part_memory import PartMemory
-from cachesrv.push.pipeline import FRAME_SIZE, recipe
 from cachesrv.push.retry import Backoff
 from cachesrv.push.run import Options, push
 from cachesrv.push.settings import Settings

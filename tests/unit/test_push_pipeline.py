@@ -20,9 +20,10 @@ from cachesrv.nix.hashes import Hash
 from cachesrv.nix.nar_writer import NarDump, dump
 from cachesrv.nix.seekable import FrameIndex
 from cachesrv.push.buffers import Buffers
+from cachesrv.push.frame import FRAME_SIZE
 from cachesrv.push.memory import Shares
 from cachesrv.push.nar_source import LocalNar, StreamedNar
-from cachesrv.push.pipeline import FRAME_SIZE, Pipeline
+from cachesrv.push.pipeline import Pipeline
 from tests.push_doubles import path_info
 
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ import pytest
 import zstandard
 
 from cachesrv.nix.nar_writer import dump
-from cachesrv.push import events, nar_upload, pipeline
+from cachesrv.push import events, nar_upload
 from cachesrv.push.address import Address
 from cachesrv.push.connection import Timeouts
+from cachesrv.push.frame import Compressors, Frame
 from cachesrv.push.journal import Journal
 from cachesrv.push.record import Record
 from cachesrv.push.retry import Backoff
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from cachesrv.nix.path_info import PathInfo
-    from cachesrv.nix.seekable import Frames
 
 MIB = 2**20
 PARTS = 14
@@ -67,13 +67,13 @@ async def cache() -> AsyncIterator[FakeCache]:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the NAR's frames that are compressed."""
     sizes: list[int] = []
-    compress = pipeline._compress
+    compress = Compressors.frame
 
-    def counted(frames: Frames, data: memoryview) -> pipeline.Frame:
+    def counted(compressors: Compressors, data: memoryview, level: int) -> Frame:
         sizes.append(len(data))
-        return compress(frames, data)
+        return compress(compressors, data, level)
 
-    monkeypatch.setattr(pipeline, "_compress", counted)
+    monkeypatch.setattr(Compressors, "frame", counted)
     monkeypatch.setattr(nar_upload, "_PAUSE", 0.01)
     return sizes
 
