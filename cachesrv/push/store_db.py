@@ -208,7 +208,10 @@ class StoreDatabase:
         A database with a write-ahead log cannot be opened in a folder where the log's index cannot be made.
         """
         index, *logs = (self.file.with_name(f"{self.file.name}-{suffix}") for suffix in ("shm", "wal", "journal"))
-        return not index.exists() and not any(log.exists() and log.stat().st_size for log in logs)
+        try:
+            return not index.exists() and not any(log.exists() and log.stat().st_size for log in logs)
+        except OSError:  # it may not be known
+            return False
 
     def _begin(self, options: str) -> sqlite3.Connection:
         uri = f"{self.file.as_uri()}?{options}"

@@ -411,5 +411,8 @@ def test_a_database_that_this_user_may_not_read(shared: Store) -> None:
         with pytest.raises(StoreUnavailable, match=f"{shared.file} cannot be read: unable to open"):
             shared.database.path_info(path(1))
     shared.folder.chmod(0)
-    with as_nobody(), pytest.raises(StoreUnavailable, match=f"{shared.file} cannot be read: Permission denied"):
-        shared.database.check()
+    with as_nobody():
+        with pytest.raises(StoreUnavailable, match=f"{shared.file} cannot be read: Permission denied"):
+            shared.database.check()
+        with pytest.raises(StoreUnavailable, match=f"{shared.file} cannot be read: unable to open"):
+            shared.database.outputs([path(1)])
