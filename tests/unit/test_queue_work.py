@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from cachesrv.errors import BadInput, ConfigError, DaemonError, ServerError, StoreError
 from cachesrv.push.queue import work as module
-from cachesrv.push.queue.entries import Entry
+from cachesrv.push.queue.entries import Counts, Entry
+from cachesrv.push.queue.figures import write_figures
 from cachesrv.push.queue.spool import put
 from cachesrv.push.queue.work import AGAIN, CannotPush
 from tests.push_doubles import FakeCache, answer
@@ -19,7 +21,6 @@ from tests.queue_doubles import FakeQueue, full, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
 
     from aiohttp import web
 
@@ -280,3 +281,14 @@ async def test_prometheus_is_told(queue: FakeQueue, cache: FakeCache) -> None:
     assert float(lines["cachesrv_queue_sent_bytes_total"]) > 0
     assert queue.figures.stat().st_mode & 0o777 == 0o644
     assert [path.name for path in queue.figures.parent.glob(".figures*")] == []
+
+
+@pytest.mark.parametrize("file", ["/dev/null/x", f"/{'x' * 300}", ".", "/"])
+async def test_figures_that_cannot_be_written_hold_nobody_up(queue: FakeQueue, cache: FakeCache, file: str) -> None:
+    queue.built("one")
+    unable = module.Work(queue.entries, queue.work.sources, queue.way, queue.told, figures=Path(file))
+
+    assert await unable.step(time.time())
+    assert await unable.show() == Counts()
+    with pytest.raises(StoreError, match="cannot be written: "):
+        write_figures(Path(file), b"")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,13 +75,14 @@ class Figures:
 
 def write_figures(file: Path, text: bytes) -> None:
     """Whole or not at all, and for all to read: another user collects it. Raises StoreError."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    temporary = file.parent / f".{file.name}.{os.getpid()}"
     try:
         temporary.write_bytes(text)
         temporary.chmod(0o644)
         temporary.replace(file)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise StoreError(f"{file} cannot be written: {error.strerror}") from error
 
 
