@@ -82,6 +82,7 @@ class Nix:
             "substituters": "",
             "store": self.store,
             "connect-timeout": "5",
+            "fsync-metadata": "false",  # no power is lost
         }
         folder.mkdir(parents=True, exist_ok=True)
         self.environment = {
