@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from yarl import URL
 
@@ -59,16 +58,19 @@ class Elsewhere:
         """Send a part, once; its ETag, without quotes. Raises TryAgain when that may pass, by another URL; NotThere
         when there is no such upload; ServerError when it is not taken; BadInput when that is no URL for it.
         """
-        host = _host(url)
+        target = _target(url)
+        if not all(map(str.isprintable, (*headers, *headers.values()))):
+            raise BadInput("the server wants parts of NARs to be sent with headers that are none")
         with self._traffic.heard(turn):
-            return await self._put(host, url, headers, chunks)
+            return await self._put(target, headers, chunks)
 
-    async def _put(self, host: str, url: str, headers: Mapping[str, str], chunks: AsyncIterable[Chunk]) -> str:
+    async def _put(self, target: URL, headers: Mapping[str, str], chunks: AsyncIterable[Chunk]) -> str:
+        host = target.host_port_subcomponent or ""
         with our_errors(host):
             async with (
                 asyncio.timeout(None) as deadline,
-                self._opened(url).put(
-                    URL(url, encoded=True),
+                self._opened(target).put(
+                    target,
                     data=watched(chunks, deadline, self._timeouts),
                     headers=headers,
                     allow_redirects=False,
@@ -76,22 +78,30 @@ class Elsewhere:
                 ) as response,
             ):
                 if response.status == 200:
+                    tag = response.headers.get("ETag", "").strip('"')
+                    if not tag:
+                        raise ServerError(f"{host} does not say what it calls a part (ETag)")
                     self.proven = True
-                    return response.headers.get("ETag", "").strip('"')
+                    return tag
                 body = await response.content.read(_MAX_ERROR_SIZE)
                 raise _refusal(response, dict(_SAID.findall(body.decode(errors="replace"))), host)
 
-    def _opened(self, url: str) -> aiohttp.ClientSession:
+    def _opened(self, target: URL) -> aiohttp.ClientSession:
         if self._session is None:
-            self._session = open_session(url, self._connections)
+            self._session = open_session(str(target), self._connections)
         return self._session
 
 
-def _host(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
+def _target(url: str) -> URL:
+    try:
+        target = URL(url, encoded=True)
+        (target.raw_host or "").encode("idna")
+        there = target.scheme in {"http", "https"} and target.host and target.port
+    except ValueError:
+        there = None
+    if not there:
         raise BadInput("the server sends us with parts of NARs to what is no URL")
-    return parts.netloc
+    return target
 
 
 def _refusal(response: aiohttp.ClientResponse, said: Mapping[str, str], host: str) -> ServerError:

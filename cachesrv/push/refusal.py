@@ -83,7 +83,7 @@ def said_in(body: bytes, content_type: str) -> str:
         return ""
     try:
         return one_line(msgspec.json.decode(body, type=ErrorAnswer).error)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return one_line(body.decode(errors="replace"))
 
 

@@ -260,5 +260,5 @@ async def _slices(body: bytes) -> AsyncIterator[bytes]:
 def _decode(body: bytes, kind: type[Answer], address: Address) -> Answer:
     try:
         return msgspec.json.decode(body, type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ServerError(f"{address} does not answer as the push API does, is it a cachesrv? ({error})") from None

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
+import structlog
 
-from cachesrv.errors import BadInput, StoreError
+from cachesrv.errors import BadInput
 from cachesrv.storage.base import STAGING
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from cachesrv.storage.base import ObjectInfo, ObjectStore, ObjectWriter
+
+_log = structlog.get_logger()
 
 _LARGEST_BEGUN = 2**20
 _REMOVED_TOGETHER = 1000
@@ -126,12 +129,13 @@ class PartStore:
         await self._storage.put(place.begun_key, msgspec.json.encode(begun), replace=True)
 
     async def begun(self, place: Place) -> Begun | None:
-        """What was noted, None when there is no such upload."""
+        """What was noted; None when there is no such upload, or that cannot be read: then it is begun anew."""
         noted = await self._storage.get(place.begun_key, limit=_LARGEST_BEGUN)
         try:
             return None if noted is None else msgspec.json.decode(noted, type=Begun)
-        except msgspec.DecodeError as error:
-            raise StoreError(f"{place.begun_key} is not as it was written: {error}") from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            _log.warning("an upload is not noted as it was written", key=place.begun_key, error=str(error))
+            return None
 
     async def is_begun(self, place: Place) -> bool:
         """Whether there is such an upload."""

@@ -133,7 +133,11 @@ async def test_what_passes_is_tried_again_with_another_url(
     assert notes(told) == []
 
 
-@pytest.mark.parametrize("faults", [[REFUSED], [EXPIRED] * 20, [drop] * 20], ids=["refused", "denied", "gone"])
+@pytest.mark.parametrize(
+    "faults",
+    [[REFUSED], [EXPIRED] * 20, [drop] * 20, [answer(200)]],
+    ids=["refused", "denied", "gone", "without an ETag"],
+)
 async def test_where_the_bucket_fails_parts_go_through_the_server(
     store: TemporaryStore, cache: FakeCache, faults: list[Handler]
 ) -> None:
@@ -199,11 +203,35 @@ async def test_a_bucket_that_was_there_is_waited_for(store: TemporaryStore, cach
     assert cache.count("sign") > 20
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "nonsense", "http://"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/passwd",
+        "nonsense",
+        "http://",
+        "http://[bad/",
+        "http://bucket:port/",
+        "http://127.0.0.1:99999/",
+        "http://a..b/",
+    ],
+)
 async def test_a_url_that_is_none(store: TemporaryStore, cache: FakeCache, url: str) -> None:
+    await check_that_nothing_is_sent(store, cache, url, {})
+
+
+@pytest.mark.parametrize("headers", [{"x-amz-name": "a\r\nb: c"}, {"x-amz-\r\nb": "c"}, {"Content-MD5": "\0"}])
+async def test_headers_that_are_none(store: TemporaryStore, cache: FakeCache, headers: dict[str, str]) -> None:
+    await check_that_nothing_is_sent(store, cache, cache.url.replace("/main", "/bucket/0/1"), headers)
+
+
+async def check_that_nothing_is_sent(
+    store: TemporaryStore, cache: FakeCache, url: str, headers: dict[str, str]
+) -> None:
+    """As a server says by which parts were to go to its bucket."""
+
     async def sign(request: web.Request) -> web.Response:
         await request.read()
-        return web.json_response({"url": url, "headers": {}})
+        return web.json_response({"url": url, "headers": headers})
 
     cache.fail("sign", *[sign] * 3)
     await pushed(store, cache)

@@ -119,6 +119,8 @@ def test_who_has_no_token_is_told_where_to_put_one() -> None:
         (b"\xff\x1b[31m\r\nbeep\x07", "text/plain", "\ufffd [31m beep"),
         (b"x" * 5000, "text/plain", "x" * 299 + "…"),
         (b'{"error":5}', "application/json", '{"error":5}'),
+        (b'{"error":"\xff"}', "application/json", '{"error":"\ufffd"}'),
+        (b'{"x":' + b"[" * 60_000, "application/json", '{"x":' + "[" * 294 + "…"),
         (b"", "", ""),
     ],
 )
@@ -264,9 +266,25 @@ async def test_a_token_that_comes_into_being_is_found(cache: FakeCache, tmp_path
         assert (await server.describe()).name == "main"
 
 
-@pytest.mark.parametrize("body", ["", "<html>", "[]", '{"missing":5}', '{"missing":[],"stored":[]}', "\0" * 100])
-async def test_an_answer_that_is_none_is_the_servers_fault(cache: FakeCache, body: str) -> None:
-    cache.fail("missing", answer(200, body))
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"<html>",
+        b"[]",
+        b'{"missing":5}',
+        b'{"missing":[],"stored":[]}',
+        b"\0" * 100,
+        b'{"missing":["\xff"],"stored":[],"conflicts":[]}',
+        b'{"unknown":' + b"[" * 100_000,
+    ],
+    ids=lambda body: body[:20].decode(errors="replace"),
+)
+async def test_an_answer_that_is_none_is_the_servers_fault(cache: FakeCache, body: bytes) -> None:
+    async def nonsense(request: web.Request) -> web.Response:
+        return web.Response(body=body)
+
+    cache.fail("missing", nonsense)
     async with talking(cache) as server:
         with pytest.raises(ServerError, match="is it a cachesrv") as caught:
             await server.missing([])

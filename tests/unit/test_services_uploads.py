@@ -15,7 +15,7 @@ from cachesrv.errors import BadInput, Conflict, Mismatch, NotFound, StoreError, 
 from cachesrv.nix.hashes import Hash
 from cachesrv.services import assembly, through
 from cachesrv.services.ingest import Ingest
-from cachesrv.services.part_store import Begun, Part, PartStore
+from cachesrv.services.part_store import Begun, Part, PartStore, Place
 from cachesrv.services.uploads import DirectParts, Limits, Missing, Uploads, Verifying
 from cachesrv.storage.decorators import Direct, Limited, Retrying
 from cachesrv.storage.filesystem import FilesystemStore
@@ -421,6 +421,22 @@ async def test_what_nobody_goes_on_with_is_swept_away(site: Site) -> None:
         assert await later.sweep() == 1
         assert await keys(site) == set()
         assert await later.sweep() == 0
+
+
+@pytest.mark.parametrize("noted", [b"", b'{"nar_hash": 1}', b'{"nar_hash":"\xff","nar_size":1,"pusher":""}'])
+async def test_what_is_noted_in_another_way_is_begun_anew_or_swept_away(files: Site, noted: bytes) -> None:
+    """By a later version, say."""
+    async with process(files) as opened:
+        place = Place.of("main", UPLOAD)
+        await files.storage.put(place.begun_key, noted)
+        assert await begin(opened, files) == []
+        await send(opened, files, 1, PARTS[0])
+        await files.storage.put(place.begun_key, noted, replace=True)
+        await begin(opened, files, OTHER, upload="f" * 16)
+
+    async with process(files, seconds=-60) as later:
+        assert await later.sweep() == 2
+    assert await keys(files) == set()
 
 
 async def test_the_room_for_parts_has_limits(files: Site) -> None:
