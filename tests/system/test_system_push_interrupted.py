@@ -23,7 +23,7 @@ import pytest
 from tests.system import push
 from tests.system.counting_proxy import CountingProxy
 from tests.system.nix import MANY
-from tests.system.server import Server, until
+from tests.system.server import CACHESRV, Server, until
 from tests.system.small_disk import small_disk
 
 if TYPE_CHECKING:
@@ -183,6 +183,59 @@ def test_the_server_is_restarted(scene: Scene, end: Callable[[Server], object], 
         scene.end(pushing)
     assert not scene.proxy.pending
     scene.check(2 * AT_ONCE)
+
+
+def put_token(server: Server, name: str, file: Path) -> None:
+    """A new one, as whoever renews tokens does it: the file is never without one."""
+    new = file.with_name(name)
+    on_tokens(server, "create", name, "--permission", "push", "--output", str(new))
+    new.replace(file)
+
+
+def on_tokens(server: Server, *words: str) -> None:
+    command = [*CACHESRV, "token", *words, "--data-dir", str(server.data_dir)]
+    subprocess.run(command, check=True, env=server.environment, capture_output=True)
+
+
+@contextmanager
+def token_ends(scene: Scene, file: Path, name: str, renewed: str = "") -> Iterator[subprocess.Popen[bytes]]:
+    """A push that sleeps in the middle of bodies, and whose token ends then. The server is started anew: it remembers
+    tokens for a while.
+    """
+    asleep = threading.Event()
+    with scene.begun("--token-file", str(file)) as pushing:
+
+        def sleep() -> None:
+            pushing.send_signal(signal.SIGSTOP)
+            asleep.set()
+
+        scene.proxy.trouble(TOTAL // 4, sleep)
+        until(partial(_is_set_or_over, asleep, pushing), "nothing is sent")
+        on_tokens(scene.server, "revoke", name)
+        if renewed:
+            put_token(scene.server, renewed, file)
+        scene.server.kill()
+        scene.server.start()
+        pushing.send_signal(signal.SIGCONT)
+        yield pushing
+
+
+def test_the_token_ends(scene: Scene, tmp_path: Path) -> None:
+    """The push says so; with another one it goes on where it was, and with a third that comes into its file."""
+    file = tmp_path / "token"
+    put_token(scene.server, "first", file)
+    with token_ends(scene, file, "first") as pushing:
+        assert pushing.wait(push.PATIENCE) == 1
+    scene.proxy.settle()
+    assert f"does not accept the token from {file}" in scene.told
+    assert "Traceback" not in scene.told
+    there = len(scene.parts)
+    put_token(scene.server, "second", file)
+    with token_ends(scene, file, "second", renewed="third") as pushing:
+        told = scene.end(pushing)
+    assert any("has been renewed" in event.get("error", "") for event in told)
+    assert sum(event["parts"] for event in told if event["event"] == "resumed") >= there > 0
+    scene.check(3 * AT_ONCE)
 
 
 def _is_set_or_over(event: threading.Event, pushing: subprocess.Popen[bytes]) -> bool:
