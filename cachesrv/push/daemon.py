@@ -135,7 +135,11 @@ class DaemonStore:
                     yield chunk
 
     async def realisations(self, paths: Iterable[StorePath]) -> Mapping[OutputId | TracedOutput, Realisation]:
-        """From the database, where this user may read it, else from a daemon that can be asked by derivation."""
+        """From the database, where this user may read it, else from a daemon that can be asked by derivation.
+
+        Before Nix 2.35 a daemon is asked by a hash of the derivation that clients evaluate. It tells nobody which one
+        that was: the deriver of a path is the resolved one, in which inputs are their outputs.
+        """
         database = StoreDatabase(self._location)
         if database.readable:
             return await asyncio.to_thread(database.realisations, list(paths))
