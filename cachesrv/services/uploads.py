@@ -120,9 +120,6 @@ class Uploads:
         _check_nar(place, before, nar_hash)
         if before is None:
             await self._room.for_upload()
-        completing = self._completing.get(place)
-        if completing and completing.done():
-            self._forget(place, completing)
         if direct and (there := await self._begin_direct(place, begun, before.staged if before else None)):
             return there
         if before and before.staged and self._direct:
@@ -195,7 +192,11 @@ class Uploads:
             raise BadInput(f"a NAR of {len(parts)} parts: it has 1 to {MAX_PARTS}")
         if len(md5) not in {0, len(parts)}:
             raise BadInput(f"the MD5 of {len(md5)} parts of a NAR that has {len(parts)}")
-        _check_nar(place, await self._store.begun(place), nar_hash)
+        begun = await self._store.begun(place)
+        _check_nar(place, begun, nar_hash)
+        before = self._completing.get(place)
+        if before and before.done() and begun:  # anew, since what was wrong is forgotten with its upload
+            self._forget(place, before)
         if place not in self._completing:
             task = asyncio.create_task(self._complete(cache, place, nar_hash, list(parts), md5))
             self._completing[place] = task

@@ -333,6 +333,26 @@ async def test_uploads_have_names(files: Site, name: str) -> None:
             await opened.abort(files.cache, name)
 
 
+async def test_what_was_no_nar_may_become_one_by_way_of_another_process(files: Site) -> None:
+    """A part was damaged in storage: it is found out by one process, and sent again to another one."""
+    async with process(files) as one, process(files) as two:
+        await begin(two, files)
+        for number, part in enumerate(PARTS, 1):
+            await send(two, files, number, part)
+        key = Place.of("main", UPLOAD).part_key(2, digests(PARTS)[1])
+        await files.storage.put(key, bytes(PART), replace=True)
+        with pytest.raises(BadInput):
+            await complete(one, files)
+        with pytest.raises(BadInput):
+            await complete(one, files)
+
+        assert await begin(two, files) == []
+        for number, part in enumerate(PARTS, 1):
+            await send(two, files, number, part)
+        await complete(one, files)
+    assert await keys(files) == {NAR_KEY}
+
+
 async def test_an_upload_is_for_one_nar(files: Site) -> None:
     async with process(files) as opened:
         await begin(opened, files)
