@@ -71,14 +71,15 @@ class FolderServer:
         await response.prepare(request)
         is_nar = name.startswith("nar/")
         if is_nar and self.breaks_after is not None and end - start > self.breaks_after:
-            await response.write(data[start : start + self.breaks_after])
             self.nar_bytes += self.breaks_after
+            await response.write(data[start : start + self.breaks_after])
             assert request.transport is not None
             request.transport.close()
             return response
         for position in range(start, end, 65536):
-            await response.write(data[position : min(position + 65536, end)])
+            # Before: who has got the last of it may look at once.
             self.nar_bytes += is_nar * (min(position + 65536, end) - position)
+            await response.write(data[position : min(position + 65536, end)])
         await response.write_eof()
         return response
 
