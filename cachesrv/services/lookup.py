@@ -2,7 +2,7 @@
 
 What the sources say is written to the index: a path when one of them has it, an absence when all of them say that they
 have not. An error is neither, and is never written; nor is it told to clients as an absence, which they remember too,
-unless it is one that will not pass. Equal questions in flight are asked once.
+unless it is one that will not pass. An index that cannot be read costs time. Equal questions in flight are asked once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cachesrv.catalog.base import Catalog
-    from cachesrv.index.base import Index
+    from cachesrv.index.base import Absent, Index
     from cachesrv.services.caches import ServedCache
 
 _log = structlog.get_logger()
@@ -88,11 +88,19 @@ class Lookup:
         """The answer for a path, or None when it is not there. Raises StoreError or PeerUnavailable when that cannot be
         told now.
         """
-        known = self._index.get(cache.name, hash_part)
+        known = self._known(cache, hash_part)
         if known is not None:
             return known if isinstance(known, Present) else None
         text = await self._ask_once(cache, hash_part)
         return present(text) if text is not None else None
+
+    def _known(self, cache: ServedCache, hash_part: str) -> Present | Absent | None:
+        try:
+            return self._index.get(cache.name, hash_part)
+        except StoreError as error:
+            # It knows nothing that others do not, and is begun anew at the next start.
+            _log.error("the index cannot be read: restart cachesrv", error=str(error))
+            return None
 
     def lacks(self, cache: ServedCache, hash_part: str) -> bool:
         """Whether it is certain, and can be told at once, that a path is not there of which the index knows nothing.
@@ -134,16 +142,24 @@ class Lookup:
 
     async def _ask(self, cache: ServedCache, hash_part: str) -> bytes | None:
         doubts: list[PeerError] = []
-        epoch = self._index.epoch()
+        epoch = self._epoch()
         async with waiting(self._timeout, f"whether {hash_part} is there"):
             text = await self._ask_sources(cache, hash_part, doubts)
         for doubt in doubts:
             _log.warning("a source could not answer", cache=cache.name, hash_part=hash_part, error=str(doubt))
         if text is not None or not doubts:
-            self._teach(_Learnt(cache.name, hash_part, text, epoch))
+            if epoch is not None:
+                self._teach(_Learnt(cache.name, hash_part, text, epoch))
         elif unavailable := next((doubt for doubt in doubts if isinstance(doubt, PeerUnavailable)), None):
             raise unavailable
         return text
+
+    def _epoch(self) -> int | None:
+        """That of the index; None when it cannot be read, and has nothing to be taught."""
+        try:
+            return self._index.epoch()
+        except StoreError:
+            return None
 
     async def _ask_sources(self, cache: ServedCache, hash_part: str, doubts: list[PeerError]) -> bytes | None:
         """The first answer; who could not tell is added to `doubts`."""

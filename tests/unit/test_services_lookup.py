@@ -10,6 +10,7 @@ import pytest
 
 from cachesrv.errors import StoreError
 from cachesrv.index.base import Absent, IndexEntry, Present
+from cachesrv.index.lmdb import LmdbIndex
 from cachesrv.index.memory import MemoryIndex
 from cachesrv.services.answer import present
 from cachesrv.services.lookup import CatalogSource, Lookup
@@ -98,6 +99,26 @@ async def test_an_error_is_not_an_absence() -> None:
     source.error, source.known = None, {HASH_PART: TEXT}
     assert await asking.find(CACHE, HASH_PART) == present(TEXT)
     await asking.close()
+
+
+async def test_an_index_that_cannot_be_read_costs_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, source = tmp_path / "index", Known({HASH_PART: TEXT})
+    index = LmdbIndex(str(path), size_limit=2**26)
+    index.put([IndexEntry("main", HASH_PART, present(b"damaged"))])
+    with (path / "data.mdb").open("r+b") as file:
+        file.seek(8192)
+        file.write(bytes((path / "data.mdb").stat().st_size - 8192))
+    asking = Lookup(index, [source], negative_ttl=TTL, timeout=10)
+    for _ in range(2):
+        assert await asking.find(CACHE, HASH_PART) == present(TEXT)
+        assert await asking.find(CACHE, "0" * 32) is None
+        await asking.close()
+    index.close()
+    assert len(source.asked) == 4
+    assert "the index cannot be read" in capsys.readouterr().out
+    index = LmdbIndex(str(path), size_limit=2**26)
+    assert index.fresh
+    index.close()
 
 
 async def test_a_source_that_does_not_answer() -> None:
