@@ -15,6 +15,7 @@ CachesrvError
 ├── ConfigError         the configuration or the command line cannot be used
 ├── StoreError          a store of ours failed; says nothing about what it holds
 │   ├── StoreFull
+│   ├── StoreDamaged    … for good, and others have it open
 │   └── StoreUnavailable
 │       ├── BeingRemoved   … because what is asked for is just being deleted
 │       └── LockLost       … because another process has taken over what this one was doing
@@ -90,6 +91,10 @@ class StoreFull(StoreError):
     def __init__(self, message: str, *, missing: int = 0) -> None:
         super().__init__(message)
         self.missing = missing
+
+
+class StoreDamaged(StoreError):
+    """Files that nobody can use; whoever has them open has to end before they can be begun anew."""
 
 
 class StoreUnavailable(StoreError):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import lmdb
 
-from cachesrv.errors import StoreError, StoreFull
+from cachesrv.errors import StoreDamaged, StoreError, StoreFull
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,7 +64,7 @@ class SharedEnvironment:
     never across one; one process can open a folder only once at a time. The files are for their owner only.
 
     `fresh` says that there was nothing of use in the folder, so that everything has to be learnt anew. Raises
-    StoreError, also for files that are unusable while others have them open.
+    StoreError, and StoreDamaged for files that are unusable while others have them open.
     """
 
     def __init__(self, path: str, *, map_size: int) -> None:
@@ -87,7 +87,7 @@ class SharedEnvironment:
             self._open_files(map_size, alone=alone)
         except _Unusable as error:
             if not alone:
-                raise StoreError(f"the index is in use by others and cannot be shared: {error}") from error
+                raise StoreDamaged(f"the index is in use by others and cannot be shared: {error}") from error
             self._throw_away()
             self._allocate_locks()
             self._open_files(map_size, alone=alone)

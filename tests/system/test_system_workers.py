@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.samples import Sample
 from tests.system.server import PATIENCE, Server, until
 
 if TYPE_CHECKING:
@@ -162,6 +163,25 @@ def test_a_worker_is_replaced_whatever_became_of_the_configuration(make_server: 
     server.signal(signal.SIGHUP)
     until(lambda: server.log.count("configuration reloaded") == 2 * WORKERS, "it is not read again")
     assert in_all("Priority: 10\n")
+
+
+def test_workers_begin_anew_together_when_their_index_is_damaged(server: Server) -> None:
+    sample = Sample("sample")
+    for url, body in ((sample.nar_url, sample.file), (sample.narinfo_url, sample.narinfo())):
+        assert server.pusher.put(url, body).status == 204
+    index = server.data_dir / "index"
+    with (index / "data.mdb").open("r+b") as file:
+        file.seek(8192)
+        file.write(bytes((index / "data.mdb").stat().st_size - 8192))
+    # What it is made from answers.
+    assert {server.client().get(sample.narinfo_url).status for _ in range(20)} == {200}
+    assert (index / "damaged").exists()
+    before = worker_pids(server)
+    os.kill(before[0], signal.SIGKILL)
+    until(lambda: not (index / "damaged").exists(), "the index is not begun anew")
+    # Nobody hangs, whichever worker's socket it comes to.
+    assert {server.client().get(sample.narinfo_url).status for _ in range(20)} == {200}
+    assert set(before).isdisjoint(worker_pids(server))
 
 
 def test_metrics_are_those_of_all_workers(server: Server, narinfo: str) -> None:
