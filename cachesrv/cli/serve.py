@@ -64,6 +64,7 @@ def _raise_limit_of_files() -> None:
 def _serve(load: Callable[[], Config], options: Sequence[str]) -> None:
     """`options` lead other commands to the same stores."""
     import asyncio
+    import signal
 
     from cachesrv import systemd, wiring
     from cachesrv.cli.chores import chores
@@ -73,6 +74,8 @@ def _serve(load: Callable[[], Config], options: Sequence[str]) -> None:
     from cachesrv.web.server import tls_context
     from cachesrv.web.workers import Supervisor
 
+    # A reload that is asked for during the start is done after it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     config = load()
     count = config.server.workers
     data = DataDirectory(config.data_dir)

@@ -85,12 +85,13 @@ async def serve(
     shutdown_timeout: float,
     reload: Callable[[], Rules],
 ) -> None:
-    """Serve until SIGTERM or SIGINT; SIGHUP puts in force what `reload` returns."""
+    """Serve until SIGTERM or SIGINT; SIGHUP, which may be blocked until now, puts in force what `reload` returns."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, stop.set)
     loop.add_signal_handler(signal.SIGHUP, _reload, site, reload)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     async with listening(site, sockets, tls=tls, shutdown_timeout=shutdown_timeout):
         systemd.notify("READY=1", os.environ)
         watchdog = asyncio.create_task(systemd.feed_watchdog(os.environ))

@@ -126,7 +126,8 @@ class Supervisor:
         try:
             _die_with(supervisor)
             os.environ.pop("NOTIFY_SOCKET", None)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITED_FOR)
+            # To be told to read the configuration again before it can be done is no reason to die: it is done then.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITED_FOR - {signal.SIGHUP})
             self._work(number)
             status = 0
         except StoreDamaged as error:

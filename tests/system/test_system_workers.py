@@ -165,6 +165,20 @@ def test_a_worker_is_replaced_whatever_became_of_the_configuration(make_server: 
     assert in_all("Priority: 10\n")
 
 
+def test_a_worker_that_is_starting_reads_the_configuration_again_too(make_server: StartServer) -> None:
+    text = '[server]\nworkers = 2\n[[cache]]\nname = "main"\npriority = %s\n'
+    server = make_server(config=text % 30).start()
+    old = worker_pids(server)
+    os.kill(old[0], signal.SIGKILL)
+    until(lambda: bool({*worker_pids(server)} - {*old}), "the worker is not replaced")
+    new = worker_pids(server)
+    server.config_file.write_text(text % 20)
+    server.signal(signal.SIGHUP)
+    until(lambda: server.log.count("configuration reloaded") == WORKERS, "it is not read again")
+    assert worker_pids(server) == new
+    assert all(b"Priority: 20\n" in server.client().get("/main/nix-cache-info").body for _ in range(16))
+
+
 def test_workers_begin_anew_together_when_their_index_is_damaged(server: Server) -> None:
     sample = Sample("sample")
     for url, body in ((sample.nar_url, sample.file), (sample.narinfo_url, sample.narinfo())):
