@@ -39,11 +39,11 @@ async def metrics(request: web.Request) -> web.Response:
     """Prometheus' text format."""
     request[ROUTE] = "metrics"
     site = request.app[SITE]
-    answers, absences = await asyncio.to_thread(site.services.index.count)
-    gauges: list[Gauge] = [
-        ("index_paths", "Paths in the index.", answers),
-        ("index_absences", "Absences in the index.", absences),
-    ]
+    gauges: list[Gauge] = []
+    with suppress(StoreError):
+        answers, absences = await asyncio.to_thread(site.services.index.count)
+        gauges.append(("index_paths", "Paths in the index.", answers))
+        gauges.append(("index_absences", "Absences in the index.", absences))
     with suppress(StoreError):
         collected = float(await site.services.catalog.noted(COLLECTED) or 0)
         gauges.append(("collected_at_seconds", "When garbage was collected last, whoever did it; 0: never.", collected))
