@@ -90,7 +90,8 @@ async def serve(
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, _reload, site, reload)
+    looking: set[asyncio.Task[None]] = set()
+    loop.add_signal_handler(signal.SIGHUP, _reload, site, reload, looking)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     async with listening(site, sockets, tls=tls, shutdown_timeout=shutdown_timeout):
         systemd.notify("READY=1", os.environ)
@@ -168,8 +169,8 @@ async def _sweep(services: Services) -> None:
         await asyncio.sleep(_ABANDONED)
 
 
-def _reload(site: Site, reload: Callable[[], Rules]) -> None:
-    """A configuration that is wrong changes nothing."""
+def _reload(site: Site, reload: Callable[[], Rules], looking: set[asyncio.Task[None]]) -> None:
+    """A configuration that is wrong changes nothing. In `looking` are tasks that go on."""
     systemd.notify("RELOADING=1", os.environ)
     try:
         site.rules = reload()
@@ -177,4 +178,18 @@ def _reload(site: Site, reload: Callable[[], Rules]) -> None:
         _log.error("the configuration stays as it was", error=str(error))
     else:
         _log.info("configuration reloaded", caches=sorted(site.rules.caches))
+        task = asyncio.get_running_loop().create_task(_find_out(site))
+        looking.add(task)
+        task.add_done_callback(looking.discard)
     systemd.notify("READY=1", os.environ)
+
+
+async def _find_out(site: Site) -> None:
+    """Whether the catalog knows all of caches that are new: else storage is asked for whatever is not there."""
+    try:
+        incomplete = await site.services.completeness.find_out(site.rules.caches.values())
+    except StoreError as error:
+        _log.warning("it was not found out what lies in storage", error=str(error))
+    else:
+        if incomplete:
+            _log.warning("the catalog is incomplete: run `cachesrv reindex`", caches=incomplete)

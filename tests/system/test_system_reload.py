@@ -72,6 +72,18 @@ def test_an_upstream_that_cannot_be_asked_changes_nothing(make_server: StartServ
     assert b"Priority: 40\n" in server.client().get("/main/nix-cache-info").body
 
 
+def test_of_a_cache_that_is_added_it_is_known_at_once_what_is_not_there(make_server: StartServer) -> None:
+    server = make_server(config=MAIN).start()
+    note = "select value from notes where name = 'complete added'"
+    reload(server, f'{MAIN}[[cache]]\nname = "added"\n')
+    until(lambda: server.query(note) == [("0",)], "storage is asked for whatever is not there")
+    # What lies there already has to be taken in.
+    (server.data_dir / "objects" / "filled").mkdir()
+    (server.data_dir / "objects" / "filled" / f"{SAMPLE.path.hash_part}.narinfo").write_bytes(SAMPLE.narinfo())
+    reload(server, f'{MAIN}[[cache]]\nname = "filled"\n')
+    until(lambda: "the catalog is incomplete" in server.log, "it is not told that a reindex is needed")
+
+
 def test_a_cache_that_becomes_private_is_so_on_every_connection(make_server: StartServer) -> None:
     server = make_server(config=f"[server]\nworkers = 2\n{MAIN}").start()
     assert server.pusher.put(SAMPLE.nar_url, SAMPLE.file).status == 204
