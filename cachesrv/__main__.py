@@ -19,9 +19,12 @@ def main() -> NoReturn:
             hook_main()
         case ["hook", "--queue", queue] if queue:
             hook_main(queue)
-    from cachesrv.cli import main as any_command  # noqa: PLC0415  see above
+    try:
+        from cachesrv.cli import main as any_command  # noqa: PLC0415  see above
 
-    any_command()
+        any_command()
+    except KeyboardInterrupt:  # before there was anybody to tell it
+        sys.exit(130)
 
 
 def hook_main(queue: str | None = None) -> NoReturn:

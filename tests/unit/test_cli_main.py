@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 import pytest
 
+import cachesrv.__main__
 import cachesrv.cli
 from cachesrv.cli import COMMANDS, run
 from cachesrv.errors import BadInput, ConfigError
@@ -274,6 +275,16 @@ def test_each_end_has_its_status_and_at_most_a_line(
 
     assert run(["push"]) == status
     assert capsys.readouterr().err.lstrip() == line
+
+
+def test_an_interruption_comes_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cachesrv.cli, "main", interrupted)
+    monkeypatch.setattr(sys, "argv", ["cachesrv", "push"])
+    with pytest.raises(SystemExit, match="130"):
+        cachesrv.__main__.main()
 
 
 def test_a_defect_can_be_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
