@@ -49,11 +49,13 @@ class PullThrough:
 
     async def remote(self, cache: ServedCache, name: str, hash_part: str | None) -> UpstreamNar | None:
         """See Origin."""
-        if not cache.pull_through or hash_part is None or not is_hash_part(hash_part):
+        if hash_part is None or not is_hash_part(hash_part):
             return None
-        found = await self._upstreams.find(cache, hash_part, lambda info: our_name(info) == name)
+        found = None
+        if cache.pull_through:
+            found = await self._upstreams.find(cache, hash_part, lambda info: our_name(info) == name)
         if not found:
-            # It was there when its narinfo was looked up, and is upstream no more.
+            # It was there when its narinfo was looked up, and is upstream no more, or the cache pulls through no more.
             await self._forget(cache, hash_part, name)
             return None
         upstream, info = found

@@ -58,9 +58,19 @@ def test_a_cache_comes_to_pull_through(make_server: StartServer, upstream: Serve
     added = f'[[cache]]\nname = "added"\n{relying}pull_through = true\n'
     reload(server, MAIN + added + declared)
     assert fetched(server.client(), "added") == SAMPLE.file
-    # and comes to do so no more: what it has, it keeps
-    assert server.client().get(f"/main/{'0' * 32}.narinfo").status == 404
-    assert server.client().get(SAMPLE.narinfo_url).status == 200
+    # and comes to do so no more: what it has, it keeps; what it has only spoken of is gone when it is asked for
+    other = Sample("other")
+    assert upstream.pusher.put(other.nar_url, other.file).status == 204
+    assert upstream.pusher.put(other.narinfo_url, other.narinfo()).status == 204
+    narinfo = other.narinfo_url.replace("main", "added", 1)
+    spoken_of = server.client().get(narinfo)
+    assert spoken_of.status == 200
+    reload(server, MAIN + added.replace("true", "false") + declared)
+    assert fetched(server.client(), "added") == SAMPLE.file
+    url = re.search(r"^URL: (.*)$", spoken_of.text, re.MULTILINE)
+    assert url
+    assert server.client().get(f"/added/{url[1]}").status == 404
+    assert server.client().get(narinfo).status == 404
 
 
 def test_an_upstream_that_cannot_be_asked_changes_nothing(make_server: StartServer) -> None:

@@ -436,6 +436,13 @@ async def test_who_asks_for_nonsense_has_nothing_forgotten(local: Far) -> None:
     assert isinstance(local.site.index.get("main", other), Absent)
 
 
+async def test_what_a_cache_offered_while_it_pulled_through_is_forgotten(local: Far) -> None:
+    local.upstream.add(LARGE)
+    local.site.index.put([IndexEntry("main", LARGE.path.hash_part, present(LARGE.narinfo()))])
+    assert await local.delivery.open(served_cache(), LARGE.nar_name, LARGE.path.hash_part) is None
+    assert local.site.index.get("main", LARGE.path.hash_part) is None
+
+
 async def test_caches_that_do_not_pull_through_do_not(local: Far) -> None:
     local.upstream.add(LARGE)
     assert await local.delivery.open(served_cache(), LARGE.nar_name, LARGE.path.hash_part) is None
