@@ -24,7 +24,7 @@ from cachesrv.push.retry import TryAgain
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 
-    from cachesrv.api import PathOutcome
+    from cachesrv.api import PackHead, PathOutcome
     from cachesrv.nix.hashes import Hash
     from cachesrv.nix.path_info import PathInfo
     from cachesrv.nix.store_path import StorePath
@@ -146,35 +146,42 @@ class Upload:
 
     async def _send_pack(self, packing: Packing, pack: Pack) -> list[Nar]:
         """NARs that have to be sent one by one."""
-        batch = self._order.take(PACKED_PATHS, PACKED_REFERENCES, pack.paths)
-        request = packing.request(pack, [_to_publish(info) for info in batch])
-        if request is None:
-            self._put_back(batch)
-            batch = []
-            request = packing.request(pack, [])
-            assert request is not None
+        batch, request = self._with_paths(packing, pack)
         try:
             answer = await packing.send(pack, *request)
-        except BodyTooLarge:
-            self._put_back(batch)
-            if len(pack.ready) == 1:
-                return [pack.ready[0].nar]
-            return [nar for half in pack.halves() for nar in await self._send_pack(packing, half)]
         except CachesrvError as error:
             if concerns_all(error):
                 raise
             self._put_back(batch)
-            if isinstance(error, TryAgain):
-                self._settle((), {path: Failure.of(error) for path in pack.paths})
-                return []
-            self._packing = None  # whatever the reason: it will be the same for the next one
-            return [ready.nar for ready in pack.ready]
+            return await self._send_otherwise(packing, pack, error)
         refused = [one.nar for one, outcome in zip(pack.ready, answer.nars, strict=True) if outcome.error is not None]
         hashes = {nar.hash for nar in refused}
         self._nar_is_there(info for one in pack.ready if one.nar.hash not in hashes for info in one.nar.infos)
         lacking = _Again({info.store_path: info for info in batch if info.nar_hash in hashes})
         await self._send_again(self._hear(batch, answer.paths, lacking))
         return refused
+
+    def _with_paths(self, packing: Packing, pack: Pack) -> tuple[list[PathInfo], tuple[PackHead, bytes]]:
+        """What is sent, and the paths to publish in it: none where there is no room for them."""
+        batch = self._order.take(PACKED_PATHS, PACKED_REFERENCES, pack.paths)
+        request = packing.request(pack, [_to_publish(info) for info in batch])
+        if request is not None:
+            return batch, request
+        self._put_back(batch)
+        request = packing.request(pack, [])
+        assert request is not None
+        return [], request
+
+    async def _send_otherwise(self, packing: Packing, pack: Pack, error: CachesrvError) -> list[Nar]:
+        """What becomes of a pack that was not taken: smaller ones, NARs that have to be sent one by one, or nothing."""
+        if isinstance(error, TryAgain):
+            self._settle((), {path: Failure.of(error) for path in pack.paths})
+            return []
+        if isinstance(error, BodyTooLarge) and len(pack.ready) > 1:
+            return [nar for half in pack.halves() for nar in await self._send_pack(packing, half)]
+        if not isinstance(error, BodyTooLarge):
+            self._packing = None  # whatever the reason: it will be the same for the next one
+        return [ready.nar for ready in pack.ready]
 
     def _put_back(self, batch: Iterable[PathInfo]) -> None:
         for info in batch:
