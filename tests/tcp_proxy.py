@@ -32,7 +32,7 @@ class TcpProxy:
     """In front of a server at a port of this machine; in an event loop.
 
     takes: bytes of a request, 0 for any number; what is more ends its connection, as `end` says.
-    seconds: that a request may take to come, 0 for any time, at `rate` bytes in a second for all of them together.
+    in_time: bytes that the link carries, of all requests together, in the time that one may take; 0 for any time.
     requests: that may come on one connection, 0 for any number; the next one ends it.
     one_at_a_time: no connection is looked at before the one that came first has ended.
     ended: how many connections it has ended.
@@ -41,8 +41,7 @@ class TcpProxy:
     upstream: int
     takes: int = 0
     end: End = End.RESET
-    seconds: float = 0.0
-    rate: float = 0.0
+    in_time: int = 0
     requests: int = 0
     one_at_a_time: bool = False
     ended: int = 0
@@ -50,7 +49,7 @@ class TcpProxy:
     _listening: asyncio.Server | None = None
     _served: dict[asyncio.Task[None], asyncio.StreamWriter] = field(default_factory=dict)
     _looked_at: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _link: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _carried: int = 0
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[TcpProxy]:
@@ -112,10 +111,8 @@ class TcpProxy:
     ) -> None:
         with suppress(ConnectionError):
             while piece := await reader.read(_PIECE):
-                connection.add(len(piece))
-                if self.rate:
-                    async with self._link:
-                        await asyncio.sleep(len(piece) / self.rate)
+                connection.add(len(piece), self._carried)
+                self._carried += len(piece)
                 if self._is_too_much(connection):
                     self._end(writer)
                     return
@@ -132,8 +129,10 @@ class TcpProxy:
                 await writer.drain()
 
     def _is_too_much(self, connection: _Connection) -> bool:
-        took = asyncio.get_running_loop().time() - connection.begun
-        return 0 < self.takes < connection.size or 0 < self.seconds < took or 0 < self.requests < connection.requests
+        meanwhile = self._carried - connection.begun
+        return (
+            0 < self.takes < connection.size or 0 < self.in_time < meanwhile or 0 < self.requests < connection.requests
+        )
 
     def _end(self, writer: asyncio.StreamWriter) -> None:
         self.ended += 1
@@ -145,15 +144,15 @@ class TcpProxy:
 
 @dataclass
 class _Connection:
-    """The request that comes on it: how much of it has come, since when, and how many there were."""
+    """The request that comes on it: how much of it has come, what the link had carried before, how many there were."""
 
     size: int = 0
-    begun: float = 0.0
+    begun: int = 0
     requests: int = 0
 
-    def add(self, size: int) -> None:
+    def add(self, size: int, carried: int) -> None:
         """More of it has come."""
         if not self.size:
-            self.begun = asyncio.get_running_loop().time()
+            self.begun = carried
             self.requests += 1
         self.size += size

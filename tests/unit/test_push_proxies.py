@@ -79,11 +79,11 @@ async def test_who_ends_connections_gets_smaller_bodies(store: TemporaryStore, e
 
 async def test_who_gives_requests_little_time_gets_smaller_ones(store: TemporaryStore) -> None:
     """Fewer of them at once are not enough here."""
-    names = fill(store, 6 * MIB)
+    names = fill(store, 20 * MIB)
     told: list[Event] = []
     async with (
         FakeCache(part_size=32 * MIB, packs=PACKS) as cache,
-        TcpProxy(port(cache), seconds=0.15, rate=20 * MIB).running() as proxy,
+        TcpProxy(port(cache), in_time=3 * MIB).running() as proxy,
     ):
         summary = await pushed(store, proxy, names, told)
 
@@ -176,7 +176,9 @@ async def test_connections_that_end_when_they_are_used_again(store: TemporarySto
 async def test_who_looks_at_one_connection_at_a_time(store: TemporaryStore) -> None:
     """All others are silent meanwhile."""
     names = fill(store, 2 * MIB, 2 * MIB, *[100 * KIB] * 10)
-    patient = Options(backoff=QUICK.backoff, timeouts=Timeouts(answer=0.5, stall=0.5, store=0.5))
+    patient = Options(
+        backoff=Backoff(attempts=30, first=0.02, longest=0.1), timeouts=Timeouts(answer=0.5, stall=0.5, store=0.5)
+    )
     told: list[Event] = []
     async with (
         FakeCache(part_size=MIB, packs=PACKS) as cache,
