@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit, urlunsplit
 
 from cachesrv.nix import cache_info
 
@@ -35,6 +36,12 @@ class DeclaredUpstream:
     url: str
     public_keys: tuple[str, ...]
     timeout: float
+
+    @property
+    def public_url(self) -> str:
+        """Its URL as anybody may know it: without the name and password that it may be asked with."""
+        parts = urlsplit(self.url)
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ async def get_cache(request: web.Request) -> web.Response:
             priority=cache.priority,
             public=cache.public,
             public_keys=[key.public.render() for key in cache.signing_keys],
-            upstreams=[api.UpstreamAnswer(one.url, list(one.public_keys)) for one in cache.completed_by],
+            upstreams=[api.UpstreamAnswer(one.public_url, list(one.public_keys)) for one in cache.completed_by],
             max_nar_size=rules.max_nar_size,
             part_size=uploads.limits.part_size,
             direct=uploads.offers_direct,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from base64 import b64encode
 from hashlib import sha256
 from typing import TYPE_CHECKING
@@ -202,3 +203,23 @@ def test_a_cache_that_takes_only_what_is_signed(builder: Nix, make_server: Start
                 push(builder, server, program)
     # a content address that holds is as good as a signature
     assert push(builder, server, builder.add("added", "added"))["uploaded"] == 1
+
+
+def test_passwords_for_upstreams_are_for_nobody_else(make_server: StartServer) -> None:
+    """Not for those who ask for the upstreams, whatever they may do, and not for who reads the log."""
+    upstreams = {
+        "http": ("http://reader:a-secret@127.0.0.1:9/cache", "http://127.0.0.1:9/cache"),
+        "plain": ("http://127.0.0.1:9/other", "http://127.0.0.1:9/other"),
+    }
+    key = SecretKey.generate("up-1").public.render()
+    config = f"[[cache]]\nname = 'main'\nroot = true\nreferences = 'upstream'\nupstreams = {[*upstreams]}\n"
+    config += "pull_through = true\n"
+    for name, (url, _) in upstreams.items():
+        config += f"[[upstream]]\nname = '{name}'\nurl = '{url}'\npublic_keys = ['{key}']\ntimeout = 1\n"
+    server = make_server(config=config).start()
+    assert server.client().get(Sample("absent").narinfo_url).status == 503
+    for client in (server.client(), server.pusher):
+        told = json.loads(client.get("/api/v1/caches/main").body)["upstreams"]
+        assert [one["url"] for one in told] == [url for _, url in upstreams.values()]
+    assert "upstream http" in server.log
+    assert "a-secret" not in server.log

@@ -257,6 +257,19 @@ async def test_one_that_hangs_is_soon_not_waited_for(server: FakeUpstream, sessi
     assert loop.time() - begun < 0.2
 
 
+@pytest.mark.parametrize(
+    ("url", "public"),
+    [
+        ("https://cache.test/x", "https://cache.test/x"),
+        ("https://user:pass@cache.test:8443/x@y", "https://cache.test:8443/x@y"),
+        ("https://token@[::1]:80", "https://[::1]:80"),
+        ("s3://bucket/prefix?region=eu-west-3", "s3://bucket/prefix?region=eu-west-3"),
+    ],
+)
+def test_what_anybody_may_know_of_its_url(url: str, public: str) -> None:
+    assert DeclaredUpstream("up", url, (), 5).public_url == public
+
+
 async def test_what_was_resolved_counts_for_the_upstreams_of_then(upstream: Upstream, server: FakeUpstream) -> None:
     upstreams = Upstreams(lambda cache: [upstream] if cache.upstreams else [], patience=PATIENCE)
     declared = DeclaredUpstream("up", server.url, (KEY.public.render(),), 5)
