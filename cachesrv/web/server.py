@@ -142,8 +142,7 @@ async def listening(
         for server in servers:
             server.close()
         await reactor.stop_answering()
-        await fronts.stop(shutdown_timeout)
-        await reactor.close(shutdown_timeout)
+        await asyncio.gather(fronts.stop(shutdown_timeout), reactor.close(shutdown_timeout))
         answers.close()
         await runner.cleanup()
         fronts.abort()

@@ -15,7 +15,9 @@ from cachesrv.errors import StoreError
 from cachesrv.index.base import IndexEntry
 from cachesrv.services.answer import present
 from cachesrv.web.fast import MANY_SLOW, SMALL_NAR, FastAnswers
+from cachesrv.web.front import Fronts
 from cachesrv.web.plain import MAX_BLOCK, Blocks
+from cachesrv.web.reactor import Reactor
 from tests import certificate
 from tests.exchange import Connection, parse
 from tests.front_site import (
@@ -567,6 +569,28 @@ async def test_limits(served: Served, name: str, segment: int, caplog: pytest.Lo
     assert await connection.ends(0.2) == (status == b"400")
     connection.close()
     caplog.clear()
+
+
+async def test_the_end_of_all_connections_is_waited_for_at_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one time-out after the other."""
+    begun, close, stop = asyncio.Event(), Reactor.close, Fronts.stop
+
+    async def closing(self: Reactor, timeout: float) -> None:
+        begun.set()
+        await close(self, timeout)
+
+    async def stopping(self: Fronts, timeout: float) -> None:
+        async with asyncio.timeout(20):
+            await begun.wait()
+        await stop(self, timeout)
+
+    monkeypatch.setattr(Reactor, "close", closing)
+    monkeypatch.setattr(Fronts, "stop", stopping)
+    async with front_server(site, by_reactor=True) as served:
+        connection = await Connection.open(served.port)
+        await connection.ask(request("/health/live"))
+    assert await connection.ends()
+    connection.close()
 
 
 def closing(target: str) -> bytes:
