@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aiohttp
+import structlog
 
 from cachesrv.catalog.sql import SqlCatalog
-from cachesrv.errors import BadInput, ConfigError, StoreError
+from cachesrv.errors import BadInput, ConfigError, StoreDamaged, StoreError
 from cachesrv.index.lmdb import LmdbIndex
+from cachesrv.index.unusable import UnusableIndex
 from cachesrv.nix.signing import PublicKey, trusted_keys
 from cachesrv.services.access import Access, Principal, token_hash
 from cachesrv.services.breaker import Breaker
@@ -70,6 +72,8 @@ if TYPE_CHECKING:
     from cachesrv.storage.decorators import Requests
     from cachesrv.storage.s3 import S3Store
     from cachesrv.telemetry import Metrics
+
+_log = structlog.get_logger()
 
 _FETCHES = 128
 """NARs that are fetched from afar at the same time."""
@@ -135,7 +139,11 @@ def _count_request(metrics: Metrics, _operation: str, _seconds: float, error: Ba
 def open_index(config: Config) -> Index:
     """The index; open it in the process that uses it."""
     path = config.index.path or str(DataDirectory(config.data_dir).index)
-    return LmdbIndex(path, negative_limit=config.lookup.negative_limit, size_limit=config.index.size_limit)
+    try:
+        return LmdbIndex(path, negative_limit=config.lookup.negative_limit, size_limit=config.index.size_limit)
+    except StoreDamaged as error:
+        _log.error("there is no index until all that have it open have ended: restart cachesrv", error=str(error))
+        return UnusableIndex(str(error))
 
 
 async def open_catalog(config: Config) -> Catalog:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import structlog
 
 from cachesrv import systemd
-from cachesrv.errors import StoreDamaged
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,8 +28,6 @@ _WAITED_FOR = {*_STOP, signal.SIGHUP, signal.SIGCHLD}
 _SHORT_LIFE = 5.0
 """Seconds. A worker that dies sooner is not replaced at once: a new one will hardly do better."""
 _PAUSE = 1.0
-_ALONE = os.EX_TEMPFAIL
-"""The exit status of a worker that cannot begin before all others have ended."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -42,9 +39,7 @@ class _Worker:
 
 class Supervisor:
     """Runs `work(number)` in `count` processes until it is told to stop by SIGTERM or SIGINT. SIGHUP is passed on if
-    `reload` says that there is something new. When one has died and another cannot take its place, because of damage
-    that only a new beginning of all heals, the others are told to stop too, and replaced: else the clients that come to
-    the socket of the one would wait for ever.
+    `reload` says that there is something new.
 
     It forks: nothing that does not survive a fork (threads, an event loop, an open index) may exist in this process.
     """
@@ -55,7 +50,6 @@ class Supervisor:
         self._reload = reload
         self._workers: dict[int, _Worker] = {}
         self._to_start: dict[int, float] = {}
-        self._told_to_stop: set[int] = set()
         self._stopping = False
 
     def run(self) -> None:
@@ -95,20 +89,11 @@ class Supervisor:
             if pid == 0:
                 return
             worker = self._workers.pop(pid, None)
-            self._told_to_stop.discard(pid)
             if worker is None or self._stopping:
                 continue
-            lived, code = time.monotonic() - worker.started, os.waitstatus_to_exitcode(status)
-            _log.error("a worker died and is replaced", worker=worker.number, status=code)
-            if code == _ALONE:
-                self._replace_all()
+            lived = time.monotonic() - worker.started
+            _log.error("a worker died and is replaced", worker=worker.number, status=os.waitstatus_to_exitcode(status))
             self._to_start[worker.number] = time.monotonic() + (_PAUSE if lived < _SHORT_LIFE else 0)
-
-    def _replace_all(self) -> None:
-        # To be told twice would mean to stop at once.
-        for pid in self._workers.keys() - self._told_to_stop:
-            self._told_to_stop.add(pid)
-            os.kill(pid, signal.SIGTERM)
 
     def _start_due(self) -> None:
         now = time.monotonic()
@@ -130,9 +115,6 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITED_FOR - {signal.SIGHUP})
             self._work(number)
             status = 0
-        except StoreDamaged as error:
-            _log.error("a worker cannot begin beside others", worker=number, error=str(error))
-            status = _ALONE
         except BaseException:  # noqa: BLE001  whatever it was, it must not run on as a second supervisor
             _log.exception("a worker failed", worker=number)
         finally:
