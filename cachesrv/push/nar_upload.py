@@ -62,7 +62,7 @@ class NoStorage(TryAgain):
 
 
 class StorageOutOfReach(NoStorage, Unreachable):
-    """There is no connection to it."""
+    """There is no connection to it any more."""
 
 
 class Parts(Protocol):
@@ -135,7 +135,7 @@ class NarUpload:
         what = f"sending part {number} of {self.info.store_path.base_name}"
         backoff, proven = self._server.backoff, parts.proven
         if not proven:
-            backoff = replace(backoff, attempts=min(_FIRST_ATTEMPTS, backoff.attempts), outage=0.0)
+            backoff = replace(backoff, attempts=min(_FIRST_ATTEMPTS, backoff.attempts))
         try:
             await retry(lambda: parts.put(number, digest, size, body), what, backoff, self._emit)
         except NotThere as error:
@@ -256,7 +256,7 @@ class _Direct:
         except NotThere:
             raise
         except Unreachable as error:
-            raise StorageOutOfReach(str(error)) from error
+            raise (StorageOutOfReach if self.proven else NoStorage)(str(error)) from error
         except TryAgain as error:
             raise NoStorage(str(error), error.retry_after) from error
         except (BadInput, ServerError) as error:

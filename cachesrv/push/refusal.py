@@ -12,7 +12,7 @@ from cachesrv.api import ErrorAnswer, cache_url
 from cachesrv.errors import CachesrvError, Conflict, NotAllowed, NotAuthenticated, Refused, ServerError
 from cachesrv.push.body_limit import BodyTooLarge, LengthWanted
 from cachesrv.push.one_line import one_line
-from cachesrv.push.retry import Broken, Overloaded, TryAgain
+from cachesrv.push.retry import Away, Broken, Overloaded, TryAgain
 from cachesrv.push.token import is_nowhere
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ TOO_MUCH = frozenset({408, 429, 502, 503, 504})
 
 _TOO_LATE = frozenset({408, 504, 524})
 """Statuses that may come of a request that took too long; the last one is Cloudflare's."""
+
+_AWAY = frozenset({502, 503})
+"""Statuses that a proxy has for all requests while there is no server behind it, as it has 504."""
 
 _MAY_PASS = TOO_MUCH | {425}
 _WILL_NOT_PASS = frozenset({501, 505})
@@ -70,11 +73,18 @@ def refusal(
         kind, words = _OF_BODIES[status]
         return kind(words.format(address) + because)
     if status in _MAY_PASS or (status >= 500 and status not in _WILL_NOT_PASS):
-        passing = Broken if status in _TOO_LATE else Overloaded if status in TOO_MUCH else TryAgain
-        return passing(f"{address} answered with status {status}{because}", retry_after)
+        return _passing(status)(f"{address} answered with status {status}{because}", retry_after)
     if status >= 500 or status < 200:
         return ServerError(f"{address} answered with status {status}{because}")
     return Refused(said or f"the server refused it with status {status}")
+
+
+def _passing(status: int) -> type[TryAgain]:
+    if status in _TOO_LATE:
+        return Broken
+    if status in _AWAY:
+        return Away
+    return Overloaded if status in TOO_MUCH else TryAgain
 
 
 def said_in(body: bytes, content_type: str) -> str:

@@ -45,11 +45,15 @@ class Broken(Overloaded):
     """A request was cut short: it may have been too large, or too slow, for what stands before the server."""
 
 
-class Unreachable(TryAgain):
-    """No connection."""
+class Away(Overloaded):
+    """There may be no server behind the proxy that answers; the request may be why."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
+
+class Unreachable(TryAgain):
+    """No connection, or one to a proxy with nobody behind it."""
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message, retry_after)
         self.hopeless = True
 
 

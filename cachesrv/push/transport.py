@@ -19,7 +19,7 @@ from cachesrv.push.connection import MAX_ERROR_SIZE, may_need_proxy
 from cachesrv.push.events import Noted
 from cachesrv.push.questions import Questions
 from cachesrv.push.refusal import refusal, said_in, seconds_until
-from cachesrv.push.retry import Broken, TryAgain
+from cachesrv.push.retry import Away, Broken, TryAgain, Unreachable
 from cachesrv.push.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ class Transport:
         self._traffic = Traffic(connections, patience=patience)
         self._questions = Questions(address, timeouts, limit=MAX_REQUEST_SIZE)
         self._session: aiohttp.ClientSession | None = None
+        self._in_doubt = False
+        """Whether the last that was heard is that the server may be away."""
 
     async def close(self) -> None:
         """End all connections."""
@@ -74,6 +76,7 @@ class Transport:
     @asynccontextmanager
     async def streaming(self) -> AsyncIterator[Exchange]:
         """For a request whose body is still being made: what sends it."""
+        await self._be_sure()
         async with self._traffic.request(streams=True):
             yield self._stream
 
@@ -81,12 +84,31 @@ class Transport:
         self, method: str, url: str, chunks: AsyncIterable[Chunk], size: int, headers: Mapping[str, str]
     ) -> bytes:
         """What is answered to a body of which all `size` bytes are here."""
+        await self._be_sure()
         headers = {**headers, "Content-Length": str(size)}
         async with self._body(size), self._traffic.request():
             return await self._exchange(method, url, chunks, headers)
 
     async def ask(self, method: str, url: str, body: bytes) -> bytes:
         """What is answered to JSON, or to nothing."""
+        await self._be_sure()
+        return await self._ask(method, url, body)
+
+    async def _be_sure(self) -> None:
+        """Raise Unreachable when the server is away for those as well who ask for little. That comes before what is
+        tried again: so a request at which the server ends counts as a try each time, and an outage of any length once.
+        """
+        if not self._in_doubt:
+            return
+        try:
+            await self._ask("GET", self._address.api(), b"")
+        except (Away, Broken, Unreachable) as error:
+            raise Unreachable(str(error), error.retry_after) from error
+        except CachesrvError:
+            pass  # an answer as well: what it means is found out by who asked for more
+        self._in_doubt = False
+
+    async def _ask(self, method: str, url: str, body: bytes) -> bytes:
         headers = {"Accept": "application/json"}
         if body:
             headers["Content-Type"] = "application/json"
@@ -164,7 +186,7 @@ class Transport:
     async def _answers(self) -> bool:
         """Whether the server is there for those who ask for little."""
         try:
-            await self.ask("GET", self._address.api(), b"")
+            await self._ask("GET", self._address.api(), b"")
         except CachesrvError:
             return False
         return True
@@ -239,6 +261,7 @@ class Transport:
             self._token = self._tokens.read()
             if token != self._token:
                 raise TryAgain(f"the token from {self._tokens} has been renewed")
+        self._in_doubt |= isinstance(error, Away | Broken)
         raise error
 
 
