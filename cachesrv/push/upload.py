@@ -127,11 +127,14 @@ class Upload:
             if self._packing is None:
                 await self._send_together(group)
                 continue
+            again = _Again()
             async with packing.packed([nar for nar in map(self._open_part, group) if nar.infos]) as pack:
                 self._settle((), pack.failed)
                 # One after the other: so nearly every path can go with its NAR, all that it refers to being published.
                 async with self._pack_under_way:
-                    left = await self._send_pack(packing, pack) if pack.ready else []
+                    left = await self._send_pack(packing, pack, again) if pack.ready else []
+            # Not before: they may wait for memory that the pack had.
+            await self._send_again(again)
             await self._send_together([*left, *pack.others])
 
     async def _send_together(self, nars: Sequence[Nar]) -> None:
@@ -144,8 +147,8 @@ class Upload:
         """Without the paths that have failed meanwhile."""
         return replace(nar, infos=tuple(info for info in nar.infos if self._order.is_open(info.store_path)))
 
-    async def _send_pack(self, packing: Packing, pack: Pack) -> list[Nar]:
-        """NARs that have to be sent one by one."""
+    async def _send_pack(self, packing: Packing, pack: Pack, again: _Again) -> list[Nar]:
+        """NARs that have to be sent one by one; what else is to be done is added to `again`."""
         batch, request = self._with_paths(packing, pack)
         try:
             answer = await packing.send(pack, *request)
@@ -153,12 +156,12 @@ class Upload:
             if concerns_all(error):
                 raise
             self._put_back(batch)
-            return await self._send_otherwise(packing, pack, error)
+            return await self._send_otherwise(packing, pack, error, again)
         refused = [one.nar for one, outcome in zip(pack.ready, answer.nars, strict=True) if outcome.error is not None]
         hashes = {nar.hash for nar in refused}
         self._nar_is_there(info for one in pack.ready if one.nar.hash not in hashes for info in one.nar.infos)
-        lacking = _Again({info.store_path: info for info in batch if info.nar_hash in hashes})
-        await self._send_again(self._hear(batch, answer.paths, lacking))
+        again.paths.update((info.store_path, info) for info in batch if info.nar_hash in hashes)
+        self._hear(batch, answer.paths, again)
         return refused
 
     def _with_paths(self, packing: Packing, pack: Pack) -> tuple[list[PathInfo], tuple[PackHead, bytes]]:
@@ -172,13 +175,13 @@ class Upload:
         assert request is not None
         return [], request
 
-    async def _send_otherwise(self, packing: Packing, pack: Pack, error: CachesrvError) -> list[Nar]:
+    async def _send_otherwise(self, packing: Packing, pack: Pack, error: CachesrvError, again: _Again) -> list[Nar]:
         """What becomes of a pack that was not taken: smaller ones, NARs that have to be sent one by one, or nothing."""
         if isinstance(error, TryAgain):
             self._settle((), {path: Failure.of(error) for path in pack.paths})
             return []
         if isinstance(error, BodyTooLarge) and len(pack.ready) > 1:
-            return [nar for half in pack.halves() for nar in await self._send_pack(packing, half)]
+            return [nar for half in pack.halves() for nar in await self._send_pack(packing, half, again)]
         if not isinstance(error, BodyTooLarge):
             self._packing = None  # whatever the reason: it will be the same for the next one
         return [ready.nar for ready in pack.ready]
@@ -215,13 +218,14 @@ class Upload:
                         await self._all_sent.wait()
             while batch := self._order.take(MAX_BATCH, MAX_REFERENCES):
                 outcomes = await self._server.publish([_to_publish(info) for info in batch])
-                await self._send_again(self._hear(batch, outcomes))
+                again = _Again()
+                self._hear(batch, outcomes, again)
+                await self._send_again(again)
 
-    def _hear(self, batch: Sequence[PathInfo], outcomes: Sequence[PathOutcome], again: _Again | None = None) -> _Again:
-        """What has to be published again; those that are known to be from the start are not asked about."""
+    def _hear(self, batch: Sequence[PathInfo], outcomes: Sequence[PathOutcome], again: _Again) -> None:
+        """Add to `again` what has to be published once more; of what is there already, nothing is to be heard."""
         published: list[StorePath] = []
         failed: dict[StorePath, Failure] = {}
-        again = again or _Again()
         for info, outcome in zip(batch, outcomes, strict=True):
             path = info.store_path
             if path in again.paths:
@@ -240,7 +244,6 @@ class Upload:
                 failed[path] = Failure(one_line(outcome.error), one_line(outcome.kind or "failed"))
         self._result.published.update(published)
         self._settle(published, failed)
-        return again
 
     async def _send_again(self, again: _Again) -> None:
         for path, info in again.paths.items():

@@ -372,3 +372,25 @@ async def test_memory_is_given_back(cache: FakeCache) -> None:
             async with packing.packed([nar]):
                 raise asyncio.CancelledError
         assert pipeline.budget.free == free
+
+
+async def test_a_lost_nar_does_not_wait_for_memory_of_the_pack_that_told_of_it(
+    tmp_path: Path, cache: FakeCache
+) -> None:
+    """There is memory for one of the two."""
+    store = TemporaryStore(tmp_path)
+    lost = store.add("lost", b"lost").nar_hash.nix32
+    store.add("other", b"other" * 1000)
+    cache.nars[lost] = b"as it seems"
+
+    async def lose(request: web.Request) -> web.Response:
+        cache.nars.pop(lost)
+        return await cache._pack(request)
+
+    cache.fail("pack", lose)
+    async with asyncio.timeout(30):
+        summary = await pushed(store, cache, "other", "lost", memory=1)
+
+    assert (summary.uploaded, summary.failed) == (2, 0)
+    assert cache.batches[0] == sorted(path.base_name for path in store.infos)
+    check_all_there(store, cache)
