@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
+    from aiohttp import web
+
     from cachesrv.api import PackLimits
     from cachesrv.nix.path_info import PathInfo
     from cachesrv.nix.store_path import StorePath
