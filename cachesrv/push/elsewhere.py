@@ -12,16 +12,18 @@ from cachesrv.errors import BadInput, ServerError
 from cachesrv.push.one_line import one_line
 from cachesrv.push.refusal import TOO_MUCH, NotThere, seconds_until
 from cachesrv.push.retry import Overloaded, TryAgain
-from cachesrv.push.session import for_nars, open_session, our_errors, watched
+from cachesrv.push.reuse import Connections, Sending
+from cachesrv.push.session import for_nars, our_errors, watched
 from cachesrv.push.traffic import Traffic
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
     from contextlib import AbstractAsyncContextManager
 
     import aiohttp
 
-    from cachesrv.push.connection import Chunk, Timeouts
+    from cachesrv.push.connection import Timeouts
+    from cachesrv.push.transport import Body
     from cachesrv.turns import Turn
 
 _MAX_ERROR_SIZE = 16 * 1024
@@ -38,43 +40,47 @@ class Elsewhere:
     """
 
     def __init__(self, connections: int, timeouts: Timeouts, *, patience: float) -> None:
-        self._connections = connections
+        self._most = connections
         self._timeouts = timeouts
         self._traffic = Traffic(connections, patience=patience)
-        self._session: aiohttp.ClientSession | None = None
+        self._connections: Connections | None = None
         self.proven = False
         """Whether a part has arrived there."""
 
     async def close(self) -> None:
         """End all connections."""
-        if self._session is not None:
-            await self._session.close()
+        if self._connections is not None:
+            await self._connections.close()
 
     def turn(self) -> AbstractAsyncContextManager[Turn]:
         """To be waited for before a URL is signed: it does not grow old waiting."""
         return self._traffic.turn()
 
-    async def put(self, turn: Turn, url: str, headers: Mapping[str, str], chunks: AsyncIterable[Chunk]) -> str:
+    async def put(self, turn: Turn, url: str, headers: Mapping[str, str], body: Body) -> str:
         """Send a part, once; its ETag, without quotes. Raises TryAgain when that may pass, by another URL; NotThere
         when there is no such upload; ServerError when it is not taken; BadInput when that is no URL for it.
         """
         target = _target(url)
         if not all(map(str.isprintable, (*headers, *headers.values()))):
             raise BadInput("the server wants parts of NARs to be sent with headers that are none")
-        with self._traffic.heard(turn):
-            return await self._put(target, headers, chunks)
+        with self._traffic.heard(turn), our_errors(target.host_port_subcomponent or ""):
+            return await self._opened(target).send(self._put(target, headers, body))
 
-    async def _put(self, target: URL, headers: Mapping[str, str], chunks: AsyncIterable[Chunk]) -> str:
+    def _put(
+        self, target: URL, headers: Mapping[str, str], body: Body
+    ) -> Callable[[aiohttp.ClientSession, Sending], Awaitable[str]]:
         host = target.host_port_subcomponent or ""
-        with our_errors(host):
+
+        async def put(session: aiohttp.ClientSession, sending: Sending) -> str:
             async with (
                 asyncio.timeout(None) as deadline,
-                self._opened(target).put(
+                session.put(
                     target,
-                    data=watched(chunks, deadline, self._timeouts),
+                    data=watched(body(), deadline, self._timeouts),
                     headers=headers,
                     allow_redirects=False,
                     timeout=for_nars(self._timeouts),
+                    trace_request_ctx=sending,
                 ) as response,
             ):
                 if response.status == 200:
@@ -83,13 +89,15 @@ class Elsewhere:
                         raise ServerError(f"{host} does not say what it calls a part (ETag)")
                     self.proven = True
                     return tag
-                body = await response.content.read(_MAX_ERROR_SIZE)
-                raise _refusal(response, dict(_SAID.findall(body.decode(errors="replace"))), host)
+                said = await response.content.read(_MAX_ERROR_SIZE)
+                raise _refusal(response, dict(_SAID.findall(said.decode(errors="replace"))), host)
 
-    def _opened(self, target: URL) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = open_session(str(target), self._connections)
-        return self._session
+        return put
+
+    def _opened(self, target: URL) -> Connections:
+        if self._connections is None:
+            self._connections = Connections(str(target), self._most)
+        return self._connections
 
 
 def _target(url: str) -> URL:

@@ -189,7 +189,7 @@ class InParts:
     async def _send_whole(self, nar: CompressedNar, part: Part) -> None:
         name = nar.info.store_path.base_name
         with self._pipeline.load.leaving():
-            await self._server.put_nar(nar.info.nar_hash, self._leaving(name, part), part.size)
+            await self._server.put_nar(nar.info.nar_hash, lambda: self._leaving(name, part), part.size)
         self._emit(Sent(name, part.nar_bytes, 0))
 
     async def _send_all(self, transfer: _Transfer, first: Part, parts: AsyncIterator[Part]) -> None:

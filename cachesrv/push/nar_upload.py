@@ -205,7 +205,7 @@ class _Through:
             "Content-Type": "application/octet-stream",
             "Content-Digest": f"sha-256=:{b64encode(digest).decode()}:",
         }
-        await self._server.put(self._server.address.api(f"{self._action}/parts/{number}"), body(), size, headers)
+        await self._server.put(self._server.address.api(f"{self._action}/parts/{number}"), body, size, headers)
 
     def making(self, nar_hash: str) -> CompleteRequest:
         return CompleteRequest(nar_hash, _in_order(self._digests))
@@ -252,7 +252,7 @@ class _Direct:
         headers = {name: value for name, value in signed.headers.items() if name.lower().startswith(_SIGNED_HEADERS)}
         headers["Content-Length"] = str(size)
         try:
-            self._tags[number] = await self._server.elsewhere.put(turn, signed.url, headers, body())
+            self._tags[number] = await self._server.elsewhere.put(turn, signed.url, headers, body)
         except NotThere:
             raise
         except Unreachable as error:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from cachesrv.push.elsewhere import Elsewhere
     from cachesrv.push.events import Emit
     from cachesrv.push.token import TokenSource
+    from cachesrv.push.transport import Body
 
     SendNar = Callable[[Hash, AsyncIterable[Chunk]], Awaitable[None]]
 
@@ -152,16 +153,17 @@ class Server:
 
             yield send
 
-    async def put_nar(self, nar_hash: Hash, chunks: AsyncIterable[Chunk], size: int) -> None:
+    async def put_nar(self, nar_hash: Hash, body: Body, size: int) -> None:
         """Send a NAR of which all `size` bytes are here, compressed; raises as `streaming` says."""
-        await self.put(self.address.nar(nar_hash.bare_nix32), chunks, size, {"Content-Type": _NAR_TYPE})
+        await self.put(self.address.nar(nar_hash.bare_nix32), body, size, {"Content-Type": _NAR_TYPE})
 
     async def send_pack(self, head: PackHead, body: bytes) -> PackAnswer:
         """Send a pack, which has this head; raises as `put_nar` does, the last TryAgain only."""
         headers = {"Content-Type": _PACK_TYPE}
 
         async def once() -> PackAnswer:
-            answered = await self._transport.send("POST", self.address.api("nars"), _slices(body), len(body), headers)
+            url = self.address.api("nars")
+            answered = await self._transport.send("POST", url, lambda: _slices(body), len(body), headers)
             return _decode(answered, PackAnswer, self.address)
 
         answer = await retry(once, f"sending {len(head.nars)} small NARs", self.backoff, self._emit)
@@ -170,9 +172,9 @@ class Server:
         _check_outcomes(self.address, answer.paths, head.paths)
         return answer
 
-    async def put(self, url: str, chunks: AsyncIterable[Chunk], size: int, headers: Mapping[str, str]) -> None:
+    async def put(self, url: str, body: Body, size: int, headers: Mapping[str, str]) -> None:
         """Send `size` bytes, once; how they are taken is watched. Raises TryAgain and what `refusal` says."""
-        await self._transport.send("PUT", url, chunks, size, headers)
+        await self._transport.send("PUT", url, body, size, headers)
 
     async def ask(
         self, method: str, action: str, question: bytes, kind: type[Answer], backoff: Backoff | None = None

@@ -34,18 +34,22 @@ def for_nars(timeouts: Timeouts) -> aiohttp.ClientTimeout:
     return aiohttp.ClientTimeout(total=None, sock_connect=timeouts.connect, sock_read=None)
 
 
-def open_session(url: str, connections: int) -> aiohttp.ClientSession:
-    """A session for at most so many connections at once to the host of this URL, without cookies or a netrc of its own.
+def open_session(
+    url: str, connections: int, *, keep: bool = True, trace: aiohttp.TraceConfig | None = None
+) -> aiohttp.ClientSession:
+    """A session for at most so many connections at once to the host of this URL, without cookies or a netrc of its own;
+    `keep` them for the next requests.
 
     Proxies come from `http_proxy`, `https_proxy`, `all_proxy` and `no_proxy`, certificates of authorities from
     `$NIX_SSL_CERT_FILE` or `$SSL_CERT_FILE`, else from where OpenSSL has them. Raises ConfigError.
     """
     trusted = tls(os.environ) if url.startswith("https:") else True
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=connections, ssl=trusted),
+        connector=aiohttp.TCPConnector(limit=connections, ssl=trusted, force_close=not keep),
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"User-Agent": USER_AGENT},
         proxy=_proxy(url),
+        trace_configs=[trace] if trace else None,
     )
 
 

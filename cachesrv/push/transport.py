@@ -30,10 +30,16 @@ if TYPE_CHECKING:
     from cachesrv.push.address import Address
     from cachesrv.push.connection import Chunk, Timeouts
     from cachesrv.push.events import Emit
+    from cachesrv.push.reuse import Connections, Sending
     from cachesrv.push.token import TokenSource
 
     Exchange = Callable[[str, str, AsyncIterable[Chunk], Mapping[str, str]], Awaitable[bytes]]
     """What is answered to a request: method, URL, body, headers."""
+
+    Body = Callable[[], AsyncIterable[Chunk]]
+    """The bytes of one, each time from the start."""
+
+    Send = Callable[[aiohttp.ClientSession, Sending], Awaitable[bytes]]
 
 _COMPRESS_FROM = 1024
 
@@ -59,19 +65,19 @@ class Transport:
         self._address = address
         self._tokens = tokens
         self._token = tokens.read()
-        self._connections = connections
+        self._most = connections + 1
         self._timeouts = timeouts
         self._emit = emit
         self._traffic = Traffic(connections, patience=patience)
         self._questions = Questions(address, timeouts, limit=MAX_REQUEST_SIZE)
-        self._session: aiohttp.ClientSession | None = None
+        self._connections: Connections | None = None
         self._in_doubt = False
         """Whether the last that was heard is that the server may be away."""
 
     async def close(self) -> None:
         """End all connections."""
-        if self._session is not None:
-            await self._session.close()
+        if self._connections is not None:
+            await self._connections.close()
 
     @asynccontextmanager
     async def streaming(self) -> AsyncIterator[Exchange]:
@@ -80,14 +86,15 @@ class Transport:
         async with self._traffic.request(streams=True):
             yield self._stream
 
-    async def send(
-        self, method: str, url: str, chunks: AsyncIterable[Chunk], size: int, headers: Mapping[str, str]
-    ) -> bytes:
+    async def send(self, method: str, url: str, body: Body, size: int, headers: Mapping[str, str]) -> bytes:
         """What is answered to a body of which all `size` bytes are here."""
+        from cachesrv.push.session import our_errors  # noqa: PLC0415  brings the library with it
+
         await self._be_sure()
         headers = {**headers, "Content-Length": str(size)}
         async with self._body(size), self._traffic.request():
-            return await self._exchange(method, url, chunks, headers)
+            with our_errors(self._address):
+                return await self._opened().send(self._exchange(method, url, body, headers))
 
     async def ask(self, method: str, url: str, body: bytes) -> bytes:
         """What is answered to JSON, or to nothing."""
@@ -116,7 +123,7 @@ class Transport:
             headers["Content-Encoding"] = "zstd"
             body = zstandard.ZstdCompressor().compress(body)
         async with self._body(len(body)), self._traffic.request():
-            if self._session is None and not may_need_proxy(os.environ):
+            if self._connections is None and not may_need_proxy(os.environ):
                 token = self._token
                 said = await self._questions.ask(method, url, {**_authorization(token), **headers}, body)
                 self._check(said.status, said.headers, said.body, token)
@@ -140,6 +147,8 @@ class Transport:
         self.bodies.taken(size)
 
     async def _stream(self, method: str, url: str, chunks: AsyncIterable[Chunk], headers: Mapping[str, str]) -> bytes:
+        from cachesrv.push.session import our_errors  # noqa: PLC0415  brings the library with it
+
         size, failed, begun = 0, False, self.bodies.begun()
 
         async def counted() -> AsyncIterator[Chunk]:
@@ -153,7 +162,8 @@ class Transport:
                 raise
 
         try:
-            answered = await self._exchange(method, url, counted(), headers)
+            with our_errors(self._address):
+                answered = await self._opened().send_once(self._exchange(method, url, counted, headers))
         except BodyTooLarge as error:
             self._refused(size, error)
         except LengthWanted:
@@ -191,31 +201,36 @@ class Transport:
             return False
         return True
 
-    async def _exchange(self, method: str, url: str, chunks: AsyncIterable[Chunk], headers: Mapping[str, str]) -> bytes:
-        """What is answered to a body that may take its time."""
-        from cachesrv.push.session import for_nars, our_errors, watched  # noqa: PLC0415  brings the library with it
+    def _exchange(self, method: str, url: str, body: Body, headers: Mapping[str, str]) -> Send:
+        """Sends a body that may take its time; what is answered."""
+        from cachesrv.push.session import for_nars, watched  # noqa: PLC0415  brings the library with it
 
-        session, token = self._opened(), self._token
-        with our_errors(self._address):
+        token = self._token
+
+        async def exchange(session: aiohttp.ClientSession, sending: Sending) -> bytes:
             async with (
                 asyncio.timeout(None) as deadline,
                 session.request(
                     method,
                     url,
-                    data=watched(chunks, deadline, self._timeouts),
+                    data=watched(body(), deadline, self._timeouts),
                     headers={**_authorization(token), **headers},
                     allow_redirects=False,
                     timeout=for_nars(self._timeouts),
+                    trace_request_ctx=sending,
                 ) as response,
             ):
                 deadline.reschedule(asyncio.get_running_loop().time() + self._timeouts.answer)
                 return await self._answered(response, token)
 
+        return exchange
+
     async def _ask_in_session(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> bytes:
         from cachesrv.push.session import for_answers, our_errors  # noqa: PLC0415  brings the library with it
 
-        session, token = self._opened(), self._token
-        with our_errors(self._address):
+        token = self._token
+
+        async def ask(session: aiohttp.ClientSession, sending: Sending) -> bytes:
             async with session.request(
                 method,
                 url,
@@ -223,16 +238,20 @@ class Transport:
                 headers={**_authorization(token), **headers},
                 allow_redirects=False,
                 timeout=for_answers(self._timeouts),
+                trace_request_ctx=sending,
             ) as response:
                 return await self._answered(response, token)
 
-    def _opened(self) -> aiohttp.ClientSession:
-        """The session, from the first time on that something is sent."""
-        from cachesrv.push.session import open_session  # noqa: PLC0415  brings the library with it
+        with our_errors(self._address):
+            return await self._opened().send(ask)
 
-        if self._session is None:
-            self._session = open_session(self._address.base, self._connections + 1)
-        return self._session
+    def _opened(self) -> Connections:
+        """From the first time on that something is sent."""
+        from cachesrv.push.reuse import Connections  # noqa: PLC0415  brings the library with it
+
+        if self._connections is None:
+            self._connections = Connections(self._address.base, self._most)
+        return self._connections
 
     async def _answered(self, response: aiohttp.ClientResponse, token: str | None) -> bytes:
         from cachesrv.push.session import error_body  # noqa: PLC0415  brings the library with it

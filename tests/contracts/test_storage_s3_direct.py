@@ -128,7 +128,9 @@ async def test_an_uploader_asks_for_another_url_when_one_has_expired(
 
     async def send(signed: SignedPut) -> str:
         async with elsewhere.turn() as turn:
-            return await elsewhere.put(turn, signed.url, {**signed.headers, "Content-Length": "100"}, once(PARTS[2]))
+            return await elsewhere.put(
+                turn, signed.url, {**signed.headers, "Content-Length": "100"}, lambda: once(PARTS[2])
+            )
 
     upload = await direct.begin(KEY)
     digest = md5(PARTS[2])

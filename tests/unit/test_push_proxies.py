@@ -11,7 +11,7 @@ from cachesrv.api import PackLimits
 from cachesrv.push import nar_upload
 from cachesrv.push.address import Address
 from cachesrv.push.connection import Timeouts
-from cachesrv.push.events import Failed, Noted
+from cachesrv.push.events import Failed, Noted, Retrying
 from cachesrv.push.retry import Backoff, Unreachable
 from cachesrv.push.run import Options, push
 from cachesrv.push.settings import Settings
@@ -163,13 +163,14 @@ async def test_who_wants_lengths_and_takes_no_parts_is_told_of(store: TemporaryS
 
 
 async def test_connections_that_end_when_they_are_used_again(store: TemporaryStore) -> None:
-    """As idle ones do, just then."""
+    """As idle ones do, just then: nobody has to wait for that."""
     names = fill(store, *[2 * MIB] * 6, *[100 * KIB] * 30)
     told: list[Event] = []
     async with FakeCache(part_size=MIB, packs=PACKS) as cache, TcpProxy(port(cache), requests=1).running() as proxy:
         summary = await pushed(store, proxy, names, told)
 
     assert (summary.uploaded, summary.failed, noted(told)) == (len(names), 0, [])
+    assert [event for event in told if isinstance(event, Retrying)] == []
     assert proxy.ended > 5
 
 
