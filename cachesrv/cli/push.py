@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -12,7 +13,9 @@ from cachesrv.cli import SOME_FAILED
 from cachesrv.cli.pushing import Choice, pushing
 
 if TYPE_CHECKING:
-    from cachesrv.push.events import Emit, Summary
+    from collections.abc import Iterator
+
+    from cachesrv.push.events import Emit, Event, Summary
     from cachesrv.push.progress import Rendering
     from cachesrv.push.run import Options
     from cachesrv.push.settings import Settings
@@ -54,11 +57,13 @@ def command(paths: tuple[str, ...], *, choice: Choice, from_stdin: bool, dry_run
     look_less_often()
     if not paths and not from_stdin:
         raise click.UsageError("which paths? name them, or say --stdin", click.get_current_context())
-    settings = find_settings(choice.given, os.environ)
-    names = [*paths, *(_lines_of_stdin() if from_stdin else ())]
-    options = replace(choice.options, dry_run=dry_run)
-    with _rendering(as_json=as_json, dry_run=dry_run) as rendering:
-        summary = asyncio.run(_push(names, choice.store, settings, options, rendering))
+    rendering = _rendering(as_json=as_json, dry_run=dry_run)
+    with _summed_up(rendering, always=as_json) as emit:
+        settings = find_settings(choice.given, os.environ)
+        names = [*paths, *(_lines_of_stdin() if from_stdin else ())]
+        options = replace(choice.options, dry_run=dry_run)
+        with rendering:
+            summary = asyncio.run(_push(names, choice.store, settings, options, emit))
     return SOME_FAILED if summary.failed else 0
 
 
@@ -68,6 +73,31 @@ async def _push(names: list[str], store: str | None, settings: Settings, options
 
     async with opened_store(store, os.environ) as opened:
         return await push(names, opened, settings, options, emit)
+
+
+@contextmanager
+def _summed_up(rendering: Rendering, *, always: bool) -> Iterator[Emit]:
+    """Shows events, the summary last. Where all of it fails before anything is known of any path, people are told why
+    and nothing else; programs get a summary `always`.
+    """
+    from cachesrv.push.events import Summary
+
+    summary = Summary()
+
+    def emit(event: Event) -> None:
+        nonlocal summary
+        if isinstance(event, Summary):
+            summary = event
+        else:
+            rendering(event)
+
+    try:
+        yield emit
+    except BaseException:
+        if always or summary.paths:
+            rendering(summary)
+        raise
+    rendering(summary)
 
 
 def _lines_of_stdin() -> list[str]:

@@ -116,6 +116,53 @@ async def test_push_for_scripts_ends_in_a_summary(user: User, cache: FakeCache) 
     assert events[-1]["uploaded"] == 1
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "status"),
+    [
+        ("CACHESRV_TOKEN", "another", 1),
+        ("CACHESRV_URL", "http://127.0.0.1:1/main", 1),
+        ("CACHESRV_URL", "gopher://cache", 2),
+        ("NIX_REMOTE", "gopher://store", 2),
+    ],
+)
+async def test_push_for_scripts_that_fails_at_once_ends_in_a_summary(
+    user: User, cache: FakeCache, variable: str, value: str, status: int
+) -> None:
+    path = user.adds("greeting", "hello")
+    user.environ |= {"CACHESRV_URL": cache.url, "NIX_REMOTE": str(user.home / "root"), variable: value}
+    done = await user.runs("push", "--json", path)
+
+    assert (done.status, done.err.count("\n")) == (status, 1)
+    events = [json.loads(line) for line in done.out.splitlines()]
+    assert [event["event"] for event in events if event["event"] != "retrying"] == ["summary"]
+    assert (events[-1]["paths"], events[-1]["failed"]) == (0, 0)
+
+
+async def test_push_that_fails_at_once_says_why_and_nothing_else(user: User, cache: FakeCache) -> None:
+    user.environ["CACHESRV_TOKEN"] = "another"
+    done = await user.pushes(cache, user.adds("greeting", "hello"))
+
+    assert (done.status, done.out, done.err.count("\n")) == (1, "", 1)
+    assert "does not accept the token" in done.err
+
+
+async def test_push_that_fails_later_sums_up(user: User, cache: FakeCache) -> None:
+    """What is known of some paths is not kept back."""
+    cache.fail("nar", answer(507, "full"))
+    done = await user.pushes(cache, user.adds("greeting", "hello"))
+
+    assert done.status == 1
+    assert done.out.startswith("1 path in ")
+
+
+async def test_push_of_nothing_is_done(user: User, cache: FakeCache) -> None:
+    user.adds("greeting", "hello")
+    done = await user.pushes(cache, "--stdin")
+
+    assert (done.status, done.err) == (0, "")
+    assert done.out.startswith("0 paths in ")
+
+
 async def test_push_of_some_bad_paths_names_them(user: User, cache: FakeCache) -> None:
     missing = f"/nix/store/{'0' * 32}-missing"
 
@@ -145,7 +192,7 @@ async def test_push_to_nobody_is_one_line(user: User) -> None:
 
     done = await user.runs("push", "--store", str(user.home / "root"), path)
 
-    assert done.status == 1
+    assert (done.status, done.out) == (1, "")
     url = user.environ["CACHESRV_URL"]
     assert done.err.splitlines()[-1].startswith(f"cachesrv: {url} cannot be reached: Connection refused")
     assert "Traceback" not in done.err
