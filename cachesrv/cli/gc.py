@@ -80,18 +80,18 @@ def command(
 async def _run_scheduled(config: Config, services: Services) -> None:
     """For a program that reads the sums; nothing is printed when there was nothing to do."""
     import os
-    import time
 
     from cachesrv import wiring
     from cachesrv.services.collect import COLLECTED
     from cachesrv.services.maintenance import Busy, maintenance
     from cachesrv.services.removal_report import Silent
+    from cachesrv.services.schedule import is_due
 
     os.nice(_NICE)
     try:
         async with maintenance(services.catalog) as holder:
             last = int(await services.catalog.noted(COLLECTED) or 0)
-            if last + config.collect.interval > time.time():
+            if not is_due(last, config.collect.interval):
                 return
             report = await wiring.build_collect(config, services).run(holder, Silent(), by="the schedule")
     except Busy:

@@ -155,6 +155,7 @@ async def _run_scheduled(config: Config, services: Services) -> None:
     from cachesrv.cli.verify_output import Logged
     from cachesrv.services.data_directory import DataDirectory
     from cachesrv.services.maintenance import Busy, maintenance
+    from cachesrv.services.schedule import is_due
     from cachesrv.services.verify import FLAWS_FOUND, VERIFIED
 
     os.nice(_NICE)
@@ -163,7 +164,7 @@ async def _run_scheduled(config: Config, services: Services) -> None:
     try:
         async with maintenance(services.catalog, lock=_LOCK):
             last = int(await services.catalog.noted(VERIFIED) or 0)
-            if last + config.verify.interval > time.time():
+            if not is_due(last, config.verify.interval):
                 return
             journal = DataDirectory(config.data_dir).scheduled_verification
             await _run(config, services, wish, output, journal=journal)

@@ -35,6 +35,13 @@ class Chore:
     do: Callable[[], Awaitable[None]]
 
 
+def is_due(done: int, interval: int) -> bool:
+    """Whether something is due again that was done at that time. What was done that long after now was done by a clock
+    that has been set back since: it would be due when that time comes, perhaps never.
+    """
+    return abs(time.time() - done) >= interval
+
+
 @asynccontextmanager
 async def scheduled(
     catalog: Catalog, chores: Collection[Chore], *, first: float = FIRST, look_again: float = LOOK_AGAIN
@@ -67,4 +74,4 @@ async def _is_due(catalog: Catalog, chore: Chore) -> bool:
     except StoreError as error:
         _log.error("it cannot be told what is due", chore=chore.note, error=str(error))
         return False
-    return done + chore.interval <= time.time()
+    return is_due(done, chore.interval)

@@ -136,6 +136,10 @@ def test_what_the_schedule_starts_looks_whether_it_is_due(server: OfflineServer,
     server.pass_time(DAY)
     (summary,) = server.told(capsys, "gc", "--scheduled")
     assert summary["paths"] == 0
+    assert server.said(capsys, "gc", "--scheduled") == ""
+    # the clock was days ahead, and was set right
+    server.pass_time(-10 * DAY)
+    assert server.told(capsys, "gc", "--scheduled")
 
 
 def test_help_has_an_example(capsys: Capture) -> None:

@@ -48,6 +48,18 @@ async def test_what_was_never_done_is_due_and_then_not_for_a_while() -> None:
         assert len(done) == 2
 
 
+async def test_what_was_done_by_a_clock_that_was_wrong_does_not_wait_for_that_time() -> None:
+    notes, done = Notes(swept=str(int(time.time()) + 10 * 365 * 86_400)), []
+
+    async def do() -> None:
+        done.append(1)
+        notes.notes["swept"] = str(int(time.time()))
+
+    async with scheduled(notes, [Chore("swept", 3600, do)], first=0, look_again=0):  # type: ignore[arg-type]  # see above
+        await looked(notes, 5)
+    assert len(done) == 1
+
+
 async def test_neither_a_chore_nor_the_catalog_that_fails_ends_it() -> None:
     notes, done = Notes(), []
 
