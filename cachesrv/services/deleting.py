@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from array import array
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -52,9 +53,14 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What will go: `wished` says of a number whether it was wished for, and does not only come with something else."""
+    """What will go, by `numbers` in ascending order, each with a mark of the path that it stood for: others may delete
+    that meanwhile, and the number come to stand for what somebody publishes then. `wished` says of a number whether it
+    was wished for, and does not only come with something else.
+    """
 
     plan: Plan
+    numbers: array[int]
+    marks: array[int]
     wished: Callable[[int], bool]
 
     @property
@@ -101,7 +107,7 @@ class Delete:
         asked_for.add_new(wished)
         numbers = referrers.numbers
         plan = Plan(numbers, Bitmap(), size=await self._size_of_nars(referrers), used_before=0, oldest=0)
-        return Chosen(plan, asked_for.__contains__)
+        return Chosen(plan, numbers, await self._marks(numbers), asked_for.__contains__)
 
     async def rehearse(self, chosen: Chosen, listener: Listener, why: str = "") -> Report:
         """What would go."""
@@ -144,11 +150,28 @@ class Delete:
             nars.update((path.nar_key, path.file_size) for path in removed.gone)
 
         await self._removing.finish(self._caches)
-        await Sweep(self._catalog, self._removing, removal, chosen.plan).run(tell, pace=pace)
+        await Sweep(self._catalog, self._removing, removal, await self._unchanged(chosen)).run(tell, pace=pace)
         report.kept = chosen.count - report.paths
         if now:
             await self._delete_nars(nars, holder, report, listener, pace)
         return report
+
+    async def _unchanged(self, chosen: Chosen) -> Plan:
+        """The same without numbers that stand for something else by now, or for nothing."""
+        changed = Bitmap()
+        marks = zip(chosen.numbers, chosen.marks, await self._marks(chosen.numbers), strict=True)
+        changed.add_new(number for number, before, after in marks if before != after)
+        return Plan(chosen.numbers, changed, size=chosen.plan.size, used_before=0, oldest=0)
+
+    async def _marks(self, numbers: array[int]) -> array[int]:
+        """What tells paths of these numbers from others, 0 where there is none."""
+        marks = array("q")
+        for start in range(0, len(numbers), _SUMMED):
+            some = numbers[start : start + _SUMMED]
+            paths = await self._catalog.summaries(self._cache.name, some)
+            known = {path.number: hash(path.base_name) for path in paths}
+            marks.extend(known.get(number, 0) for number in some)
+        return marks
 
     async def _delete_nars(
         self, nars: Mapping[str, int], holder: str, report: Report, listener: Listener, pace: float

@@ -13,12 +13,18 @@ import pytest
 
 from cachesrv import wiring
 from cachesrv.cli import delete, run
+from cachesrv.services.deleting import Wish
 from cachesrv.services.maintenance import maintenance
+from cachesrv.services.removal_report import Silent
 from tests.offline import DAY, OfflineServer
 from tests.samples import Sample
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from cachesrv.services.deleting import Chosen
+    from cachesrv.services.removal_report import Report
+    from cachesrv.web.site import Services
 
 LIBRARY = Sample("library-1.0", b"library")
 TOOL = Sample("tool-1.0", b"tool", (LIBRARY.path,))
@@ -201,6 +207,37 @@ def test_one_at_a_time(server: OfflineServer, capsys: Capture) -> None:
     assert asyncio.run(busy()) == 1
     assert "is at it" in capsys.readouterr().err
     assert len(server.names()) == 4
+
+
+def test_what_was_published_since_is_not_taken_for_what_was_chosen(server: OfflineServer) -> None:
+    """The database gives the number of the latest path again when that has gone: meanwhile somebody waits, for the lock
+    or for an answer.
+    """
+    newer = Sample("newer-1.0", b"newer")
+
+    def choose(*samples: Sample) -> Chosen:
+        wish = Wish([sample.path.hash_part for sample in samples])
+        return server.use(lambda services: wiring.build_delete(server.config, services, "main").choose(wish))
+
+    def carry_out(chosen: Chosen) -> Report:
+        async def carry_out(services: Services) -> Report:
+            async with maintenance(services.catalog) as holder:
+                deletion = wiring.build_delete(server.config, services, "main")
+                return await deletion.run(chosen, holder, Silent(), by="ann")
+
+        return server.use(carry_out)
+
+    def number(sample: Sample) -> list[int]:
+        numbers = server.use(lambda services: services.catalog.numbers("main", [sample.path.hash_part]))
+        return [*numbers.values()]
+
+    chosen, before = choose(TWIN, PROGRAM), number(TWIN)
+    assert carry_out(choose(TWIN)).paths == 1
+    server.push(newer)
+    assert number(newer) == before
+    report = carry_out(chosen)
+    assert server.names() == {"library-1.0", "tool-1.0", "newer-1.0"}
+    assert (report.paths, report.kept) == (1, 1)
 
 
 def test_who_cannot_be_asked_has_to_say_yes(
