@@ -191,13 +191,15 @@ class DiskCache:
             self._add(-found.st_size)
 
     def _evict(self, size: int) -> None:
-        """Count everything; if `size` more bytes do not fit, let go of what was used longest ago. Raises StoreFull."""
+        """Count everything; if `size` more bytes do not fit, let go of what was used longest ago. Raises StoreFull if
+        that is not enough. Nobody who wants no room is kept out by what others have under way.
+        """
         for _ in abandoned(self._tree, older_than=0, remove=True):
             pass
         files, on_their_way = self._count()
         used = sum(length for _, length, _ in files) + on_their_way
         most = self._most(used)
-        if on_their_way + size > most:
+        if size and on_their_way + size > most:
             self._write(used)
             raise StoreFull("the disk cache is full of objects on their way, or its disk is of other things")
         if used + size > most:

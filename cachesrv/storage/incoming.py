@@ -63,10 +63,10 @@ class IncomingFile:
     def reserve(self, size: int) -> None:
         """Take room for `size` bytes in all; the file has that size from now on. Raises StoreFull."""
         # First a look: a reservation that fails half-way takes the room from all other writers for a moment.
-        free = self._tree.free()
-        if size > free:
-            message = f"no room for {self.key}: {size} bytes are needed, {free} are free"
-            raise StoreFull(message, missing=size - free)
+        free, more = self._tree.free(), size - os.fstat(self._file).st_size
+        if more > free:
+            message = f"no room for {self.key}: {more} bytes are needed, {free} are free"
+            raise StoreFull(message, missing=more - free)
         try:
             os.posix_fallocate(self._file, 0, size)
         except OSError as error:

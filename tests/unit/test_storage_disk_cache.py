@@ -477,3 +477,40 @@ TestModel = Model.TestCase
 TestModel.settings = settings(
     max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+
+
+async def test_what_others_have_under_way_keeps_nobody_from_opening_it(root: Path) -> None:
+    async with AsyncExitStack() as stack:
+        busy = DiskCache(root, limit=LIMIT)
+        stack.push_async_callback(busy.close)
+        await busy.open()
+        await keep(busy, "nar/old", bytes(100))
+        incoming = await stack.enter_async_context(busy.incoming("nar/a", 800))
+        smaller = DiskCache(root, limit=LIMIT // 2)
+        stack.push_async_callback(smaller.close)
+        await smaller.open()
+        assert await smaller.get("nar/old") is None
+        assert await smaller.used() == 800
+        with pytest.raises(StoreFull):
+            await keep(smaller, "nar/b", bytes(1))
+        await incoming.write(bytes(800))
+        await incoming.commit()
+        assert await contents(smaller, "nar/a") == bytes(800)
+
+
+async def test_room_that_an_object_has_already_is_not_asked_for_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, disk = 100, 250
+    monkeypatch.setattr(disk_cache, "_STEP", step)
+    monkeypatch.setattr(Tree, "free", lambda _: disk - sum(files(root).values()))
+    cache = DiskCache(root, limit=LIMIT)
+    await cache.open()
+    async with cache.incoming("nar/a") as incoming:
+        for _ in range(2):
+            await incoming.write(bytes(step))
+        with pytest.raises(StoreFull):
+            await incoming.write(bytes(step))
+        await incoming.commit()
+    assert files(root) == {"nar/a": 2 * step}
+    await cache.close()
