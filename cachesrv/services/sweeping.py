@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cachesrv.catalog.retention import Keeper
@@ -41,7 +42,9 @@ class Sweep:
         for batch in self._batches():
             started = time.monotonic()
             summaries = await self._catalog.summaries(self._removal.cache, batch)
-            removed = await self._removing.paths(self._removal, {path.number: path.hash_part for path in summaries})
+            # The NARs of those that go late in a long run stay for as long as those of the first.
+            removal = replace(self._removal, at=int(time.time()))
+            removed = await self._removing.paths(removal, {path.number: path.hash_part for path in summaries})
             self._postponed.add_new(number for number, why in removed.kept.items() if why is Keeper.REFERRER)
             self._take_up(removed.referred)
             tell(removed)

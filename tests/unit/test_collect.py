@@ -9,6 +9,7 @@ import pytest
 from cachesrv.catalog.retention import MAINTENANCE, RemovalRecord
 from cachesrv.errors import LockLost, StoreError
 from cachesrv.index.base import Present
+from cachesrv.services import sweeping
 from tests.collecting import (
     DAY,
     GRACE,
@@ -200,6 +201,24 @@ async def test_nars_stay_for_the_grace_period(stores: Stores, process: Process, 
     assert (await process.collect(CACHES, MONTH))[1].nars == [f"main/nar/{LIBRARY.nar_name}"]
     assert await nars_in(stores) == set()
     assert await stores.catalog.nar(f"main/nar/{LIBRARY.nar_name}") is None
+
+
+async def test_the_grace_period_begins_when_a_path_goes_however_long_a_collection_takes(
+    stores: Stores, process: Process, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeping, "TOGETHER", 1)
+    await process.push(MAIN, LIBRARY, TOOL)
+    clock.pass_(31 * DAY)
+
+    async def take_long() -> None:
+        clock.pass_(GRACE + DAY)
+
+    gate = Gate(4, take_long, late=True)
+    slow = Process(stores.through(gate))
+    report, heard = await slow.collect(CACHES, MONTH)
+    assert gate.writes[4:6] == ["settle", "hold"]
+    assert (report.paths, heard.nars) == (2, [f"main/nar/{TOOL.nar_name}"])
+    await slow.end()
 
 
 async def test_a_path_that_comes_back_keeps_its_nar(stores: Stores, process: Process, clock: Clock) -> None:
