@@ -99,7 +99,10 @@ class HttpReader:
             yield
         except TimeoutError as error:
             raise PeerUnavailable(f"it did not answer within {self._timeout:g} s") from error
-        except (aiohttp.InvalidURL, ValueError) as error:
+        except aiohttp.ClientConnectionError as error:
+            # A certificate that does not hold is a ValueError too, and no matter of the address.
+            raise PeerUnavailable(str(error) or type(error).__name__) from error
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError, ValueError) as error:
             raise PeerError(f"its address cannot be used: {error}") from error
         except (aiohttp.ClientError, OSError) as error:
             raise PeerUnavailable(str(error) or type(error).__name__) from error

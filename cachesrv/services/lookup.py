@@ -114,7 +114,7 @@ class Lookup:
         time. Raises StoreError.
         """
         # Anybody may name a path and a NAR that have nothing to do with each other; a look costs less than a write.
-        known = self._index.get(cache.name, hash_part)
+        known = self._known(cache, hash_part)
         url = rb"\nURL: nar/%s[?\n]" % re.escape(nar.encode())
         if isinstance(known, Present) and re.search(url, known.body):
             await asyncio.to_thread(self._index.delete, [(cache.name, hash_part)])

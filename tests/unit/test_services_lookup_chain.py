@@ -14,6 +14,7 @@ import pytest
 from cachesrv.errors import PeerError, PeerUnavailable, StoreError, StoreUnavailable
 from cachesrv.index.base import Absent, Present
 from cachesrv.index.lmdb import LmdbIndex
+from cachesrv.index.unusable import UnusableIndex
 from cachesrv.nix import narinfo
 from cachesrv.services import breaker as breaking
 from cachesrv.services.breaker import Breaker
@@ -279,3 +280,10 @@ async def test_what_was_looked_up_can_be_forgotten(chain: Chain) -> None:
     await chain.lookup.forget(CACHE, UPSTREAM.path.hash_part, UPSTREAM.nar_name)
     del chain.upstream.objects[f"{UPSTREAM.path.hash_part}.narinfo"]
     assert await chain.find(UPSTREAM.path.hash_part) is None
+
+
+async def test_there_is_nothing_to_forget_in_an_index_that_cannot_be_read(chain: Chain) -> None:
+    sources = [CatalogSource(chain.site.catalog)]
+    lookup = Lookup(UnusableIndex("it is damaged"), sources, negative_ttl=1, timeout=TIMEOUT)
+    await lookup.forget(CACHE, UPSTREAM.path.hash_part, UPSTREAM.nar_name)
+    assert await lookup.find(CACHE, PUSHED.path.hash_part)
