@@ -100,6 +100,8 @@ class Mending:
         text = await self._text(record.hash_part)
         there = self._judge.usable(record.hash_part, text)
         known = self._judge.usable(record.hash_part, record.narinfo)
+        if there and known and not self._cache.bucket_is_authority:
+            there = there if self._judge.standing(there) >= self._judge.standing(known) else None
         if there and there.nar_hash.nix32 == record.nar_hash and await self._has_nar(there):
             await self._publish(record, there)
             return "the catalog has what lies in storage"

@@ -101,6 +101,14 @@ class PathJudge:
         except _Wrong:
             return None
 
+    def standing(self, info: NarInfo) -> int:
+        """How much a usable narinfo is to be believed: 2 with a signature by a known key, 1 with others, 0 without. One
+        that was cut off has lost its signatures, and before them what it refers to.
+        """
+        if any(one.name in self._keys for one in info.signatures):
+            return 2
+        return 1 if info.signatures else 0
+
     def _read_published(self, seen: Seen, record: PathRecord) -> Reading:
         reading = Reading(record.hash_part, f"{record.hash_part}-{record.name}", None, [])
         try:

@@ -212,6 +212,22 @@ async def test_a_narinfo_that_is_wrong_everywhere_goes(site: Site, journal: Path
     assert (await verify(site, journal, contents=True)).flaws == []
 
 
+@pytest.mark.parametrize("line", [b"References:", b"Sig:"])
+async def test_a_narinfo_that_was_cut_off_does_not_take_the_place_of_the_whole_one(
+    site: Site, journal: Path, line: bytes
+) -> None:
+    text = await site.storage.get(narinfo_key(PROGRAM), limit=10_000)
+    assert text
+    await site.storage.put(narinfo_key(PROGRAM), text[: text.index(line)], replace=True)
+    repaired = await repair(site, (await verify(site, journal)).flaws)
+    assert [outcome.what for outcome in repaired.outcomes] == ["its narinfo was written again, as the catalog has it"]
+    assert await site.storage.get(narinfo_key(PROGRAM), limit=10_000) == text
+    record = await site.catalog.path("main", PROGRAM.path.hash_part)
+    assert record
+    assert len(record.references) == 2
+    assert (await verify(site, journal)).flaws == []
+
+
 async def test_what_is_missing_is_brought_back_with_what_it_needs(site: Site, journal: Path) -> None:
     for sample in (LIBRARY, TOOL):
         await site.catalog.remove("main", [sample.path.hash_part])
