@@ -405,7 +405,10 @@ class _OpenUpstreams:
 
 
 def _open_upstreams(config: Config, stack: AsyncExitStack) -> _OpenUpstreams:
-    upstreams = _OpenUpstreams(stack)
+    # Those that a reload brings are closed when these are: after all that asks them.
+    own = AsyncExitStack()
+    stack.push_async_exit(own)
+    upstreams = _OpenUpstreams(own)
     for declared in _declared_upstreams(config).values():
         upstreams.open(declared)
     return upstreams
