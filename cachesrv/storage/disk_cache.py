@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 from cachesrv.errors import StoreError, StoreFull
 from cachesrv.storage.base import LocalFile, validate_key
 from cachesrv.storage.incoming import IncomingFile, abandoned
-from cachesrv.storage.threads import Threads, finished, in_words
+from cachesrv.storage.threads import Threads, in_words, to_its_end
 from cachesrv.storage.tree import Tree
 from cachesrv.storage.warm import WarmFiles
 
@@ -86,16 +86,7 @@ class DiskCache:
             await incoming.reserve(size or 0)
             yield incoming
         finally:
-            await self._ended(incoming)
-
-    async def _ended(self, incoming: Incoming) -> None:
-        """Also when the task is cancelled, and cancelled again, nothing stays behind."""
-        ending = asyncio.ensure_future(self._end(incoming))
-        try:
-            await asyncio.shield(ending)
-        except asyncio.CancelledError:
-            await finished(ending)
-            raise
+            await to_its_end(self._end(incoming))
 
     async def _end(self, incoming: Incoming) -> None:
         await incoming.unread()

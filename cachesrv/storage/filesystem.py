@@ -20,7 +20,7 @@ from cachesrv.storage import incoming
 from cachesrv.storage.base import MAX_KEY_LENGTH, LocalFile, ObjectInfo, is_segment, validate_key, validate_prefix
 from cachesrv.storage.incoming import IncomingFile, Together, sync
 from cachesrv.storage.syncing import Syncing
-from cachesrv.storage.threads import Threads, in_words
+from cachesrv.storage.threads import Threads, in_words, to_its_end
 from cachesrv.storage.tree import Tree, split
 from cachesrv.storage.warm import WarmFiles
 
@@ -71,7 +71,7 @@ class FilesystemStore:
             # `close` discards those that it finds open.
             if not self._threads.closed:
                 self._open.discard(incoming)
-                await self._threads.run("clean up", incoming.discard)
+                await to_its_end(self._threads.run("clean up", incoming.discard))
 
     async def put(self, key: str, data: bytes, *, replace: bool = False) -> bool:
         file = IncomingFile(self._tree, validate_key(key))

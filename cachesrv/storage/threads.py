@@ -6,12 +6,12 @@ import asyncio
 import errno
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from cachesrv.errors import StoreError, StoreFull
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -57,6 +57,16 @@ class Threads:
         """Take no more, and wait for all that was asked for."""
         self.closed = True
         await asyncio.to_thread(self._pool.shutdown)
+
+
+async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns or raises; it is done also when the caller is cancelled, and cancelled again."""
+    done = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(done)
+    except asyncio.CancelledError:
+        await finished(done)
+        raise
 
 
 async def finished(future: asyncio.Future[T]) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import fcntl
 import os
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from cachesrv.storage import syncing
 from cachesrv.storage.base import LocalFile
 from cachesrv.storage.filesystem import FilesystemStore
 from cachesrv.storage.incoming import MOST_WAITING
+from cachesrv.storage.tree import Tree
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -440,3 +442,33 @@ async def test_files_of_a_folder_are_deleted_in_the_given_order(
     await store.delete(keys)
     assert removed == ["b", "a", "c", "y", "x", "x"]
     assert [info async for info in store.list("")] == []
+
+
+async def test_a_writer_that_is_cancelled_twice_leaves_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FilesystemStore(root, threads=1)
+    begun, busy, release = asyncio.Event(), threading.Event(), threading.Event()
+
+    def wait(_tree: Tree, _key: str) -> None:
+        busy.set()
+        release.wait()
+
+    async def write() -> None:
+        async with store.writer("main/nar/a") as writer:
+            await writer.write(LARGE)
+            begun.set()
+            await asyncio.Event().wait()
+
+    writing = asyncio.create_task(write())
+    await begun.wait()
+    monkeypatch.setattr(Tree, "stat", wait)
+    looking = asyncio.create_task(store.head("main/nar/b"))
+    await asyncio.to_thread(busy.wait)
+    for _ in range(3):
+        writing.cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    release.set()
+    await asyncio.wait([writing, looking])
+    assert writing.cancelled()
+    assert files(root) == []
+    await store.close()
