@@ -112,7 +112,8 @@ class _Run:
         self._listener = listener
         self._report = Report()
         self._findings = Findings(scratch)
-        self._survey = Survey(storage, self._findings, cache, improve)
+        self._improve = improve
+        self._survey = Survey(storage, self._findings, cache, self._improved)
         self._withdrawal = Withdrawal(
             storage, catalog, index, cache=cache, findings=self._findings, take=self._take_again
         )
@@ -136,6 +137,21 @@ class _Run:
                 if finding.flaw:
                     self._note(flaw_of(self._cache, hash_part, Kind.of(finding.flaw), finding.why))
             self._listener.progress(self._report)
+
+    async def _improved(self, found: Sequence[tuple[str, Finding]]) -> Sequence[tuple[str, Finding]]:
+        """As was asked for, but nobody signs what was cut off."""
+        unsigned = [part for part, finding in found if finding.path and not _is_signed(finding.path.narinfo)]
+        if self._improve is as_found or not unsigned:
+            return await self._improve(found)
+        published = await self._catalog.paths(self._cache.name, unsigned)
+        whole = [
+            (part, finding)
+            for part, finding in found
+            if not (finding.path and part in published)
+            or not _is_cut_off(record_of(self._cache, part, finding.path), published[part])
+        ]
+        improved = dict(await self._improve(whole))
+        return [(part, improved.get(part, finding)) for part, finding in found]
 
     def _note(self, flaw: Flaw) -> None:
         self._report.flaws += 1
@@ -164,7 +180,12 @@ class _Run:
         await asyncio.to_thread(self._index.put, entries, replace=False)
         self._report.taken += len(records)
         for record in records:
-            if record.hash_part in otherwise or self._answers_otherwise(record):
+            published = otherwise.get(record.hash_part)
+            if published and _is_cut_off(record, published):
+                self._report.taken -= 1
+                why = "its narinfo was cut off: `cachesrv verify --repair` writes it again, as it is published"
+                self._note(flaw_of(self._cache, record.hash_part, Kind.DISAGREEMENT, why))
+            elif published or self._answers_otherwise(record):
                 await self._settle(record)
 
     def _answers_otherwise(self, record: PathRecord) -> bool:
@@ -217,6 +238,16 @@ class _Run:
         if self._withdrawal.withdraws(flaw):
             self._report.withdrawn += 1
             self._report.taken -= taken
+
+
+def _is_cut_off(found: PathRecord, published: PathRecord) -> bool:
+    """Whether a narinfo has lost its last lines, what it refers to and the signatures that would tell."""
+    lost = _is_signed(published.narinfo) and not _is_signed(found.narinfo)
+    return lost and set(found.references) < set(published.references)
+
+
+def _is_signed(text: bytes) -> bool:
+    return b"\nSig: " in text
 
 
 def _entry(record: PathRecord) -> IndexEntry:

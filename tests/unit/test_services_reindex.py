@@ -268,6 +268,26 @@ async def test_what_is_published_otherwise_is_named_and_stays(site: Site, run: R
     assert await site.published() == parts(*CHAIN)
 
 
+@pytest.mark.parametrize("sign", [False, True])
+async def test_what_was_cut_off_does_not_take_the_place_of_what_is_published(
+    site: Site, run: Run, *, sign: bool
+) -> None:
+    await site.send(*CHAIN)
+    await site.add(*CHAIN)
+    before = await site.catalog.path("main", PROGRAM.path.hash_part)
+    text = await site.storage.get(key_of(PROGRAM), limit=10_000)
+    assert text
+    cut = text[: text.index(b"References:")]
+    await site.storage.put(key_of(PROGRAM), cut, replace=True)
+    report = await run(site, improve=Resigning(site.storage, site.cache, _refuse) if sign else as_found)
+    assert kinds(report) == {key_of(PROGRAM): Kind.DISAGREEMENT}
+    assert "was cut off" in whys(report)[key_of(PROGRAM)]
+    assert (report.taken, report.withdrawn) == (2, 0)
+    assert await site.catalog.path("main", PROGRAM.path.hash_part) == before
+    assert answer(site, PROGRAM) == text
+    assert await site.storage.get(key_of(PROGRAM), limit=10_000) == cut
+
+
 async def test_what_is_published_otherwise_without_a_nar_gives_way(site: Site, run: Run) -> None:
     await site.send(*CHAIN)
     await site.add(*CHAIN)
