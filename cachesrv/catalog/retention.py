@@ -253,7 +253,7 @@ class Retention(Protocol):
 
     async def lock(self, name: str, holder: str, *, now: int, until: int, in_place_of: str | None = None) -> str:
         """Take a lock, or prolong it, until then, when nobody holds it (or no longer, or `in_place_of` does); who has
-        it after that.
+        it after that. Who else has it keeps it for no longer than that either.
         """
 
     async def unlock(self, name: str, holder: str) -> None:

@@ -104,6 +104,18 @@ async def test_a_holder_that_was_killed_here_is_found_out_at_once(url: str, cata
         pass
 
 
+async def test_a_holder_elsewhere_with_a_clock_that_was_wrong_does_not_keep_it_until_then(catalog: SqlCatalog) -> None:
+    now = int(time.time())
+    elsewhere = "process 1 on another (0-0-0 pid:[1], 1, 00)"
+    await catalog.lock(MAINTENANCE, elsewhere, now=now + 2**30, until=now + 2**30 + LIFETIME)
+    with pytest.raises(Busy):
+        async with maintenance(catalog):
+            pass
+    later = int(time.time()) + LIFETIME
+    assert await catalog.lock(MAINTENANCE, "other", now=later - 10, until=later + LIFETIME) == elsewhere
+    assert await catalog.lock(MAINTENANCE, "other", now=later, until=later + LIFETIME) == "other"
+
+
 async def test_a_holder_elsewhere_keeps_it_until_it_is_heard_of_no_more(catalog: SqlCatalog) -> None:
     now = int(time.time())
     elsewhere = "process 1 on another (0-0-0 pid:[1], 1, 00)"
