@@ -66,10 +66,11 @@ class Completeness:
         """Whether what the catalog does not know is not there. Raises StoreError."""
         if cache.name in self._complete:
             return True
-        if self._clock() - self._asked_at.get(cache.name, 0.0) >= _ASKED_AGAIN:
+        # Clocks are set back, too.
+        if abs(self._clock() - self._asked_at.get(cache.name, 0.0)) >= _ASKED_AGAIN:
             since = await self._catalog.noted(_note(cache))
             self._asked_at[cache.name] = self._clock()
-            if since not in (None, _NO) and int(since) + _SURE_AFTER <= self._clock():
+            if since not in (None, _NO) and abs(self._clock() - int(since)) >= _SURE_AFTER:
                 self._complete.add(cache.name)
         return cache.name in self._complete
 

@@ -63,7 +63,8 @@ class Usage:
         gathered, self._gathered = self._gathered, set()
         nars, self._nars = self._nars, set()
         now = time.time()
-        if now - self._noted_since > self._resolution or len(self._noted) > MAX_NOTED:
+        # A clock that has been set back would leave it so until it comes there again.
+        if abs(now - self._noted_since) > self._resolution or len(self._noted) > MAX_NOTED:
             self._noted, self._noted_since = set(), now
         used: dict[str, list[str]] = defaultdict(list)
         for key in gathered - self._noted:

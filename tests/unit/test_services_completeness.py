@@ -125,6 +125,16 @@ class TestCompleteness:
         await completeness.find_out([site.cache])
 
 
+async def test_a_clock_that_is_set_back_does_not_put_it_off(
+    site: Site, completeness: Completeness, clock: Clock
+) -> None:
+    await site.catalog.note("complete main", "no")
+    assert not await completeness.holds(site.cache)
+    await completeness.reached(site.cache)
+    clock.now -= 365 * 86_400
+    assert await completeness.holds(site.cache)
+
+
 async def test_lookups_ask_storage_until_then(site: Site, completeness: Completeness, clock: Clock) -> None:
     await lay(site, LIBRARY)
     source = BucketSource(site.storage, Breaker(), completeness)

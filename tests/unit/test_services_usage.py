@@ -69,6 +69,22 @@ async def test_each_path_is_told_once_and_in_batches(monkeypatch: pytest.MonkeyP
     assert len(catalog.told) == 3, "what was told is not told again"
 
 
+async def test_a_clock_that_is_set_back_does_not_end_the_noting(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 2_000_000_000.0
+    monkeypatch.setattr("time.time", lambda: now)
+    catalog = Touched()
+    noting = Usage(catalog)  # type: ignore[arg-type]  # the methods that it needs
+    key = f"main/{0:032}".encode()
+    noting.add(key)
+    await noting.flush()
+    now -= 365 * 86_400
+    for _ in range(3):
+        noting.add(key)
+        await noting.flush()
+        now += 86_400
+    assert len(catalog.told) == 4
+
+
 async def test_what_is_gathered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(usage, "MAX_GATHERED", 10)
     catalog = Touched()
