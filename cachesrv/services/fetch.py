@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
-from cachesrv.errors import BadInput, CachesrvError, Mismatch, PeerError, PeerUnavailable, StoreUnavailable
+from cachesrv.errors import BadInput, CachesrvError, Mismatch, PeerError, PeerUnavailable, StoreError, StoreUnavailable
 from cachesrv.storage.base import ByteRange, FilePart
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ class Remote(Protocol):
         all. Returns when they are found right, and kept wherever they are to be kept for good. Raises BadInput when
         they are not right, StoreError when they cannot be kept.
         """
+
+    @property
+    def is_stored(self) -> Callable[[], Awaitable[bool]]:
+        """Says whether it lies in storage, after it was received. Raises StoreError."""
 
 
 class Fetch:
@@ -140,7 +144,7 @@ class Fetch:
             try:
                 async with turn:
                     self._incoming = await stack.enter_async_context(cache.incoming(self._remote.key, self.size))
-                    await self._receive(self._incoming)
+                    await self._receive(cache, self._incoming)
                 self._done = True
             except CachesrvError as error:
                 if self._begun:
@@ -154,7 +158,7 @@ class Fetch:
             while self._followers:
                 await self._moved.wait()
 
-    async def _receive(self, incoming: IncomingObject) -> None:
+    async def _receive(self, cache: ObjectCache, incoming: IncomingObject) -> None:
         async with aclosing(self._written(incoming)) as chunks:
             await self._remote.receive(chunks)
         self._verified = True
@@ -162,6 +166,16 @@ class Fetch:
         self._announce()
         if self._remote.keep:
             await incoming.commit()
+            await self._let_go_of_deleted(cache)
+
+    async def _let_go_of_deleted(self, cache: ObjectCache) -> None:
+        """Who deleted it meanwhile has looked into the disk cache before it was there."""
+        try:
+            stored = await self._remote.is_stored()
+        except StoreError:
+            stored = False
+        if not stored:
+            await cache.discard(self._remote.key)
 
     async def _written(self, incoming: IncomingObject) -> AsyncGenerator[bytes, None]:
         """The bytes as they come, each chunk in the file before it is handed on."""

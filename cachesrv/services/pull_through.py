@@ -66,7 +66,11 @@ class PullThrough:
             keep=self._keep,
             read=partial(upstream.read, info),
             receive=partial(self._take_in, cache, info, name, size),
+            is_stored=partial(self._is_stored, cache, name),
         )
+
+    async def _is_stored(self, cache: ServedCache, name: str) -> bool:
+        return await self._ingest.known(cache, name) is not None
 
     async def _take_in(
         self, cache: ServedCache, info: NarInfo, name: str, size: int | None, chunks: AsyncIterator[bytes]
@@ -95,3 +99,4 @@ class UpstreamNar:
     keep: bool
     read: Callable[[int], AsyncGenerator[bytes, None]]
     receive: Callable[[AsyncIterator[bytes]], Awaitable[None]]
+    is_stored: Callable[[], Awaitable[bool]]

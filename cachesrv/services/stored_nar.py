@@ -51,6 +51,10 @@ class StoredNar:
             async for _ in chunks:
                 pass
 
+    async def is_stored(self) -> bool:
+        """See Remote."""
+        return await self._storage.head(self.key) is not None
+
     async def _compare(self, record: NarRecord, chunks: AsyncIterator[bytes]) -> None:
         hasher = sha256()
         async for chunk in chunks:

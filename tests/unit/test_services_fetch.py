@@ -46,6 +46,7 @@ class Source:
         self.received: list[bytes] = []
         self.refusal: CachesrvError | None = None
         self.no_room: CachesrvError | None = None
+        self.stored: bool | StoreError = True
         self._transfers = list(transfers) or [good]
         self._right = sha256(right).digest()
 
@@ -65,6 +66,11 @@ class Source:
             raise self.refusal
         if sha256(data).digest() != self._right:
             raise Mismatch("it is not what it should be")
+
+    async def is_stored(self) -> bool:
+        if isinstance(self.stored, StoreError):
+            raise self.stored
+        return self.stored
 
 
 async def good(start: int) -> AsyncGenerator[bytes, None]:
@@ -159,6 +165,18 @@ async def test_what_is_fetched_is_kept(fetches: Fetches, cache: DiskCache) -> No
     found = await cache.get(source.key)
     assert found
     assert found.size == len(DATA) == await cache.used()
+
+
+@pytest.mark.parametrize("stored", [False, StoreError("nobody knows")], ids=["deleted", "unknown"])
+async def test_what_may_have_been_deleted_meanwhile_is_not_kept(
+    fetches: Fetches, cache: DiskCache, stored: bool | StoreError
+) -> None:
+    source = Source()
+    source.stored = stored
+    assert await whole(fetches.start(source)) == DATA
+    await settled(fetches)
+    assert await cache.get(source.key) is None
+    assert await cache.used() == 0
 
 
 async def test_what_is_kept_elsewhere_is_not_kept_here(fetches: Fetches, cache: DiskCache) -> None:
