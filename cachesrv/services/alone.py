@@ -24,7 +24,7 @@ async def read_alone(remote: Remote, part: ByteRange) -> AsyncGenerator[bytes, N
     """The part as it comes, at the pace of its reader; the last byte of the object is held back as in a Fetch that is
     shared. Raises what ends the fetch.
     """
-    fetch = Fetch(remote)
+    fetch = Fetch(remote, keep=False)
     running = asyncio.create_task(fetch.run(_Window(part.start), nullcontext()))
     try:
         async with aclosing(fetch.read(part)) as chunks:

@@ -66,11 +66,12 @@ class Remote(Protocol):
 
 
 class Fetch:
-    """One object on its way."""
+    """One object on its way; without `keep` it does not stay, whatever the remote says."""
 
-    def __init__(self, remote: Remote) -> None:
+    def __init__(self, remote: Remote, *, keep: bool = True) -> None:
         self.size = remote.size
         self._remote = remote
+        self._keep = keep and remote.keep
         self._incoming: IncomingObject | None = None
         self._begun = False
         self._verified = False
@@ -164,7 +165,7 @@ class Fetch:
         self._verified = True
         # Clients do not wait for the disk.
         self._announce()
-        if self._remote.keep:
+        if self._keep:
             await incoming.commit()
             await self._let_go_of_deleted(cache)
 

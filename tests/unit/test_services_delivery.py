@@ -283,6 +283,7 @@ async def test_what_has_no_room_is_passed_on(tmp_path: Path, disk_cache: bool) -
     async with far_site(tmp_path, disk_cache=disk_cache) as far:
         await far.store(HUGE)
         assert await taken(await far.open(HUGE)) == HUGE.file
+        assert far.bucket.asked == ["read"]
         far.bucket.altered = True
         wrong = Sample("wrong", b"x" * LIMIT)
         await far.store(wrong)
