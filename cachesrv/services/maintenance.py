@@ -61,15 +61,15 @@ async def maintenance(catalog: Catalog, *, patience: float = 0, lock: str = MAIN
 
 
 async def _take(catalog: Catalog, lock: str, holder: str, deadline: float) -> None:
-    dead: str | None = None
     while True:
         now = int(time.time())
-        there = await catalog.lock(lock, holder, now=now, until=now + LIFETIME, in_place_of=dead)
+        # At the beginning of time no lock has run out: who lives here keeps it, also when the clock jumps.
+        there = await catalog.lock(lock, holder, now=0, until=now + LIFETIME)
+        if there != holder and (lives := _lives(there)) is not True:
+            dead = there if lives is False else None
+            there = await catalog.lock(lock, holder, now=now, until=now + LIFETIME, in_place_of=dead)
         if there == holder:
             return
-        if there != dead and _is_dead(there):
-            dead = there
-            continue
         if time.monotonic() >= deadline:
             raise Busy(f"{there.partition(' (')[0]} is at it: collecting, deleting or repairing; try again later")
         await asyncio.sleep(_LOOK_AGAIN)
@@ -94,12 +94,12 @@ def _name_of_ours() -> str:
     return f"process {pid} on {socket.gethostname()} ({_place()}, {_started(pid)}, {token_hex(4)})"
 
 
-def _is_dead(holder: str) -> bool:
-    """Whether that process ran here, and runs no more; False when there is no telling."""
+def _lives(holder: str) -> bool | None:
+    """Whether that process, which began here, still runs; None when there is no telling."""
     match = _HOLDER.fullmatch(holder)
     if match is None or match["place"] != _place():
-        return False
-    return _started(int(match["pid"])) != int(match["started"])
+        return None
+    return _started(int(match["pid"])) == int(match["started"])
 
 
 def _place() -> str:

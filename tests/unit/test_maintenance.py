@@ -104,6 +104,27 @@ async def test_a_holder_that_was_killed_here_is_found_out_at_once(url: str, cata
         pass
 
 
+async def test_a_holder_that_lives_here_keeps_it_when_the_clock_jumps(
+    url: str, catalog: SqlCatalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", HOLD, url, cwd=ROOT, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert await process.stdout.readline() == b"held\n"
+    later = time.time() + 86_400
+    monkeypatch.setattr("time.time", lambda: later)
+    try:
+        with pytest.raises(Busy, match=f"process {process.pid} "):
+            async with maintenance(catalog):
+                pass
+    finally:
+        process.kill()
+        await process.wait()
+    async with maintenance(catalog):
+        pass
+
+
 async def test_a_holder_elsewhere_with_a_clock_that_was_wrong_does_not_keep_it_until_then(catalog: SqlCatalog) -> None:
     now = int(time.time())
     elsewhere = "process 1 on another (0-0-0 pid:[1], 1, 00)"
