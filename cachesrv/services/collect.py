@@ -66,6 +66,7 @@ class Collect:
         self._removing = Removing(storage, catalog, index)
         self._caches = caches
         self._chosen = [cache for name, cache in caches.items() if not only or name in only]
+        self._foreign = {cache.prefix for cache in caches.values() if cache.bucket_is_authority}
         self._policies = policies
         self._terms = terms
 
@@ -115,7 +116,7 @@ class Collect:
         for cache in self._chosen:
             policy = self._policies.get(cache.name)
             # What others write to a bucket, and what that needs, is not known here.
-            if policy and not cache.bucket_is_authority:
+            if policy and cache.prefix not in self._foreign:
                 yield cache, await Marking(self._catalog, cache.name).plan(policy, int(time.time()))
 
     async def _collect_nars(self, holder: str, listener: Listener, report: Report, pace: float) -> None:
@@ -127,8 +128,7 @@ class Collect:
             await asyncio.sleep(pace * (time.monotonic() - started))
 
     async def _unused(self) -> AsyncIterator[list[UnusedNar]]:
-        foreign = {cache.prefix for cache in self._caches.values() if cache.bucket_is_authority}
-        for prefix in sorted({cache.prefix for cache in self._chosen} - foreign):
+        for prefix in sorted({cache.prefix for cache in self._chosen} - self._foreign):
             after, now = "", int(time.time())
             while nars := await self._catalog.unused_nars(prefix, self._unused_before, now, after):
                 yield nars

@@ -91,9 +91,9 @@ class Delete:
         """What it takes to fulfil a wish. Raises BadInput, NotFound, Refused when something needs these paths or they
         are pinned, and StoreUnavailable when the catalog does not know what may need them.
         """
-        if self._cache.bucket_is_authority:
-            raise BadInput(f"others write to the bucket of {self._cache.name}: delete it where it is written")
         same_objects = [cache for cache in self._caches.values() if cache.prefix == self._cache.prefix]
+        if any(cache.bucket_is_authority for cache in same_objects):
+            raise BadInput(f"others write to the bucket of {self._cache.name}: delete it where it is written")
         await self._completeness.demand(same_objects)
         wished = await self._wished(wish)
         referrers = await Referrers.of(self._catalog, wished)

@@ -187,6 +187,9 @@ def test_a_bucket_that_others_write_to(server: OfflineServer, capsys: Capture) -
     server.configure("[[cache]]\nname = 'main'\nauthority = 'bucket'\n")
     assert server.command("delete", "--all") == 1
     assert "others write to the bucket of main" in capsys.readouterr().err
+    server.configure("[[cache]]\nname = 'main'\n[[cache]]\nname = 'theirs'\nprefix = 'main'\nauthority = 'bucket'\n")
+    assert server.command("delete", "--all", "--yes", "--cache", "main") == 1
+    assert "others write to the bucket of main" in capsys.readouterr().err
 
 
 def test_a_catalog_that_does_not_know_what_there_is(server: OfflineServer, capsys: Capture) -> None:

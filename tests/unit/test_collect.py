@@ -276,6 +276,17 @@ async def test_what_others_write_to_is_left_alone(clock: Clock) -> None:
         await process.end()
 
 
+async def test_what_others_write_to_under_another_name_is_left_alone_too(
+    stores: Stores, process: Process, clock: Clock
+) -> None:
+    caches = {"main": MAIN, "team": cache("team", prefix="main", bucket_is_authority=True)}
+    await process.push(MAIN, LIBRARY)
+    clock.pass_(31 * DAY + GRACE)
+    assert (await process.collect(caches, MONTH))[0].paths == 0
+    assert await stores.storage.head(MAIN.narinfo_key(LIBRARY.path.hash_part))
+    assert (await process.collect(CACHES, MONTH))[0].paths == 1
+
+
 async def test_a_rehearsal_tells_the_same_and_changes_nothing(stores: Stores, process: Process, clock: Clock) -> None:
     await process.push(MAIN, LIBRARY, TOOL, PROGRAM)
     await process.send(MAIN, OTHER)
