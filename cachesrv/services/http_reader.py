@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
 
 _GONE = (404, 410)
+_NO_HEAD = (403, 405, 501)
+"""Statuses by which HEAD is refused where GET may not be: a presigned URL is good for one of them alone."""
 _PASSING = (408, 425, 429)
 """Statuses below 500 that say that it may go well another time."""
 _CHUNK = 256 * 1024
@@ -59,7 +61,7 @@ class HttpReader:
             async with self._session.head(
                 self._url(name), headers=_AS_IT_IS, timeout=self._short, allow_redirects=True
             ) as response:
-                if response.status in _GONE:
+                if response.status in _GONE or response.status in _NO_HEAD:
                     return None
                 _check(response, 200)
                 return response.content_length

@@ -496,3 +496,13 @@ async def test_what_is_deleted_while_it_is_fetched_is_not_kept(far: Far) -> None
     assert got == LARGE.file
     await far.settled()
     assert not await far.kept(LARGE)
+
+
+@pytest.mark.parametrize("number", [403, 405, 501])
+async def test_an_upstream_that_knows_nothing_but_get_will_do(local: Far, number: int) -> None:
+    sample = Sample("compressed", bytes(range(256)) * 5000, compression="zstd")
+    local.upstream.add(sample, file_size=None)
+    at = f"nar/{sample.nar_name}"
+    local.upstream.fail(at, status(number))
+    assert await local.pull(sample) == sample.file
+    assert (local.upstream.asked(at, "HEAD"), local.upstream.asked(at)) == (1, 1)
