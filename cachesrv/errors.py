@@ -15,6 +15,7 @@ CachesrvError
 ├── ConfigError         the configuration or the command line cannot be used
 ├── StoreError          a store of ours failed; says nothing about what it holds
 │   ├── StoreFull
+│   ├── StoreRefused    … because it does not let us, as by its permissions; nothing need be wrong with an object
 │   ├── StoreDamaged    … for good, and others have it open
 │   └── StoreUnavailable
 │       ├── BeingRemoved   … because what is asked for is just being deleted
@@ -91,6 +92,10 @@ class StoreFull(StoreError):
     def __init__(self, message: str, *, missing: int = 0) -> None:
         super().__init__(message)
         self.missing = missing
+
+
+class StoreRefused(StoreError):
+    """A store does not let us do that, until something is set right; nothing need be wrong with the object."""
 
 
 class StoreDamaged(StoreError):

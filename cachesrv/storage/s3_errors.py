@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import botocore.exceptions as sdk
 
-from cachesrv.errors import BadInput, CachesrvError, NotFound, StoreError, StoreFull
+from cachesrv.errors import BadInput, CachesrvError, NotFound, StoreError, StoreFull, StoreRefused
 from cachesrv.storage.decorators import SlowDown, TryAgain
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class UploadGone(StoreError):
     """A multipart upload has been completed or aborted already."""
 
 
-class Denied(StoreError):
+class Denied(StoreRefused):
     """The credentials are good, and not for this."""
 
 
@@ -182,7 +182,7 @@ def named(answer: Answer, request: Request) -> CachesrvError:
 def _final(answer: Answer) -> type[StoreError]:
     if answer.status == 501:
         return NotImplementedThere
-    return Denied if answer.code in {"AccessDenied", "AccessDeniedException"} else StoreError
+    return Denied if answer.code in {"AccessDenied", "AccessDeniedException"} else StoreRefused
 
 
 def _words(answer: Answer, request: Request) -> str:

@@ -6,11 +6,11 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
-from cachesrv.errors import StoreError
+from cachesrv.errors import StoreError, StoreRefused
 from cachesrv.nix import narinfo
 from cachesrv.nix.signing import SecretKey
 from cachesrv.services.copies import Copy, OtherCaches, SameNar, Wanted
@@ -257,6 +257,27 @@ async def test_a_narinfo_that_nobody_can_serve_is_moved_out_of_the_way(site: Sit
 
 def kept(site: Site) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in (site.folder / "removed" / "main").iterdir()}
+
+
+@pytest.mark.parametrize("door", ["read", "head", "get"])
+async def test_what_storage_does_not_let_us_read_is_not_taken_for_damaged(
+    site: Site, journal: Path, monkeypatch: pytest.MonkeyPatch, door: str
+) -> None:
+    """Such as objects in an archive class, or after a change of permissions."""
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise StoreRefused("restore it first")
+
+    await flip_a_bit(site)
+    flaws = (await verify(site, journal, contents=True)).flaws
+    monkeypatch.setattr(site.storage, door, refuse)
+    if door == "get":
+        monkeypatch.setattr(site.storage, "get_many", refuse)
+    with pytest.raises(StoreRefused):
+        await verify(site, journal.with_name("other"), contents=True)
+    with pytest.raises(StoreRefused):
+        await repair(site, flaws)
+    assert await names(site) == {sample.name for sample in CHAIN}
 
 
 async def test_storage_that_is_not_mounted_does_not_empty_the_cache(site: Site, journal: Path) -> None:
