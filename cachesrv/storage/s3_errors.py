@@ -159,7 +159,7 @@ _PERMISSIONS = {
 
 def named(answer: Answer, request: Request) -> CachesrvError:
     """The error that an answer stands for: NotFound, Exists, UploadGone, BadInput (a range beyond the end), StoreFull,
-    TryAgain or SlowDown, NotImplementedThere, Denied, or StoreError.
+    TryAgain or SlowDown, NotImplementedThere, Denied, or StoreRefused.
     """
     code, status = answer.code, answer.status
     if code in _NOT_THERE:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from cachesrv.errors import StoreError, StoreFull
+from cachesrv.errors import StoreError, StoreFull, StoreRefused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -17,15 +17,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Whatever the object is: nothing need be wrong with it.
+_NOT_LET = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 @contextmanager
 def in_words(doing: str) -> Iterator[None]:
-    """Turns OSError into StoreError or StoreFull: `cannot <doing>: <what the system says>`."""
+    """Turns OSError into StoreError, StoreFull or StoreRefused: `cannot <doing>: <what the system says>`."""
     try:
         yield
     except OSError as error:
-        kind = StoreFull if error.errno in _NO_ROOM else StoreError
+        kind = StoreFull if error.errno in _NO_ROOM else StoreRefused if error.errno in _NOT_LET else StoreError
         raise kind(f"cannot {doing}: {error.strerror}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -14,6 +15,7 @@ from cachesrv.errors import StoreError, StoreRefused
 from cachesrv.nix import narinfo
 from cachesrv.nix.signing import SecretKey
 from cachesrv.services.copies import Copy, OtherCaches, SameNar, Wanted
+from cachesrv.storage.threads import in_words
 from tests.planted import (
     CHAIN,
     FAULTS,
@@ -278,6 +280,12 @@ async def test_what_storage_does_not_let_us_read_is_not_taken_for_damaged(
     with pytest.raises(StoreRefused):
         await repair(site, flaws)
     assert await names(site) == {sample.name for sample in CHAIN}
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EACCES, StoreRefused), (errno.EMFILE, StoreRefused)])
+def test_permissions_and_open_files_say_nothing_of_an_object(number: int, kind: type[StoreError]) -> None:
+    with pytest.raises(kind, match="cannot read it"), in_words("read it"):
+        raise OSError(number, "not now")
 
 
 async def test_storage_that_is_not_mounted_does_not_empty_the_cache(site: Site, journal: Path) -> None:
