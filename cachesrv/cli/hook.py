@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import click
 
+from cachesrv.cli.options import THE_QUEUE
+
 
 @click.command(
-    epilog="""\b
+    epilog=f"""\b
 Examples, in nix.conf:
   post-build-hook = /opt/cachesrv/bin/cachesrv-hook
 
@@ -18,8 +20,7 @@ or, with a queue of its own, a script that nix.conf names:
 Nix sets $OUT_PATHS and $DRV_PATH. They are on disk when this returns; `cachesrv queue run` pushes them.
 
 \b
-The queue is that of --queue or $CACHESRV_QUEUE_DIR, else /var/lib/cachesrv-queue for root,
-~/.local/state/cachesrv/queue for others.
+{THE_QUEUE}
 
 Exit status: 0, also when nothing could be queued, which is told on stderr: Nix ends a build whose hook fails.
 2 wrong usage.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cachesrv.cli import SOME_FAILED
+from cachesrv.cli.options import THE_QUEUE, log_level
 from cachesrv.cli.pushing import Choice, pushing
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def _on_a_queue(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.group(
-    epilog="""\b
+    epilog=f"""\b
 Examples:
   cachesrv queue run --to https://cache.example.org/main --token-file token
   cachesrv queue status
@@ -31,8 +32,7 @@ Examples:
 `cachesrv hook` puts into the queue what Nix builds, `cachesrv queue run` pushes it, usually as a service.
 
 \b
-The queue is that of --queue or $CACHESRV_QUEUE_DIR, else /var/lib/cachesrv-queue for root,
-~/.local/state/cachesrv/queue for others.
+{THE_QUEUE}
 """
 )
 def command() -> None:
@@ -40,7 +40,7 @@ def command() -> None:
 
 
 @command.command(
-    epilog="""\b
+    epilog=f"""\b
 Examples:
   cachesrv queue run --to https://cache.example.org/main --token-file token
   cachesrv queue run --drain
@@ -50,8 +50,7 @@ What fails is kept with its reason and tried again, later each time, and holds u
 no more is dropped. Where there is a service already, this waits for its end.
 
 \b
-The queue is that of --queue or $CACHESRV_QUEUE_DIR, else /var/lib/cachesrv-queue for root,
-~/.local/state/cachesrv/queue for others. Cache and token are found as `cachesrv push` finds them.
+{THE_QUEUE} Cache and token are found as `cachesrv push` finds them.
 
 \b
 Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 3 --drain has left failed paths, which it names.
@@ -67,13 +66,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 3 --drain has lef
     help="End when there was nothing to do for so long.  [default: 60 if started by a socket of systemd, else never]",
 )
 @click.option("--metrics", type=click.Path(path_type=Path), help="A file for node_exporter's textfile collector.")
-@click.option(
-    "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"]),
-    default="info",
-    show_default=True,
-    help="Of the log, on stderr.",
-)
+@log_level
 def run(
     *, choice: Choice, queue: str | None, drain: bool, idle: float | None, metrics: Path | None, log_level: str
 ) -> int | None:
@@ -92,7 +85,7 @@ def run(
 
 
 @command.command(
-    epilog="""\b
+    epilog=f"""\b
 Examples:
   cachesrv queue drain
   cachesrv queue drain --to https://cache.example.org/main --token-file token
@@ -101,8 +94,7 @@ For the end of a CI job. What has failed before is tried once more. If a service
 has tried everything.
 
 \b
-The queue is that of --queue or $CACHESRV_QUEUE_DIR, else /var/lib/cachesrv-queue for root,
-~/.local/state/cachesrv/queue for others. Cache and token are found as `cachesrv push` finds them.
+{THE_QUEUE} Cache and token are found as `cachesrv push` finds them.
 
 \b
 Exit status: 0 all is in the cache, 1 failed, 2 wrong usage or configuration, 3 some paths failed and were named; they
@@ -117,14 +109,13 @@ def drain(*, choice: Choice, queue: str | None) -> int:
 
 
 @command.command(
-    epilog="""\b
+    epilog=f"""\b
 Examples:
   cachesrv queue status
   cachesrv queue status --json | jq .failed_paths
 
 \b
-The queue is that of --queue or $CACHESRV_QUEUE_DIR, else /var/lib/cachesrv-queue for root,
-~/.local/state/cachesrv/queue for others.
+{THE_QUEUE}
 """
 )
 @_on_a_queue
@@ -147,14 +138,13 @@ def status(*, queue: str | None, as_json: bool) -> None:
 
 
 @command.command(
-    epilog="""\b
+    epilog=f"""\b
 Examples:
   cachesrv queue retry
   cachesrv queue retry /nix/store/…-hello-2.12
 
 \b
-The queue is that of --queue or $CACHESRV_QUEUE_DIR, else /var/lib/cachesrv-queue for root,
-~/.local/state/cachesrv/queue for others.
+{THE_QUEUE}
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 3 some of these paths are not among what has failed, and were named.
 """

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cachesrv.cli.options import log_level
+
 if TYPE_CHECKING:
     import socket
     import ssl
@@ -35,7 +37,7 @@ token in the data directory, and prints what clients need.
 @click.option("--data-dir", help="Where everything is kept.  [default: ~/.local/state/cachesrv]")
 @click.option("--listen", multiple=True, metavar="ADDRESS", help="HOST:PORT or unix:PATH.  [default: 127.0.0.1:5000]")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes that answer on the same port.  [default: 1]")
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+@log_level
 def command(
     config_file: Path | None, data_dir: str | None, listen: tuple[str, ...], workers: int | None, log_level: str
 ) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cachesrv.cli.options import THE_QUEUE, log_level
 from cachesrv.cli.pushing import pushing
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    epilog="""\b
+    epilog=f"""\b
 Examples:
   cachesrv watch-store --to https://cache.example.org/main --token-file token
   cachesrv watch-store --store local --metrics /var/lib/prometheus/node-exporter/cachesrv-queue.prom
@@ -25,21 +26,14 @@ from other caches, unless upstreams of the cache have it. It begins with what co
 where it ended. It does all that `cachesrv queue run` does, in its place; `cachesrv queue status` says how it goes.
 
 \b
-The queue is that of --queue or $CACHESRV_QUEUE_DIR, else /var/lib/cachesrv-queue for root,
-~/.local/state/cachesrv/queue for others. Cache and token are found as `cachesrv push` finds them.
+{THE_QUEUE} Cache and token are found as `cachesrv push` finds them.
 """
 )
 @pushing
 @click.option("--queue", metavar="DIR", help="Where to queue.  [default: see below]")
 @click.option("--derivations", is_flag=True, help="Push derivations as well.")
 @click.option("--metrics", type=click.Path(path_type=Path), help="A file for node_exporter's textfile collector.")
-@click.option(
-    "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"]),
-    default="info",
-    show_default=True,
-    help="Of the log, on stderr.",
-)
+@log_level
 def command(*, choice: Choice, queue: str | None, derivations: bool, metrics: Path | None, log_level: str) -> None:
     """Push what becomes valid in the local store, from now on."""
     from cachesrv.push.queue.directory import queue_directory
