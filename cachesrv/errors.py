@@ -15,11 +15,12 @@ CachesrvError
 ├── ConfigError         the configuration or the command line cannot be used
 ├── StoreError          a store of ours failed; says nothing about what it holds
 │   ├── StoreFull
-│   ├── StoreRefused    … because it does not let us, as by its permissions; nothing need be wrong with an object
 │   ├── StoreDamaged    … for good, and others have it open
-│   └── StoreUnavailable
-│       ├── BeingRemoved   … because what is asked for is just being deleted
-│       └── LockLost       … because another process has taken over what this one was doing
+│   └── StoreInaccessible  … and nothing need be wrong with the object that was asked for
+│       ├── StoreRefused      … because it does not let us, as by its permissions
+│       └── StoreUnavailable
+│           ├── BeingRemoved     … because what is asked for is just being deleted
+│           └── LockLost         … because another process has taken over what this one was doing
 └── PeerError           another program answered wrongly, failed or died; names it
     ├── DaemonError     … the Nix daemon
     ├── ServerError     … the cache server that we talk to
@@ -94,15 +95,19 @@ class StoreFull(StoreError):
         self.missing = missing
 
 
-class StoreRefused(StoreError):
-    """A store does not let us do that, until something is set right; nothing need be wrong with the object."""
-
-
 class StoreDamaged(StoreError):
     """Files that nobody can use; whoever has them open has to end before they can be begun anew."""
 
 
-class StoreUnavailable(StoreError):
+class StoreInaccessible(StoreError):
+    """Nothing can be told of an object now, and nothing need be wrong with it."""
+
+
+class StoreRefused(StoreInaccessible):
+    """A store does not let us do that, until something is set right."""
+
+
+class StoreUnavailable(StoreInaccessible):
     """A store cannot be reached at present."""
 
 

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from cachesrv.catalog.base import PathRecord
-from cachesrv.errors import CachesrvError, StoreRefused, StoreUnavailable
+from cachesrv.errors import CachesrvError, StoreInaccessible
 from cachesrv.nix import narinfo
 from cachesrv.services.flaws import Kind
 
@@ -53,7 +53,7 @@ class Adopting:
         """What is said in storage of a path, if that can be served."""
         try:
             text = await self._storage.get(self._cache.narinfo_key(hash_part), limit=narinfo.DEFAULT_LIMIT)
-        except (StoreUnavailable, StoreRefused):
+        except StoreInaccessible:
             raise
         except CachesrvError:
             return None

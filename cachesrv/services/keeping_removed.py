@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cachesrv.errors import CachesrvError, StoreRefused, StoreUnavailable
+from cachesrv.errors import CachesrvError, StoreInaccessible
 from cachesrv.services.replacement import replace_file
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class KeepingRemoved:
         """Save an object that is about to go, if it can be read; how to get it back. Raises StoreError."""
         try:
             text = await self._storage.get(key, limit=limit)
-        except (StoreUnavailable, StoreRefused):
+        except StoreInaccessible:
             raise
         except CachesrvError:
             text = None

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cachesrv.catalog.base import NarRecord
-from cachesrv.errors import CachesrvError, StoreError, StoreRefused, StoreUnavailable
+from cachesrv.errors import CachesrvError, StoreError, StoreInaccessible
 from cachesrv.nix import narinfo
 from cachesrv.nix.hashes import Hash
 from cachesrv.nix.signing import verify_any
@@ -188,7 +188,7 @@ class Mending:
     async def _text(self, hash_part: str) -> bytes | None:
         try:
             return await self._storage.get(self._cache.narinfo_key(hash_part), limit=narinfo.DEFAULT_LIMIT)
-        except (StoreUnavailable, StoreRefused):
+        except StoreInaccessible:
             raise
         except CachesrvError:
             return None

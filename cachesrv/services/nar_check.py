@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cachetools import LRUCache
 
-from cachesrv.errors import BadInput, NotFound, StoreError, StoreRefused, StoreUnavailable, TooLarge
+from cachesrv.errors import BadInput, NotFound, StoreError, StoreInaccessible, TooLarge
 from cachesrv.nix.compression import decompressed
 from cachesrv.nix.hashes import Hash
 from cachesrv.services.in_thread import consumed
@@ -53,7 +53,7 @@ class NarCheck:
             return None
         try:
             found = await self._found(key, info)
-        except (NotFound, StoreUnavailable, StoreRefused):
+        except (NotFound, StoreInaccessible):
             raise
         except StoreError as error:
             return f"its NAR cannot be read: {error}"

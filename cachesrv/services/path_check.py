@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cachesrv.errors import CachesrvError, NotFound, PeerError, StoreRefused, StoreUnavailable
+from cachesrv.errors import CachesrvError, NotFound, PeerError, StoreInaccessible
 from cachesrv.nix import narinfo
 from cachesrv.services.caches import ReferencePolicy
 from cachesrv.services.flaws import Flaw, Kind
@@ -138,7 +138,7 @@ class PathCheck:
     async def _nar_size(self, key: str) -> int | str | None:
         try:
             info = await self._stores.storage.head(key)
-        except (StoreUnavailable, StoreRefused):
+        except StoreInaccessible:
             raise
         except CachesrvError as error:
             return str(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cachesrv.errors import CachesrvError, StoreRefused, StoreUnavailable
+from cachesrv.errors import CachesrvError, StoreInaccessible
 from cachesrv.services.several import several
 
 if TYPE_CHECKING:
@@ -18,12 +18,12 @@ _ASKED_TOGETHER = 32
 
 async def read_all(storage: ObjectStore, keys: Collection[str], *, limit: int) -> dict[str, bytes | CachesrvError]:
     """By key, those that are there; for one that cannot be read or exceeds `limit` bytes, why. Raises
-    StoreUnavailable, StoreRefused.
+    StoreInaccessible.
     """
     texts: Mapping[str, bytes] = {}
     try:
         texts = await storage.get_many(keys, limit=limit)
-    except (StoreUnavailable, StoreRefused):
+    except StoreInaccessible:
         raise
     except CachesrvError:
         texts = {}  # one of them is to blame; each is asked for by itself
@@ -35,7 +35,7 @@ async def read_all(storage: ObjectStore, keys: Collection[str], *, limit: int) -
 async def _read(storage: ObjectStore, limit: int, key: str) -> bytes | CachesrvError | None:
     try:
         return await storage.get(key, limit=limit)
-    except (StoreUnavailable, StoreRefused):
+    except StoreInaccessible:
         raise
     except CachesrvError as error:
         return error
