@@ -6,6 +6,7 @@ Answers are remembered for a short while in bounded memory, so that a request co
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from dataclasses import dataclass
@@ -81,7 +82,8 @@ class Access:
         digest = token_hash(token)
         if principal := self._fixed.get(digest):
             return principal
-        if digest in self._remembered:
+        with contextlib.suppress(KeyError):
+            # One look: between two of them the entry may end.
             return self._remembered[digest]
         principal = await self._from_catalog(digest)
         self._remembered[digest] = principal

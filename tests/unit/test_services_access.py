@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import TYPE_CHECKING
 
 import pytest
+from cachetools import TTLCache
 
 from cachesrv.catalog.base import TokenRecord
 from cachesrv.catalog.sql import SqlCatalog
@@ -104,6 +106,16 @@ async def test_a_revoked_token_is_refused_soon(catalog: SqlCatalog, monkeypatch:
     while await asked.holder(STORED) is not None:
         assert time.monotonic() < deadline
     assert asked.remembered(STORED) is None
+
+
+async def test_memory_that_ends_at_any_moment_is_asked_again(catalog: SqlCatalog) -> None:
+    """Entries end by the clock, also between two looks at it."""
+    asked = Access([], catalog)
+    await catalog.put_token(record())
+    for lasts in range(1, 8):
+        asked._remembered = TTLCache(8, lasts, timer=itertools.count().__next__)
+        for _ in range(8):
+            assert await asked.holder(STORED) is not None
 
 
 async def test_what_is_remembered_is_bounded(catalog: SqlCatalog) -> None:
