@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
-from cachetools import TTLCache
+from cachetools import TLRUCache
 
 from cachesrv.errors import NotAllowed, NotAuthenticated
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TOKEN_PREFIX = "csrv_"  # noqa: S105  not a secret: what every token begins with, so that scanners find leaked ones
 REMEMBERED_SECONDS = 30
-"""A token that is revoked is refused after this time at the latest."""
+"""A token that is revoked is refused after this time at the latest; one that ends by itself, from its end on."""
 
 _REMEMBERED = 4096
 _IMPLIED = {"push": ("pull",), "admin": ("pull", "push", "delete")}
@@ -33,11 +33,14 @@ _IMPLIED = {"push": ("pull",), "admin": ("pull", "push", "delete")}
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """A token's holder: its name, the caches (globs) and what it may do there."""
+    """A token's holder: its name, the caches (globs) and what it may do there; when that ends, in seconds since the
+    epoch, if it does.
+    """
 
     name: str
     caches: tuple[str, ...]
     permissions: frozenset[str]
+    expires_at: int | None = None
 
     def may(self, permission: str, cache: str) -> bool:
         """Whether it has this permission, itself or through one that implies it, on this cache."""
@@ -64,7 +67,7 @@ class Access:
         """`fixed`: pairs of a token's sha256 and its holder."""
         self._fixed = dict(fixed)
         self._catalog = catalog
-        self._remembered: TTLCache[str, Principal | None] = TTLCache(_REMEMBERED, REMEMBERED_SECONDS)
+        self._remembered: TLRUCache[str, Principal | None] = TLRUCache(_REMEMBERED, _forgotten)
 
     async def require(self, token: str | None, permission: str, cache: str) -> Principal:
         """The holder of the token. Raises NotAuthenticated without a valid one, NotAllowed when it may not do this."""
@@ -100,4 +103,11 @@ class Access:
             return None
         if record.expires_at is not None and record.expires_at <= time.time():
             return None
-        return Principal(record.name, record.caches, frozenset(record.permissions))
+        return Principal(record.name, record.caches, frozenset(record.permissions), record.expires_at)
+
+
+def _forgotten(_digest: str, principal: Principal | None, now: float) -> float:
+    """When to ask for it again, by the clock that `now` is of."""
+    if principal is None or principal.expires_at is None:
+        return now + REMEMBERED_SECONDS
+    return now + min(REMEMBERED_SECONDS, principal.expires_at - time.time())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import time
+from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
-from cachetools import TTLCache
+from cachetools import TLRUCache
 
 from cachesrv.catalog.base import TokenRecord
 from cachesrv.catalog.sql import SqlCatalog
@@ -108,12 +110,29 @@ async def test_a_revoked_token_is_refused_soon(catalog: SqlCatalog, monkeypatch:
     assert asked.remembered(STORED) is None
 
 
+async def test_no_token_is_remembered_beyond_its_end(catalog: SqlCatalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Access([], catalog)
+    await catalog.put_token(record(expires_at=NOW + 1000))
+    clock = SimpleNamespace(time=lambda: NOW + 999.8)
+    monkeypatch.setattr(access, "time", clock)
+    assert await asked.holder(STORED) is not None
+    clock.time = lambda: NOW + 1000.0
+    deadline = time.monotonic() + 10
+    while await asked.holder(STORED) is not None:
+        assert time.monotonic() < deadline
+    assert asked.remembered(STORED) is None
+
+
+def ends_after(lasts: int, _digest: str, _principal: Principal | None, now: float) -> float:
+    return now + lasts
+
+
 async def test_memory_that_ends_at_any_moment_is_asked_again(catalog: SqlCatalog) -> None:
     """Entries end by the clock, also between two looks at it."""
     asked = Access([], catalog)
     await catalog.put_token(record())
     for lasts in range(1, 8):
-        asked._remembered = TTLCache(8, lasts, timer=itertools.count().__next__)
+        asked._remembered = TLRUCache(8, partial(ends_after, lasts), timer=itertools.count().__next__)
         for _ in range(8):
             assert await asked.holder(STORED) is not None
 
