@@ -7,6 +7,7 @@ catalog knows which, and whoever deletes next removes them (`finish`).
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from cachesrv.storage.base import ObjectStore
 
 _NARINFO = ".narinfo"
+_REALISATION = re.compile(r"(?:\A|/)(?:realisations|build-trace-v2/[^/]+)/[^/]+\.doi\Z")
 _HELD = 300
 """Seconds for which the index does not answer for paths that are being removed, if nobody says that they are."""
 
@@ -45,11 +47,15 @@ class Removing:
         self._index = index
 
     async def finish(self, caches: Mapping[str, ServedCache]) -> int:
-        """Remove what others had begun to remove when they died; how many objects."""
+        """Remove what others had begun to remove when they died; how many objects. What goes for its contents alone
+        stays: it may have become good before they could look again, and who finds it wrong begins anew.
+        """
         number = 0
         while doomed := await self._catalog.doomed():
-            await self._delete(doomed, [path for key in doomed for path in _paths_of(key, caches)])
-            number += len(doomed)
+            going = [key for key in doomed if not _REALISATION.search(key)]
+            await self._delete(going, [path for key in going for path in _paths_of(key, caches)])
+            await self._catalog.settle(set(doomed).difference(going))
+            number += len(going)
         return number
 
     async def paths(self, removal: Removal, paths: Mapping[int, str]) -> Removed:

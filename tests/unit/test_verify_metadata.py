@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from cachesrv.errors import BeingRemoved
+from cachesrv.errors import BeingRemoved, StoreUnavailable
 from cachesrv.nix.realisation import OutputId, Realisation, TracedOutput, fingerprints, object_name, render
 from cachesrv.nix.signing import SecretKey
 from cachesrv.services.caches import ReferencePolicy
@@ -220,3 +220,34 @@ async def test_a_push_that_began_before_the_deletion_looks_again(site: Site) -> 
     await Realisations(storage, site.catalog).put(site.cache, OUTPUT, given)
     assert deleted == [True]
     assert await site.storage.head(NAME)
+
+
+async def test_a_repair_that_is_killed_takes_nothing_with_it_that_became_well(site: Site) -> None:
+    """Not even later, when somebody ends what it had begun; and what is wrong still is found again."""
+    await site.storage.put(TRACED_NAME, b"garbage", replace=True)
+    await site.catalog.lock("maintenance", HOLDER, now=0, until=2**40)
+
+    class Killed:
+        """A catalog that is out of reach from the moment on that it knows what is about to go."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(site.catalog, name)
+
+        async def settle(self, _: object) -> None:
+            raise StoreUnavailable
+
+    async def is_wrong() -> bool:
+        raise StoreUnavailable
+
+    catalog: Any = Killed()
+    for key in (NAME, TRACED_NAME):
+        with pytest.raises(StoreUnavailable):
+            await Removing(site.storage, catalog, site.index).metadata(key, is_wrong, holder=HOLDER)
+    with pytest.raises(BeingRemoved):
+        await push(site, OUTPUT, TOOL.path)
+    await Removing(site.storage, site.catalog, site.index).finish({"main": site.cache})
+    assert await site.storage.head(NAME)
+    await push(site, OUTPUT, TOOL.path)
+    await site.catalog.unlock("maintenance", HOLDER)
+    flaws = await verify(site, site.folder / "journal")
+    assert (await repair(site, flaws.flaws)).results == {TRACED_NAME: "removed"}
