@@ -125,10 +125,15 @@ class Reactor:
         """
         if self._stopping:
             return
+        if self._accepting:
+            for sock in self._listening.values():
+                self._accept(sock)
         self._listen_no_more()
         for sock in self._listening.values():
             sock.close()
-        self._work()
+        # As often as it takes for each connection to have its turn: who goes on asking does not hold up the end.
+        for _ in range(0, len(self._connections), _EVENTS):
+            self._attend_all(self._epoll.poll(0, _EVENTS))
         self._stopping = True
         for connection in self._idle():
             self._end(connection)

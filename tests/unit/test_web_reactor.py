@@ -32,6 +32,7 @@ from tests.front_site import (
     MEDIUM,
     NARS,
     PRESENT,
+    SMALL,
     UNKNOWN,
     counting_apart,
     hash_part,
@@ -376,6 +377,23 @@ async def test_the_end_closes_what_is_idle_and_finishes_what_is_sent(tmp_path: P
         assert bytes(slow.received).endswith(nar(LARGE))
         await closing
         assert not await idle.receive(5)
+
+
+@pytest.mark.parametrize("size", [SMALL, MEDIUM])
+async def test_at_the_end_all_are_answered_who_have_asked(tmp_path: Path, size: int) -> None:
+    async with serving(tmp_path) as served:
+        connections = [await served.connect() for _ in range(600)]
+        await served.until(reactor=600, fronts=0)
+        waiting = await served.connect()  # accepted by nobody yet
+        for connection in (*connections, waiting):
+            connection.sock.send(get(f"/main/nar/{NAMES[size]}"))
+        await served.reactor.stop_answering()
+        closing = asyncio.create_task(served.reactor.close(20))
+        for connection in (*connections, waiting):
+            await connection.receive_answers(["GET"])
+            assert bytes(connection.received).endswith(nar(size))
+            connection.close()
+        await closing
 
 
 async def test_many_connections_at_once(served: Served) -> None:
