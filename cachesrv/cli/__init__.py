@@ -11,8 +11,8 @@ import errno
 import os
 import sys
 from importlib import import_module
-from io import TextIOWrapper
-from typing import TYPE_CHECKING, NoReturn
+from io import BufferedWriter, FileIO, TextIOWrapper
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -50,6 +50,19 @@ COMMANDS: Mapping[str, str] = {
     "check-config": "Say what is wrong with a configuration, or what it comes to.",
 }
 """Name and help of each; its module has the same name, with underscores."""
+
+
+class _Unfailing(FileIO):
+    """Where messages go: those that cannot be written (a log on a full disk, a reader that has gone) are lost, and what
+    they are about goes on.
+    """
+
+    def write(self, data: Any) -> int:
+        try:
+            written: int | None = super().write(data)
+        except OSError:
+            written = None
+        return memoryview(data).nbytes if written is None else written
 
 
 class LazyGroup(click.Group):
@@ -113,6 +126,9 @@ def _open_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115  for the whole process
+    if isinstance(sys.stderr, TextIOWrapper) and sys.stderr is sys.__stderr__:
+        unfailing = BufferedWriter(_Unfailing(sys.stderr.fileno(), "w", closefd=False))
+        sys.stderr = TextIOWrapper(unfailing, sys.stderr.encoding, "backslashreplace", line_buffering=True)
 
 
 def _let_all_names_through() -> None:

@@ -122,6 +122,17 @@ def test_killed_in_the_middle_it_goes_on(nix: Nix, server: Server, after: int) -
     assert published(server) == set(paths)
 
 
+def test_a_log_that_cannot_be_written_stops_nothing(nix: Nix, server: Server) -> None:
+    queue = Queue(nix, server)
+    hooks_at_once(queue, [nix.add("good", "good"), f"/nix/store/{'1' * 32}-gone"])
+
+    with queue.runs("--idle", "0", by=("sh", "-c", 'exec "$@" 2> /dev/full', "sh")) as service:
+        assert service.process.wait(PATIENCE) == 0
+
+    assert queue.is_empty()
+    assert len(published(server)) == 1
+
+
 def test_started_by_a_hook_it_ends_when_all_is_done(nix: Nix, server: Server) -> None:
     """As systemd starts it, that waits for the FIFO to be written to."""
     path = nix.add("one", "one")

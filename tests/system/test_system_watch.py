@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import pytest
 
@@ -86,12 +86,13 @@ def test_a_store_without_a_database_is_told(nix: Nix, server: Server) -> None:
     assert "there is no Nix store with a database at" in done.stderr
 
 
-def watch_exec(queue: Queue, *words: str) -> subprocess.CompletedProcess[str]:
+def watch_exec(queue: Queue, *words: str, err: int | IO[str] = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         queue.command("watch-exec", "--", *words),
         check=False,
         env=queue.environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=err,
         text=True,
         timeout=PATIENCE,
     )
@@ -120,6 +121,18 @@ def test_output_and_exit_status_are_those_of_the_command(nix: Nix, server: Serve
     done = watch_exec(Queue(nix, server), "sh", "-c", script)
 
     assert (done.returncode, done.stdout, done.stderr) == (status, "out\n", "err\n")
+
+
+def test_nobody_reads_what_is_told(nix: Nix, server: Server) -> None:
+    nix.add("before", "before")
+    (nix.folder / "new").write_text("new")
+    script = f"nix-store --store {nix.store} --add {nix.folder}/new; exit 3"
+
+    with Path("/dev/full").open("w") as full:
+        done = watch_exec(Queue(nix, server), "sh", "-c", script, err=full)
+
+    assert done.returncode == 3
+    assert names(server) == {"new"}
 
 
 def test_commands_that_cannot_be_started(nix: Nix, server: Server) -> None:

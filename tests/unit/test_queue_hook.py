@@ -71,8 +71,9 @@ def test_the_option_says_where(queue: Path, tmp_path: Path) -> None:
     assert not queue.exists()
 
 
-def test_nobody_else_can_read_it_whatever_the_umask(queue: Path) -> None:
-    hook(queue, OUT_PATHS=ONE, before=lambda: os.umask(0))
+@pytest.mark.parametrize("umask", [0, 0o477])
+def test_its_owner_can_read_it_and_nobody_else_whatever_the_umask(queue: Path, umask: int) -> None:
+    hook(queue, OUT_PATHS=ONE, before=lambda: os.umask(umask))
 
     [file] = (queue / "incoming").iterdir()
     modes = [stat.S_IMODE(path.stat().st_mode) for path in (queue, queue / "incoming", file)]

@@ -21,10 +21,13 @@ _LONGEST = 4096
 
 def hook(queue: str | None = None) -> None:
     """Queue what the environment names. Raises nothing: what goes wrong is told on stderr."""
+    before = os.umask(0o077)  # one that takes the owner's own rights away would lock the owner out
     try:
         _queue(queue)
     except Exception as error:  # noqa: BLE001  see above: a defect of ours must not stop a build either
         _tell(f"defect, please report it: {type(error).__name__}: {error}")
+    finally:
+        os.umask(before)
 
 
 def _queue(given: str | None) -> None:
