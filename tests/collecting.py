@@ -123,7 +123,7 @@ class Gate:
     WRITES = frozenset(
         {
             *("put", "put_many", "put_in_order", "put_absent", "delete", "hold", "doom", "settle"),
-            *("publish", "put_nar", "put_nars", "remove", "remove_unneeded"),
+            *("publish", "put_nar", "put_nars", "remove", "remove_unneeded", "lease", "lease_nars"),
         }
     )
 

@@ -159,10 +159,11 @@ class Ingest:
         """What is stored under this name, which somebody has just sent again; it stays for a while from now on. Raises
         Mismatch when it does not have this NAR hash, and as `adopt` does.
         """
+        # First: what is looked at before that may go until then.
+        await self._catalog.lease_nars(cache.prefix, [nar_hash], int(time.time()) + self._lease)
         record = await self._catalog.nar(cache.key(f"nar/{name}")) or await self.adopt(cache, name, compression)
         if record.nar_hash != nar_hash:
             raise Mismatch(f"another NAR is stored under this name: {record.nar_hash}; {nar_hash} was sent")
-        await self._catalog.lease_nars(cache.prefix, [record.nar_hash], int(time.time()) + self._lease)
         return record
 
     async def check_still_there(self, keys: Collection[str]) -> None:
