@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import structlog
 
 from cachesrv.errors import PeerError, PeerUnavailable, StoreError
-from cachesrv.index.base import IndexEntry, Present
+from cachesrv.index.base import Absent, IndexEntry, Present
 from cachesrv.services.answer import present
 from cachesrv.services.batch import Batcher
 from cachesrv.services.patience import waiting
@@ -26,10 +26,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from cachesrv.catalog.base import Catalog
-    from cachesrv.index.base import Absent, Index
+    from cachesrv.index.base import Index
     from cachesrv.services.caches import ServedCache
 
 _log = structlog.get_logger()
+
+_SLACK = 2
+"""Seconds by which clocks of one host differ: some are read once a second."""
 
 
 class Source(Protocol):
@@ -96,11 +99,18 @@ class Lookup:
 
     def _known(self, cache: ServedCache, hash_part: str) -> Present | Absent | None:
         try:
-            return self._index.get(cache.name, hash_part)
+            known = self._index.get(cache.name, hash_part)
         except StoreError as error:
             # It knows nothing that others do not, and is begun anew at the next start.
             _log.error("the index cannot be read: restart cachesrv", error=str(error))
             return None
+        return None if isinstance(known, Absent) and not self.believes(known.until, time.time()) else known
+
+    def believes(self, until: int, now: float) -> bool:
+        """Whether an absence in the index, that ends then, is believed now. One that would last longer than any was
+        noted by a clock that has been set back since, and would end when that time comes.
+        """
+        return now < until <= now + self._negative_ttl + _SLACK
 
     def lacks(self, cache: ServedCache, hash_part: str) -> bool:
         """Whether it is certain, and can be told at once, that a path is not there of which the index knows nothing.

@@ -135,7 +135,7 @@ class FastAnswers:
         if value and value[0] != ABSENT:
             self._usage.add(key)
             return value, math.inf
-        if value and (until := int.from_bytes(value[1:], "big")) > self.now:
+        if value and self._lookup.believes(until := int.from_bytes(value[1:], "big"), self.now):
             return KNOWN_ABSENT, until
         return (KNOWN_ABSENT, math.inf) if self._lacks(cache, hash_part) else None
 

@@ -31,13 +31,13 @@ class Known:
         self._answers: dict[bytes, bytes] = {}
         self._bytes = 0
         self._version = -1
-        self._end = 0.0
+        self._begin = self._end = 0.0
 
     def at(self, version: int, now: float) -> dict[bytes, bytes]:
         """The answers that hold at this version of the index; `now` in seconds since the epoch."""
-        if version != self._version or now > self._end:
+        if version != self._version or not self._begin <= now <= self._end:
             self.forget()
-            self._version, self._end = version, now + _SECONDS
+            self._version, self._begin, self._end = version, now, now + _SECONDS
         return self._answers
 
     def remember(self, request: bytes, answer: bytes, until: float) -> None:

@@ -79,6 +79,18 @@ async def test_an_absence_is_learnt_for_a_while() -> None:
     assert source.asked == [HASH_PART] * 2
 
 
+async def test_an_absence_does_not_wait_for_the_time_from_which_a_clock_was_set_back() -> None:
+    index, source = MemoryIndex(), Known({HASH_PART: TEXT})
+    asking = lookup(index, source)
+    now = int(time.time())
+    index.put_absent([("main", HASH_PART)], now + TTL + 86_400)
+    assert asking.believes(now + TTL, now)
+    assert not asking.believes(now + TTL + 86_400, now)
+    assert await asking.find(CACHE, HASH_PART) == present(TEXT)
+    await asking.close()
+    assert index.get("main", HASH_PART) == present(TEXT)
+
+
 async def test_sources_are_asked_in_order_until_one_has_it() -> None:
     first, second, third = Known(), Known({HASH_PART: TEXT}), Known({HASH_PART: b"other"})
     asking = lookup(MemoryIndex(), first, second, third)

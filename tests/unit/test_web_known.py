@@ -36,6 +36,13 @@ def test_answers_make_room_for_others_after_a_while() -> None:
     assert known.at(1, NOW + 119)
 
 
+def test_answers_do_not_wait_for_the_time_from_which_a_clock_was_set_back() -> None:
+    known = Known()
+    known.at(1, NOW)
+    known.remember(b"GET", ABSENT, math.inf)
+    assert not known.at(1, NOW - 86_400)
+
+
 def test_what_ends_before_is_not_remembered() -> None:
     known = Known()
     known.at(1, NOW)
