@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -13,11 +14,13 @@ from typing import TYPE_CHECKING
 from cachesrv.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 BACKLOG = 4096
 STALLED_SECONDS = 900
 """How long a client may take nothing of what it was sent: Nix itself pauses while it waits for its own disk."""
+
+_NOT_HERE = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ def open_sockets(addresses: Sequence[str], workers: int = 1) -> list[list[socket
     for text in addresses:
         address = parse_address(text)
         try:
+            # Those that come before an error are in the list as well.
             opened += _unix(address, workers) if isinstance(address, UnixAddress) else _tcp(address, workers)
         except (OSError, UnicodeError) as error:
             for sock in (sock for shares in opened for sock in shares):
@@ -73,20 +77,30 @@ def _reason(error: OSError | UnicodeError) -> str:
     return error.strerror or str(error)
 
 
-def _tcp(address: TcpAddress, workers: int) -> list[list[socket.socket]]:
-    """For each address that the host stands for, a socket a worker."""
+def _tcp(address: TcpAddress, workers: int) -> Iterator[list[socket.socket]]:
+    """For each address that the host stands for, a socket a worker; those that this machine has not are left out, as
+    long as there is another one: names stand for IPv6 addresses also where IPv6 is switched off.
+    """
     found = socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    sockets = []
-    for family, _, _, _, where in dict.fromkeys(found):
-        first = _bound(family, where, share=False)
+    addresses = dict.fromkeys((family, where) for family, _, _, _, where in found)
+    left_out: list[OSError] = []
+    for family, where in addresses:
+        try:
+            first = _bound(family, where, share=False)
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
+            left_out.append(error)
+            continue
         if workers > 1:
             # The first one was not shared, to find out whether somebody else is there.
-            where = first.getsockname()  # noqa: PLW2901  with the port that was given to it
+            bound = first.getsockname()  # with the port that was given to it
             first.close()
-            sockets.append([_bound(family, where, share=True) for _ in range(workers)])
+            yield [_bound(family, bound, share=True) for _ in range(workers)]
         else:
-            sockets.append([first])
-    return sockets
+            yield [first]
+    if len(left_out) == len(addresses):
+        raise left_out[0]
 
 
 def _bound(family: int, where: object, *, share: bool) -> socket.socket:

@@ -78,6 +78,39 @@ def test_an_address_that_is_taken(workers: int) -> None:
             open_sockets(["127.0.0.1:0", text], workers)
 
 
+NOT_HERE = (socket.AF_INET6, ("2001:db8::1", 0, 0, 0))
+"""An address that no machine has, as no address of IPv6 can be had where that is switched off."""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_host_with_an_address_that_this_machine_has_not(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    stands_for(monkeypatch, NOT_HERE, (socket.AF_INET, ("127.0.0.1", 0)))
+    opened = open_sockets(["localhost:0"], workers)
+    try:
+        assert [[sock.family for sock in share] for share in opened] == [[socket.AF_INET]] * workers
+    finally:
+        close(opened)
+    stands_for(monkeypatch, NOT_HERE)
+    with pytest.raises(ConfigError, match="cannot listen on localhost:0: "):
+        open_sockets(["localhost:0"], workers)
+
+
+def test_what_is_open_already_is_closed_when_the_next_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other, socket.create_server(("127.0.0.1", 0)) as free:
+        address = free.getsockname()
+        free.close()
+        stands_for(monkeypatch, (socket.AF_INET, address), (socket.AF_INET, other.getsockname()))
+        with pytest.raises(ConfigError, match="Address already in use"):
+            open_sockets(["localhost:0"])
+        socket.create_server(address).close()
+
+
+def stands_for(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[int, tuple[object, ...]]) -> None:
+    """Each host stands for these addresses."""
+    found = [(family, socket.SOCK_STREAM, 6, "", where) for family, where in addresses]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+
+
 @pytest.mark.parametrize("host", ["host.invalid", "203.0.113.1", "a..b", "x" * 300, "xn--\u00e9"])
 def test_hosts_that_are_not_ours(host: str) -> None:
     with pytest.raises(ConfigError, match="cannot listen on"):
