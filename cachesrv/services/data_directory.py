@@ -95,7 +95,8 @@ class DataDirectory:
         text = read_or_make(self.secret_key(cache), lambda: SecretKey.generate(f"{cache}-1").render())
         key = parse_secret_key(text, self.secret_key(cache))
         if not self.public_key(cache).exists():
-            write_new(self.public_key(cache), key.public.render(), mode=0o644)
+            with suppress(FileExistsError):  # another process was first, as in `read_or_make`
+                write_new(self.public_key(cache), key.public.render(), mode=0o644)
         return key
 
     def token(self) -> str:

@@ -1,0 +1,44 @@
+"""What several processes that are started for the first time make of one data directory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from cachesrv.services import data_directory
+from cachesrv.services.data_directory import DataDirectory
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataDirectory:
+    data = DataDirectory(tmp_path / "data")
+    data.make()
+    return data
+
+
+def test_all_have_what_the_quickest_one_made(data: DataDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file comes into being after it was found missing."""
+    truly = data_directory.write_new
+
+    def write_as_the_second(path: Path, text: str, *, mode: int) -> None:
+        truly(path, text if path.suffix == ".public" else others[path.name], mode=mode)
+        truly(path, text, mode=mode)
+
+    elsewhere = DataDirectory(data.root / "elsewhere")
+    elsewhere.make()
+    key = elsewhere.signing_key("main")
+    others = {"main.secret": key.render(), "push-token": "csrv_other"}
+    monkeypatch.setattr(data_directory, "write_new", write_as_the_second)
+
+    assert data.signing_key("main").render() == key.render()
+    assert data.token() == "csrv_other"
+    assert data.public_key("main").read_text() == elsewhere.public_key("main").read_text()
+    assert {file.name for file in data.root.rglob("*") if file.is_file()} == {
+        *others,
+        "main.public",
+        *(file.name for file in elsewhere.root.rglob("*") if file.is_file()),
+    }
