@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from cachesrv.errors import StoreError, StoreFull
 from cachesrv.storage import syncing
 from cachesrv.storage.base import ObjectInfo
-from cachesrv.storage.tree import split
+from cachesrv.storage.tree import is_file, split
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping
@@ -118,16 +118,27 @@ class IncomingFile:
         folder = self._folder
         if replace:
             os.rename(self._temporary, self._name, src_dir_fd=folder, dst_dir_fd=folder)
+        elif self._link():
+            os.unlink(self._temporary, dir_fd=folder)
         else:
+            return False
+        self._temporary = ""
+        return True
+
+    def _link(self) -> bool:
+        """Give it its name besides the temporary one; False when an object has it."""
+        folder = self._folder
+        while True:
             try:
                 os.link(self._temporary, self._name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
             except FileExistsError:
-                if self._tree.stat(self.key) is None:
-                    raise StoreError(f"cannot write {self.key}: something that is no object is in the way") from None
-                return False
-            os.unlink(self._temporary, dir_fd=folder)
-        self._temporary = ""
-        return True
+                with suppress(FileNotFoundError):  # it was deleted just now: the name is to be had after all
+                    if is_file(os.stat(self._name, dir_fd=folder, follow_symlinks=False), self.key):
+                        return False
+                    message = f"cannot write {self.key}: something that is no object is in the way"
+                    raise StoreError(message) from None
+            else:
+                return True
 
     def sync_folder(self) -> None:
         """Have the names in its folder on disk; once for all files of the folder is enough."""

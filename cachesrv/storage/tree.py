@@ -120,7 +120,7 @@ class Tree:
                 found = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
         except FileNotFoundError:
             return None
-        return found if _is_file(found, key) else None
+        return found if is_file(found, key) else None
 
     def existing(self, keys: Iterable[str]) -> set[str]:
         """Those of them that are files. Raises StoreError for a link."""
@@ -129,7 +129,7 @@ class Tree:
             with suppress(FileNotFoundError), self.folder(path) as folder:
                 for key in together:
                     with suppress(FileNotFoundError):
-                        if _is_file(os.stat(split(key)[1], dir_fd=folder, follow_symlinks=False), key):
+                        if is_file(os.stat(split(key)[1], dir_fd=folder, follow_symlinks=False), key):
                             found.add(key)
         return found
 
@@ -220,7 +220,7 @@ class _Level:
 def open_in(folder: int, name: str, key: str) -> tuple[int, int] | None:
     """A file in a folder, given by its descriptor, as `Tree.open_file` gives it."""
     try:
-        if not _is_file(os.stat(name, dir_fd=folder, follow_symlinks=False), key):
+        if not is_file(os.stat(name, dir_fd=folder, follow_symlinks=False), key):
             return None
         descriptor = os.open(name, _FILE, dir_fd=folder)
     except FileNotFoundError:
@@ -233,11 +233,11 @@ def _open_child(parent: int, name: str) -> int:
         return os.open(name, _FOLDER, dir_fd=parent)
     except NotADirectoryError:
         # A link counts as no folder here.
-        _is_file(os.stat(name, dir_fd=parent, follow_symlinks=False), name)
+        is_file(os.stat(name, dir_fd=parent, follow_symlinks=False), name)
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
 
 
-def _is_file(found: os.stat_result, name: str) -> bool:
+def is_file(found: os.stat_result, name: str) -> bool:
     """Whether that is a regular file. Raises StoreError for a link."""
     if stat.S_ISLNK(found.st_mode):
         raise StoreError(f"{name} is a symbolic link; none is followed inside the object store")

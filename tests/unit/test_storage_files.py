@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -358,6 +358,26 @@ def plant(path: Path, *, age: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"half")
     os.utime(path, (time.time() - age, time.time() - age))
+
+
+async def test_what_is_deleted_just_then_is_created(
+    store: FilesystemStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the call that finds the name taken and the look at who has it."""
+    await store.put("main/nar/file", b"before")
+    truly = os.link
+
+    def link(*names: str, **options: Any) -> None:
+        try:
+            truly(*names, **options)
+        except FileExistsError:
+            (root / "main" / "nar" / "file").unlink()
+            raise
+
+    monkeypatch.setattr(os, "link", link)
+    assert await store.put("main/nar/file", b"after")
+    assert await store.get("main/nar/file", limit=LIMIT) == b"after"
+    assert files(root) == ["main/nar/file"]
 
 
 async def test_sweep_takes_what_was_abandoned(store: FilesystemStore, root: Path) -> None:
