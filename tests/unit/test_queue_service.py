@@ -14,7 +14,7 @@ import pytest
 from cachesrv.errors import ConfigError, NotAllowed, PeerError, StoreFull
 from cachesrv.push.queue import process, runner, work
 from cachesrv.push.queue.entries import TROUBLE, Counts, Entry
-from cachesrv.push.queue.intake import number_written
+from cachesrv.push.queue.intake import Incoming, number_written
 from cachesrv.push.queue.lock import QueueLock
 from cachesrv.push.queue.process import retry
 from cachesrv.push.queue.runner import Service, drain
@@ -230,6 +230,24 @@ async def test_one_who_drains_beside_a_service_in_trouble_hears_of_it(queue: Fak
         await until(lambda: queue.entries.fact(TROUBLE) is not None)
         with pytest.raises(PeerError, match="nothing can be pushed: no token"):
             await asyncio.wait_for(process._wait_for_other(queue.directory, _another_lock(queue), queue.work), 20)
+
+
+@pytest.mark.parametrize("look", ["number_written", "counts"])
+async def test_one_who_drains_misses_nothing_that_is_being_taken_in(
+    queue: FakeQueue, monkeypatch: pytest.MonkeyPatch, look: str
+) -> None:
+    """The service takes it in between two looks at where it may be."""
+    looked_at = process if look == "number_written" else queue.entries
+    truly = getattr(looked_at, look)
+
+    def first_look(*arguments: Any) -> Any:
+        found = truly(*arguments)
+        Incoming(queue.directory)._take_in(queue.entries)
+        return found
+
+    queue.built("one")
+    monkeypatch.setattr(looked_at, look, first_look)
+    assert not process._is_done(queue.directory, queue.entries, time.time())
 
 
 async def test_one_who_drains_takes_over_from_a_service_that_ends(

@@ -166,6 +166,8 @@ def _is_done(queue: str, entries: Entries, begun: float) -> bool:
     """Whether all has been tried. Raises PeerError for what keeps the other process from it."""
     if trouble := entries.fact(TROUBLE):
         raise PeerError(f"nothing can be pushed: {msgspec.json.decode(trouble, type=Trouble).reason}")
+    if number_written(queue):  # looked at before the database, into which it moves meanwhile
+        return False
     counts = entries.counts()
     due = counts.next_try is not None and counts.next_try <= begun
-    return not (number_written(queue) or counts.waiting or counts.pushing or due)
+    return not (counts.waiting or counts.pushing or due)
