@@ -6,6 +6,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -127,6 +128,24 @@ def test_it_survives_a_process_that_is_killed(tmp_path: Path) -> None:
 
     with closing(Entries.open(str(tmp_path))) as entries:
         assert entries.counts() == Counts(waiting=1, pushing=1, oldest=1)
+
+
+def test_those_who_make_it_at_the_same_time_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody is about to set the mode of the file, which SQLite waits for nobody to do."""
+    with closing(sqlite3.connect(tmp_path / "queue.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        waited: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            waited.append(seconds)
+            other.execute("COMMIT")
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        with closing(Entries.open(str(tmp_path))) as entries:
+            assert entries.add([Entry("/a", queued=1)]) == 1
+    assert len(waited) == 1
 
 
 def test_only_its_owner_can_read_it(tmp_path: Path, entries: Entries) -> None:

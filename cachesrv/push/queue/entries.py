@@ -11,6 +11,7 @@ import json
 import os
 import sqlite3
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -47,6 +48,7 @@ TROUBLE = "trouble"
 """Fact: why nothing can be pushed at present, in JSON."""
 
 _LOCK_PATIENCE = 30.0
+_LOCK_PAUSE = 0.02
 _LONGEST_REASON = 1000
 _DAMAGED = ("SQLITE_NOTADB", "SQLITE_CORRUPT")
 
@@ -92,7 +94,7 @@ class Entries:
         try:
             _create(file)
             database = sqlite3.connect(file, timeout=_LOCK_PATIENCE, isolation_level=None, check_same_thread=False)
-            database.execute("PRAGMA journal_mode = WAL")
+            _set_wal(database)
             database.execute("PRAGMA synchronous = FULL")
             entries = cls(file, database)
             entries._prepare()
@@ -263,6 +265,22 @@ def _create(file: str) -> None:
     finally:
         os.close(directory)
         os.close(made)
+
+
+def _set_wal(database: sqlite3.Connection) -> None:
+    """The mode is kept in the file. Of several processes that set it at once, SQLite fails all but one, without
+    waiting.
+    """
+    deadline = time.monotonic() + _LOCK_PATIENCE
+    while True:
+        try:
+            database.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(_LOCK_PAUSE)
+        else:
+            return
 
 
 def _explain(file: str, error: sqlite3.Error) -> StoreError:
