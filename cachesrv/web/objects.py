@@ -190,7 +190,8 @@ async def _send_part(request: web.Request, headers: dict[str, str], body: Body, 
         if ranges.matches(request.headers.get("If-None-Match"), etag):
             return web.Response(status=304, headers=headers)
     part = None
-    if ranges.range_holds(request.headers.get("If-Range"), etag):
+    # For other methods than GET, ranges mean nothing. Source: RFC 9110, 14.2.
+    if request.method == "GET" and ranges.range_holds(request.headers.get("If-Range"), etag):
         part = ranges.requested(request.headers.get("Range"), body.size)
     if part is not None:
         headers["Content-Range"] = f"bytes {part.start}-{part.end - 1}/{body.size}"

@@ -137,6 +137,13 @@ def test_ranges_that_are_passed_over(client: Client, asked: str) -> None:
     assert (answer.status, answer.body) == (200, LARGE.file)
 
 
+@pytest.mark.parametrize("asked", ["bytes=0-1", "bytes=999999999999-"])
+def test_a_head_has_no_ranges(client: Client, asked: str) -> None:
+    answer = client.ask("HEAD", LARGE.nar_url, headers={"Range": asked})
+    assert (answer.status, answer.headers["content-length"]) == (200, str(len(LARGE.file)))
+    assert "content-range" not in answer.headers
+
+
 @pytest.mark.parametrize("sample", [SMALL, LARGE], ids=["small", "large"])
 def test_conditions(client: Client, sample: Sample) -> None:
     for path in (sample.nar_url, sample.narinfo_url):
