@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -180,14 +181,14 @@ class Record:
         return None
 
     def files(self, nar_hash: str) -> list[SeenFile]:
-        """The build-facing files in the NAR."""
+        """The build-facing files in the NAR; without contents that are not what was seen: SQLite would not notice."""
         rows = self._db.query(
             "SELECT name, kind, size, executable, sha256, content, target FROM files WHERE nar_hash = ? ORDER BY name",
             nar_hash,
         )
         return [
-            SeenFile(name, kind, size, bool(executable), sha256, content, target)
-            for name, kind, size, executable, sha256, content, target in rows
+            SeenFile(name, kind, size, bool(executable), digest, content if _is(content, digest) else None, target)
+            for name, kind, size, executable, digest, content, target in rows
         ]
 
     def count_read(self, source: str, size: int) -> None:
@@ -203,6 +204,10 @@ class Record:
     def reads(self) -> dict[str, Reads]:
         """All reads so far, by source."""
         return {source: Reads(count, size) for source, count, size in self._db.query("SELECT * FROM reads")}
+
+
+def _is(content: object, digest: str) -> bool:
+    return isinstance(content, bytes) and sha256(content).hexdigest() == digest
 
 
 def _insert(db: sqlite3.Connection, nars: Sequence[SeenNar], paths: Sequence[PushedPath], now: int) -> None:

@@ -6,6 +6,8 @@ import multiprocessing
 import sqlite3
 import time
 from contextlib import closing
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,7 @@ CACHE = "https://cache.example.org/main"
 LISTING = Directory({"bin": Directory({"x": Regular(3, executable=True, nar_offset=100)})})
 FILES = (
     SeenFile("nix-support/folder", "directory"),
-    SeenFile("nix-support/hydra-build-products", "regular", 4, False, "0" * 64, b"file"),
+    SeenFile("nix-support/hydra-build-products", "regular", 4, False, sha256(b"file").hexdigest(), b"file"),
     SeenFile("nix-support/large", "regular", 1 << 40, True, "1" * 64),
     SeenFile("nix-support/link", "symlink", target="../bin/x"),
 )
@@ -72,6 +74,16 @@ def test_a_nar_without_a_listing(record: Record) -> None:
 
     assert record.listing(seen.nar_hash) is None
     assert len(record.files(seen.nar_hash)) == len(FILES)
+
+
+@pytest.mark.parametrize("altered", ["x'66696c65ff'", "'file'", "NULL"])
+def test_contents_that_were_altered_are_not_given_away(record: Record, file: Path, altered: str) -> None:
+    seen = SeenNar.of(Hash.of("sha256", b"a"), Seen(LISTING, FILES))
+    record.write([seen], [pushed("a")])
+    with closing(sqlite3.connect(file)) as db, db:
+        db.execute(f"UPDATE files SET content = {altered} WHERE content IS NOT NULL")
+
+    assert record.files(seen.nar_hash) == [replace(one, content=None) for one in FILES]
 
 
 def test_it_is_for_its_owner_alone(record: Record, file: Path) -> None:
