@@ -17,6 +17,8 @@ from aiohttp.http_exceptions import BadHttpMessage
 
 from cachesrv import systemd
 from cachesrv.errors import CachesrvError, ConfigError, StoreError
+from cachesrv.services.finishing import keep_finishing
+from cachesrv.services.removing import Removing
 from cachesrv.web.app import create_app
 from cachesrv.web.fast import FastAnswers
 from cachesrv.web.front import IDLE_SECONDS, Fronts, reporting
@@ -131,7 +133,7 @@ async def listening(
     reactor = Reactor(answers, fronts, idle_timeout=idle_timeout)
     reactor.start(direct)
     fronts.start()
-    works = (site.services.usage.run(), _sweep(site.services), _warm(site.services.index))
+    works = (site.services.usage.run(), _sweep(site.services), _finish(site), _warm(site.services.index))
     chores = [asyncio.create_task(work) for work in works]
     try:
         yield fronts, reactor
@@ -166,6 +168,13 @@ async def _sweep(services: Services) -> None:
             if removed:
                 _log.info("unfinished objects removed", number=removed)
         await asyncio.sleep(_ABANDONED)
+
+
+async def _finish(site: Site) -> None:
+    """Remove what others did not come to remove."""
+    services = site.services
+    removing = Removing(services.storage, services.catalog, services.index)
+    await keep_finishing(removing, services.catalog, lambda: site.rules.caches)
 
 
 def _reload(site: Site, reload: Callable[[], Rules], looking: set[asyncio.Task[None]]) -> None:
