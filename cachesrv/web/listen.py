@@ -93,10 +93,12 @@ def _tcp(address: TcpAddress, workers: int) -> Iterator[list[socket.socket]]:
             left_out.append(error)
             continue
         if workers > 1:
-            # The first one was not shared, to find out whether somebody else is there.
-            bound = first.getsockname()  # with the port that was given to it
-            first.close()
-            yield [_bound(family, bound, share=True) for _ in range(workers)]
+            # The first one was not shared, to find out whether somebody else is there. It keeps the port, which may
+            # have been given to it, until the others have it.
+            with first:
+                first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                shares = [_bound(family, first.getsockname(), share=True) for _ in range(workers)]
+            yield shares
         else:
             yield [first]
     if len(left_out) == len(addresses):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,6 +79,24 @@ def test_an_address_that_is_taken(workers: int) -> None:
             open_sockets(["127.0.0.1:0", text], workers)
 
 
+def test_nobody_takes_an_address_before_all_workers_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    truly = socket.socket.close
+    stranger = socket.socket()
+
+    def close_and_take(sock: socket.socket) -> None:
+        bound = sock.getsockname()
+        truly(sock)
+        with suppress(OSError):
+            stranger.bind(bound)
+
+    with stranger, monkeypatch.context() as patched:
+        patched.setattr(socket.socket, "close", close_and_take)
+        opened = open_sockets(["127.0.0.1:0"], 2)
+        patched.undo()
+        close(opened)
+        assert stranger.getsockname()[1] == 0
+
+
 NOT_HERE = (socket.AF_INET6, ("2001:db8::1", 0, 0, 0))
 """An address that no machine has, as no address of IPv6 can be had where that is switched off."""
 
@@ -96,7 +115,8 @@ def test_a_host_with_an_address_that_this_machine_has_not(monkeypatch: pytest.Mo
 
 
 def test_what_is_open_already_is_closed_when_the_next_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other, socket.create_server(("127.0.0.1", 0)) as free:
+    # Nobody else is given ports of that address, so that what is free stays so.
+    with socket.create_server(("127.0.0.1", 0)) as other, socket.create_server(("127.0.0.2", 0)) as free:
         address = free.getsockname()
         free.close()
         stands_for(monkeypatch, (socket.AF_INET, address), (socket.AF_INET, other.getsockname()))
