@@ -6,6 +6,7 @@ import asyncio
 import signal
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -104,5 +105,6 @@ async def _end(process: asyncio.subprocess.Process) -> None:
         async with asyncio.timeout(_STOPPING):
             await process.wait()
     except TimeoutError:
-        process.kill()
+        with suppress(ProcessLookupError):  # it has ended just now
+            process.kill()
         await process.wait()
