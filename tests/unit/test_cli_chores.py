@@ -6,10 +6,12 @@ import asyncio
 import signal
 import sys
 from asyncio.subprocess import PIPE
-
-import pytest
+from typing import TYPE_CHECKING
 
 from cachesrv.cli import chores
+
+if TYPE_CHECKING:
+    import pytest
 
 
 async def test_what_does_not_end_when_it_is_told_to_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
