@@ -132,8 +132,8 @@ def read_or_make(path: Path, make: Callable[[], str]) -> str:
 
 
 def write_new(path: Path, text: str, *, mode: int) -> None:
-    """A file of one line, whole or not at all, never readable for others than `mode` says. Raises FileExistsError and
-    StoreError.
+    """A file of one line, whole or not at all and to stay, never readable for others than `mode` says. Raises
+    FileExistsError and StoreError.
     """
     temporary = path.with_name(f".{path.name}.{token_hex(8)}")
     try:
@@ -146,7 +146,16 @@ def write_new(path: Path, text: str, *, mode: int) -> None:
             os.link(temporary, path)
         finally:
             temporary.unlink()
+        _sync_folder(path.parent)
     except FileExistsError:
         raise
     except OSError as error:
         raise StoreError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

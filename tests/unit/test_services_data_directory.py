@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -42,3 +43,18 @@ def test_all_have_what_the_quickest_one_made(data: DataDirectory, monkeypatch: p
         "main.public",
         *(file.name for file in elsewhere.root.rglob("*") if file.is_file()),
     }
+
+
+def test_a_key_is_on_disk_under_its_name_before_it_is_shown(
+    data: DataDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or clients would have been told to trust one that is another after the next loss of power."""
+    synced: list[tuple[int, bool]] = []
+
+    def sync(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, data.secret_key("main").exists()))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    data.signing_key("main")
+    file, folder = (path.stat().st_ino for path in (data.secret_key("main"), data.secret_key("main").parent))
+    assert synced[:2] == [(file, False), (folder, True)]
