@@ -36,9 +36,12 @@ def command() -> None:
 Examples:
   cachesrv key generate cache.example.org-1 --output cache.secret
   cachesrv key generate cache.example.org-1 | systemd-creds encrypt - cache.cred
+  cachesrv key generate cache.example.org-1 --output ~/.local/state/cachesrv/keys/main.secret
 
-The server signs with it when signing_key_files of the cache names the file. Clients keep keys by their names: name it
-after what you publish, and give a new key a new name.
+The server signs with it when signing_key_files of the cache names the file, or when it lies in its data directory
+(the last example) before the first start, which would make one called main-1 there. Clients keep keys by their names,
+one of each: name it after what you publish, so that no other server has one of that name, and give a new key a new
+name.
 """
 )
 @click.argument("name")

@@ -198,4 +198,11 @@ or from another one, with the token in {token_file}:
 
     cachesrv push --to {url} --token-file FILE ./result"""
         )
+    names = [key.name for cache in rules.caches.values() for key in cache.signing_keys if key.name == f"{cache.name}-1"]
+    if names:
+        parts.append(
+            f"""
+Nix trusts one key of a name: clients that another server with a key called {" or ".join(names)} has too need one of
+another name here (`cachesrv key generate --help`)."""
+        )
     return "\n".join(parts)
