@@ -25,6 +25,7 @@ DELETED = 0x200
 POLL = 5.0
 """Seconds between two looks where there is no inotify."""
 
+_MOVED_AWAY = 0x800
 _ONLY_DIRECTORIES = 0x01000000
 _MANY_EVENTS = 65536
 
@@ -37,13 +38,11 @@ class Changes:
     def __init__(self) -> None:
         self._changed = asyncio.Event()
         self._descriptor = -1
-        self._deaf = False
+        self._unwatched: set[str] = set()
 
     def __enter__(self) -> Self:
         self._descriptor = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        if self._descriptor < 0:
-            self._deaf = True
-        else:
+        if self._descriptor >= 0:
             asyncio.get_running_loop().add_reader(self._descriptor, self._read)
         return self
 
@@ -55,10 +54,14 @@ class Changes:
             os.close(self._descriptor)
 
     def add(self, directory: str, kinds: int) -> None:
-        """Watch a directory for `kinds`, added up; one that cannot be watched is looked at every POLL seconds."""
-        watched = _libc.inotify_add_watch(self._descriptor, os.fsencode(directory), kinds | _ONLY_DIRECTORIES)
-        if watched < 0:
-            self._deaf = True
+        """Watch a directory for `kinds`, added up; one that cannot be watched is looked at every POLL seconds. To be
+        called again for one that may have been moved away, which wakes, or deleted and made anew.
+        """
+        mask = kinds | _MOVED_AWAY | _ONLY_DIRECTORIES
+        if _libc.inotify_add_watch(self._descriptor, os.fsencode(directory), mask) < 0:
+            self._unwatched.add(directory)
+        else:
+            self._unwatched.discard(directory)
 
     def wake(self) -> None:
         """As if something had changed."""
@@ -71,7 +74,7 @@ class Changes:
 
     async def wait(self, timeout: float | None = None) -> None:
         """Until something has changed since the last call ended, at most `timeout` seconds."""
-        if self._deaf:
+        if self._unwatched:
             timeout = POLL if timeout is None else min(timeout, POLL)
         with suppress(TimeoutError):  # wait_for would swallow a cancellation at the wrong moment
             async with asyncio.timeout(timeout):

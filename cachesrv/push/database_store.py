@@ -67,7 +67,7 @@ class DatabaseStore:
             try:
                 await asyncio.to_thread(os.lstat, file)
             except FileNotFoundError:
-                raise StoreError(f"{file} is missing, although it is valid (see nix-store --verify)") from None
+                raise StoreError(f"{file} is missing: damaged, or just collected (see nix-store --verify)") from None
         if self._location.access is not Access.AUTO:
             raise StoreUnavailable(f"{file} cannot be read, and there is no Nix daemon to read it for us")
         async with self._opening:

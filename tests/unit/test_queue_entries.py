@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from cachesrv.errors import StoreError, StoreFull
-from cachesrv.push.queue.entries import OUTPUTS, PATH, TROUBLE, Counts, Entries, Entry
+from cachesrv.push.queue.entries import LONGEST_DELAY, OUTPUTS, PATH, TROUBLE, Counts, Entries, Entry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,8 +39,8 @@ def test_the_oldest_comes_first(entries: Entries) -> None:
 
 
 def test_what_is_queued_twice_keeps_its_age(entries: Entries) -> None:
-    assert entries.add([Entry("/a", queued=1), Entry("/b", queued=2)]) == 2
-    assert entries.add([Entry("/a", queued=3), Entry("/c", queued=3)]) == 1
+    entries.add([Entry("/a", queued=1), Entry("/b", queued=2)])
+    entries.add([Entry("/a", queued=3), Entry("/c", queued=3)])
 
     assert those_due(entries) == ["/a", "/b", "/c"]
 
@@ -63,6 +64,13 @@ def test_failed_ones_come_back_when_it_is_time(entries: Entries) -> None:
     assert those_due(entries, again=True, now=100) == ["/a"]
     assert entries.those_failed() == [Entry("/a", queued=1, attempts=1, next_try=100, reason="why")]
     assert entries.counts() == Counts(waiting=1, failed=1, oldest=1, next_try=100)
+
+
+def test_a_clock_that_was_wrong_keeps_nothing_from_being_tried_again(entries: Entries) -> None:
+    entries.add([Entry("/a", queued=1), Entry("/b", queued=2)])
+    entries.failed({Entry("/a"): ("why", 1e9), Entry("/b"): ("why", 100.0 + LONGEST_DELAY)})
+
+    assert those_due(entries, again=True, now=100) == ["/a"]
 
 
 def test_a_reason_has_an_end(entries: Entries) -> None:
@@ -95,6 +103,17 @@ def test_what_is_claimed_is_in_flight_until_the_next_claim(entries: Entries) -> 
     assert [entry.path for entry in entries.those_claimed()] == ["/b"]
     entries.claim(())
     assert entries.counts() == Counts(waiting=2, oldest=1)
+
+
+def test_what_is_gone_is_forgotten_unless_it_was_queued_again(entries: Entries) -> None:
+    gone, back = Entry("/a", queued=1), Entry("/b", queued=2)
+    entries.add([gone, back])
+    entries.claim([gone, back])
+    entries.add([replace(back, queued=3)])
+
+    assert entries.gone([gone, back]) == [gone]
+    assert entries.those_claimed() == []
+    assert entries.due(PATH, 10, again=False, now=0) == [back]
 
 
 def test_what_is_done_is_forgotten(entries: Entries) -> None:
@@ -144,7 +163,7 @@ def test_those_who_make_it_at_the_same_time_wait_for_each_other(
 
         monkeypatch.setattr(time, "sleep", sleep)
         with closing(Entries.open(str(tmp_path))) as entries:
-            assert entries.add([Entry("/a", queued=1)]) == 1
+            entries.add([Entry("/a", queued=1)])
     assert len(waited) == 1
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cachesrv.errors import ConfigError, NotAllowed, PeerError, StoreFull
+from cachesrv.push import changes
 from cachesrv.push.queue import process, runner, work
 from cachesrv.push.queue.entries import TROUBLE, Counts, Entry
 from cachesrv.push.queue.intake import Incoming, number_written
@@ -60,6 +61,18 @@ async def test_what_waited_and_what_comes_is_pushed(queue: FakeQueue, cache: Fak
     async with serving(queue):
         await until(lambda: len(cache.published) == 1)
         queue.built("after")
+        await until(lambda: len(cache.published) == 2)
+
+
+async def test_hooks_are_heard_in_a_directory_that_was_made_anew(
+    queue: FakeQueue, cache: FakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(changes, "POLL", 0.05)
+    async with serving(queue):
+        await asyncio.to_thread(os.rename, f"{queue.directory}/incoming", f"{queue.directory}/away")
+        queue.built("one")
+        await until(lambda: len(cache.published) == 1)
+        queue.built("two")
         await until(lambda: len(cache.published) == 2)
 
 
@@ -139,10 +152,10 @@ async def test_a_full_disk_is_waited_for(queue: FakeQueue, cache: FakeCache, mon
             raise full_disk.pop()
         truly(*arguments)
 
-    def add(*arguments: Any) -> int:
+    def add(*arguments: Any) -> None:
         if len(full_disk) > 1:
             raise full_disk[0]
-        return truly_add(*arguments)
+        truly_add(*arguments)
 
     truly_add = queue.entries.add
     monkeypatch.setattr(queue.entries, "note", note)

@@ -172,6 +172,21 @@ async def test_what_the_store_has_no_more_is_dropped(queue: FakeQueue, cache: Fa
     assert len(cache.published) == 1
 
 
+async def test_what_is_built_again_while_it_is_found_gone_is_pushed(queue: FakeQueue, cache: FakeCache) -> None:
+    queue.built("one")
+    put(queue.directory, [full("gone").encode()])
+
+    async def build_again(request: web.Request) -> web.StreamResponse:
+        queue.built("gone")
+        await queue.work.take_in()
+        return await answer(503, "later")(request)
+
+    cache.fail("missing", build_again)
+    assert await everything(queue) == 2
+    assert queue.told.gone == []
+    assert len(cache.published) == 2
+
+
 async def test_what_is_of_another_store_is_kept(queue: FakeQueue) -> None:
     other = f"/elsewhere/{full('one').rpartition('/')[2]}"
     put(queue.directory, [other.encode(), b"/nix/store/garbage"])

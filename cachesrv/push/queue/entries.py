@@ -47,6 +47,9 @@ PRAGMA user_version = {_VERSION};
 TROUBLE = "trouble"
 """Fact: why nothing can be pushed at present, in JSON."""
 
+LONGEST_DELAY = 6 * 3600.0
+"""Seconds after which what has failed is tried again, at the latest."""
+
 _LOCK_PATIENCE = 30.0
 _LOCK_PAUSE = 0.02
 _LONGEST_REASON = 1000
@@ -108,16 +111,20 @@ class Entries:
         """To be called once."""
         self._db.close()
 
-    def add(self, entries: Iterable[Entry]) -> int:
-        """How many of them are new; one that is there already stays as it is."""
+    def add(self, entries: Iterable[Entry]) -> None:
+        """One that is there already stays as it is, but that it is not being pushed any more: see `gone`."""
         with self._transaction() as db:
-            return _insert(db, entries)
+            _insert(db, entries)
 
     def due(self, kind: str, most: int, *, again: bool, now: float) -> list[Entry]:
-        """The oldest that wait, or of those that failed and are to be tried again by `now`."""
-        which = "attempts > 0 AND next_try <= ?" if again else "attempts = 0 AND ? IS NOT NULL"
+        """The oldest that wait, or of those that failed and are to be tried again by `now`. Those that would have to
+        wait longer than anything has to were noted by a clock that was wrong, and count as well.
+        """
         with self._reading() as db:
-            return _select(db, f"kind = ? AND {which}", kind, now, most=most)
+            if again:
+                which = "kind = ? AND attempts > 0 AND (next_try <= ? OR next_try > ?)"
+                return _select(db, which, kind, now, now + LONGEST_DELAY, most=most)
+            return _select(db, "kind = ? AND attempts = 0", kind, most=most)
 
     def claim(self, entries: Iterable[Entry]) -> None:
         """These are being pushed, and no others: there is one process that pushes, and what it does not push (any
@@ -133,6 +140,14 @@ class Entries:
         """They are in the cache, or will never be: forget them."""
         with self._transaction() as db:
             _delete(db, entries)
+
+    def gone(self, entries: Iterable[Entry]) -> list[Entry]:
+        """The store has them no more: forget them, but not those that were queued again since they were claimed, for
+        which it may have them by now. Returns the former.
+        """
+        with self._transaction() as db:
+            delete = "DELETE FROM entries WHERE path = ? AND kind = ? AND pushing = 1"
+            return [entry for entry in entries if db.execute(delete, (entry.path, entry.kind)).rowcount]
 
     def replace(self, others: Mapping[Entry, Iterable[Entry]]) -> None:
         """Others in the place of each."""
@@ -233,13 +248,11 @@ class Entries:
                 raise _explain(self._file, error) from error
 
 
-def _insert(db: sqlite3.Connection, entries: Iterable[Entry]) -> int:
-    before = db.total_changes
+def _insert(db: sqlite3.Connection, entries: Iterable[Entry]) -> None:
     db.executemany(
-        "INSERT OR IGNORE INTO entries (path, kind, deriver, queued) VALUES (?, ?, ?, ?)",
+        "INSERT INTO entries (path, kind, deriver, queued) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET pushing = 0",
         ((entry.path, entry.kind, entry.deriver, entry.queued) for entry in entries),
     )
-    return db.total_changes - before
 
 
 def _delete(db: sqlite3.Connection, entries: Iterable[Entry]) -> None:

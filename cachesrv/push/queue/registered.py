@@ -60,8 +60,10 @@ class Registered:
         await asyncio.to_thread(self._take_in, entries)
 
     def _take_in(self, entries: Entries) -> None:
-        if self._seen is None:
-            self._seen = self._begin(entries)
+        newest = self._database.newest()
+        if self._seen is None or newest < self._seen:
+            self._locked.clear()
+            self._seen = self._begin(entries, newest)
         self._queue(entries, [name for name, _ in self._locked.items() if not self._is_locked(name)])
         while found := self._database.registered_after(self._seen, _BATCH):
             free = []
@@ -75,9 +77,8 @@ class Registered:
             self._seen = found[-1][0]
             self._queue(entries, free)
 
-    def _begin(self, entries: Entries) -> int:
+    def _begin(self, entries: Entries, newest: int) -> int:
         """The number from which to go on: noted, unless the database has been made anew since."""
-        newest = self._database.newest()
         noted = entries.fact(self._fact)
         if noted is not None and (seen := int(json.loads(noted))) <= newest:
             return seen

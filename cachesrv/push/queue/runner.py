@@ -72,8 +72,7 @@ class Service:
         """
         with Changes() as changes, _woken_by(fifos, changes):
             self._changes = changes
-            for source in self._work.sources:
-                source.watch(changes)
+            self._watch(changes)
             self._entries.claim(())  # by one that was killed
             self._entries.note(TROUBLE, None)
             ready()
@@ -88,6 +87,7 @@ class Service:
     async def _run(self, changes: Changes, show: Callable[[Counts], None]) -> None:
         worked = time.monotonic()
         while not self._ending:
+            self._watch(changes)  # again: another directory may be in the place of one of them
             if await self._round():
                 worked = time.monotonic()
                 continue
@@ -100,6 +100,10 @@ class Service:
             await changes.wait(self._patience(counts, rest))
             if not self._ending:
                 await asyncio.sleep(self._gather)
+
+    def _watch(self, changes: Changes) -> None:
+        for source in self._work.sources:
+            source.watch(changes)
 
     async def _round(self) -> bool:
         """Whether there was something to do."""

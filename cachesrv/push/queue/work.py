@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import structlog
 
 from cachesrv.errors import BadInput, CachesrvError, StoreError
-from cachesrv.push.queue.entries import OUTPUTS, PATH
+from cachesrv.push.queue.entries import LONGEST_DELAY, OUTPUTS, PATH
 from cachesrv.push.queue.figures import Figures, write_figures
 from cachesrv.push.queue.outcome import Outcome
 from cachesrv.push.retry import Backoff
@@ -36,7 +36,7 @@ _log = structlog.get_logger()
 MOST = 500
 """Entries in one push, with all they need."""
 
-AGAIN = Backoff(first=60.0, longest=6 * 3600.0)
+AGAIN = Backoff(first=60.0, longest=LONGEST_DELAY)
 """For what has failed by itself."""
 
 _REFRESH = 1.0
@@ -137,10 +137,11 @@ class Work:
             for entry in outcome.unsettled:
                 outcome.fail(entry, "the push ended without it")
         done = outcome.settled if complete else outcome.published
-        await asyncio.to_thread(self.entries.done, [*done, *outcome.gone])
+        await asyncio.to_thread(self.entries.done, done)
+        gone = await asyncio.to_thread(self.entries.gone, outcome.gone)
         await asyncio.to_thread(self.entries.claim, ())
         await self._keep(outcome.failures)
-        for entry in outcome.gone:
+        for entry in gone:
             self._drop(entry, "the store has it no more")
         self.figures.count_push(len(done), outcome.summary)
         if outcome.summary.paths:
