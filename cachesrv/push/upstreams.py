@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 CONNECTIONS = 16
 """Questions to one upstream at the same time."""
 
-PATIENCE = Backoff(attempts=2)
+PATIENCE = Backoff(attempts=2, patience=20)
 TIMEOUTS = Timeouts(connect=10, answer=20)
-"""What an upstream cannot say soon is sent instead."""
+DEADLINE = 60.0
+"""Seconds for one question, however it goes. What an upstream cannot say soon is sent instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ class Upstreams:
                 )
                 self._readers[upstream.url] = await self._stack.enter_async_context(remote)
             except ConfigError as error:
-                self._tell(upstream, error)
+                self._tell(upstream, str(error))
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -147,17 +148,18 @@ class Upstreams:
         if reader is None:
             return False
         try:
-            found = await reader.narinfo(info.store_path.hash_part)
+            async with asyncio.timeout(DEADLINE):
+                found = await reader.narinfo(info.store_path.hash_part)
         except (NotFound, BadInput):
             return False
-        except CachesrvError as error:
+        except (CachesrvError, TimeoutError) as error:
             if self._readers.pop(upstream.url, None) is not None:
-                self._tell(upstream, error)
+                self._tell(upstream, str(error) or f"it has not answered within {DEADLINE:.0f} seconds")
             return False
         return upstream.vouches(found, info, self._store_dir)
 
-    def _tell(self, upstream: Upstream, error: CachesrvError) -> None:
-        self._emit(Noted(f"nothing is left to the upstream {upstream.url}: {error}"))
+    def _tell(self, upstream: Upstream, why: str) -> None:
+        self._emit(Noted(f"nothing is left to the upstream {upstream.url}: {why}"))
 
 
 class _Judgement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,11 @@ from cachesrv import api
 from cachesrv.errors import ServerError
 from cachesrv.nix import narinfo
 from cachesrv.nix.signing import SecretKey, fingerprint
+from cachesrv.push import upstreams
 from cachesrv.push.events import Event, Noted
 from cachesrv.push.token import FirstToken
 from cachesrv.push.upstreams import Upstream, Upstreams
-from tests.fake_upstream import KEY, FakeUpstream
+from tests.fake_upstream import KEY, FakeUpstream, Fault, hang, status, trickling
 from tests.push_doubles import STORE_DIR, path_info, signed_narinfo, store_path
 
 if TYPE_CHECKING:
@@ -58,8 +60,8 @@ async def left_out(
     missing = {info.store_path.base_name for info in infos if info.store_path.name not in present}
     known = [Upstream.from_answer(api.UpstreamAnswer(url, [KEY.public.render()])) for url in urls]
     noted: list[Event] = [] if told is None else told
-    async with Upstreams(known, STORE_DIR, lambda _: FirstToken(lambda: ()), noted.append) as upstreams:
-        left = await upstreams.left_out(infos, missing)
+    async with Upstreams(known, STORE_DIR, lambda _: FirstToken(lambda: ()), noted.append) as asking:
+        left = await asking.left_out(infos, missing)
     return {path.name: reason for path, reason in left.items()}
 
 
@@ -136,6 +138,22 @@ async def test_an_upstream_that_fails_is_told_of_once_and_asked_no_more(upstream
     assert isinstance(noted, Noted)
     assert noted.text.startswith(f"nothing is left to the upstream {upstream.url}: ")
     assert asked(upstream) == {"program"}
+
+
+@pytest.mark.parametrize(
+    "fault", [status(503, Retry_After="100"), status(429, Retry_After="100"), trickling(b"StorePath: ", 0.01), hang]
+)
+async def test_an_upstream_that_keeps_us_waiting_holds_up_no_push(
+    upstream: FakeUpstream, fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstreams, "DEADLINE", 0.05)
+    hold(upstream, BASE)
+    upstream.fail(f"{BASE.store_path.hash_part}.narinfo", fault)
+    told: list[Event] = []
+
+    async with asyncio.timeout(50):
+        assert await left_out([BASE], upstream.url, told=told) == {}
+    assert len(told) == 1
 
 
 async def test_an_upstream_that_cannot_be_asked_gets_nothing() -> None:
