@@ -15,6 +15,7 @@ import msgspec
 
 from cachesrv.api import PackHead, PackLimits
 from cachesrv.errors import BadInput, TooLarge
+from cachesrv.nix import json_document
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,10 +55,7 @@ def decode(body: bytes | bytearray, limits: PackLimits) -> Pack:
     if len(body) < _SIZE + size:
         raise BadInput(f"the pack ends early: it has {len(body)} bytes, its head alone {size}")
     view = memoryview(body)
-    try:
-        head = msgspec.json.decode(view[_SIZE : _SIZE + size], type=PackHead)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadInput(f"the head of the pack is not one: {error}") from error
+    head = json_document.decode(view[_SIZE : _SIZE + size], PackHead, what="the head of the pack")
     if len(head.nars) > limits.nars:
         raise TooLarge(f"{len(head.nars)} NARs in one pack, at most {limits.nars} are taken")
     borders = [*accumulate((nar.file_size for nar in head.nars), initial=_SIZE + size)]

@@ -13,10 +13,11 @@ fetch one member with a range request. Source: Nix, `src/libutil/memory-source-a
 
 from typing import Annotated
 
-from msgspec import DecodeError, Meta, Struct
-from msgspec.json import Decoder, Encoder
+from msgspec import Meta, Struct
+from msgspec.json import Encoder
 
-from cachesrv.errors import BadInput, TooLarge
+from cachesrv.errors import BadInput
+from cachesrv.nix import json_document
 
 MAX_DEPTH = 64
 """Nodes from the root to the deepest one, both included, as Nix limits NARs since 2.35."""
@@ -109,7 +110,6 @@ class _Listing(Struct):
     version: int = 1
 
 
-_decoder = Decoder(_Listing)
 _encoder = Encoder(order="sorted")
 
 
@@ -130,12 +130,7 @@ def parse(data: bytes) -> ListingNode:
     Raises BadInput for anything that is no listing of version 1, for names that no NAR can hold and for
     trees of more than MAX_DEPTH; TooLarge beyond MAX_LISTING_SIZE.
     """
-    if len(data) > MAX_LISTING_SIZE:
-        raise TooLarge(f"listing of {len(data)} bytes, more than {MAX_LISTING_SIZE}")
-    try:
-        listing = _decoder.decode(data)
-    except (DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadInput(f"not a listing: {error}") from error
+    listing = json_document.decode(data, _Listing, what="a listing", limit=MAX_LISTING_SIZE)
     if listing.version != 1:
         raise BadInput(f"listing of version {listing.version}; only version 1 is known")
     _check(listing.root)

@@ -13,7 +13,7 @@ from cachesrv.push.one_line import one_line
 from cachesrv.push.refusal import TOO_MUCH, NotThere, seconds_until
 from cachesrv.push.retry import Overloaded, TryAgain
 from cachesrv.push.reuse import Connections, Sending
-from cachesrv.push.session import for_nars, our_errors, watched
+from cachesrv.push.session import error_body, for_nars, our_errors, watched
 from cachesrv.push.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from cachesrv.push.transport import Body
     from cachesrv.turns import Turn
 
-_MAX_ERROR_SIZE = 16 * 1024
 _SAID = re.compile(r"<(Code|Message)>([^<]*)</")
 _PASSING = frozenset({"BadDigest", "ExpiredToken", "IncompleteBody"})
 _MAYBE_EXPIRED = 403
@@ -89,8 +88,8 @@ class Elsewhere:
                         raise ServerError(f"{host} does not say what it calls a part (ETag)")
                     self.proven = True
                     return tag
-                said = await response.content.read(_MAX_ERROR_SIZE)
-                raise _refusal(response, dict(_SAID.findall(said.decode(errors="replace"))), host)
+                said = (await error_body(response)).decode(errors="replace")
+                raise _refusal(response, dict(_SAID.findall(said)), host)
 
         return put
 

@@ -6,10 +6,9 @@ import time
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from cachesrv.api import ErrorAnswer, cache_url
-from cachesrv.errors import CachesrvError, Conflict, NotAllowed, NotAuthenticated, Refused, ServerError
+from cachesrv.errors import BadInput, CachesrvError, Conflict, NotAllowed, NotAuthenticated, Refused, ServerError
+from cachesrv.nix import json_document
 from cachesrv.push.body_limit import BodyTooLarge, LengthWanted
 from cachesrv.push.one_line import one_line
 from cachesrv.push.retry import Away, Broken, Overloaded, TryAgain
@@ -92,8 +91,8 @@ def said_in(body: bytes, content_type: str) -> str:
     if "html" in content_type:
         return ""
     try:
-        return one_line(msgspec.json.decode(body, type=ErrorAnswer).error)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return one_line(json_document.decode(body, ErrorAnswer, what="an error").error)
+    except BadInput:
         return one_line(body.decode(errors="replace"))
 
 

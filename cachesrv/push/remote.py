@@ -21,7 +21,7 @@ from cachesrv.push.connection import Timeouts
 from cachesrv.push.events import ignore
 from cachesrv.push.refusal import refusal, said_in, seconds_until
 from cachesrv.push.retry import Backoff, TryAgain, retry
-from cachesrv.push.session import for_answers, open_session, our_errors
+from cachesrv.push.session import error_body, for_answers, open_session, our_errors
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
@@ -40,7 +40,6 @@ _CHUNK = 256 * 1024
 _ABSENT = frozenset({404, 410})
 _PARTIAL = 206
 _NO_SUCH_RANGE = 416
-_MAX_ERROR_SIZE = 64 * 1024
 
 
 class NoRanges(ServerError):
@@ -165,7 +164,7 @@ class RemoteCache:
             return NotFound(f"there is no {response.url.name} in {self.url}")
         if response.status == _NO_SUCH_RANGE:
             return NoRanges(f"{self.url} has less of {response.url.name} than it says")
-        said = said_in(await response.content.read(_MAX_ERROR_SIZE), response.content_type)
+        said = said_in(await error_body(response), response.content_type)
         if response.status == 403:
             return NotAllowed(
                 f"{self.url} may not be read with the token from {self._tokens}{f': {said}' if said else ''}"

@@ -22,7 +22,8 @@ from cachesrv.api import (
     PublishAnswer,
     PublishRequest,
 )
-from cachesrv.errors import ServerError
+from cachesrv.errors import BadInput, ServerError
+from cachesrv.nix import json_document
 from cachesrv.push.body_limit import BodyTooLarge
 from cachesrv.push.connection import Timeouts
 from cachesrv.push.events import ignore
@@ -261,6 +262,6 @@ async def _slices(body: bytes) -> AsyncIterator[bytes]:
 
 def _decode(body: bytes, kind: type[Answer], address: Address) -> Answer:
     try:
-        return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return json_document.decode(body, kind, what="its answer")
+    except BadInput as error:
         raise ServerError(f"{address} does not answer as the push API does, is it a cachesrv? ({error})") from None

@@ -20,6 +20,7 @@ import msgspec
 import structlog
 
 from cachesrv.errors import BadInput
+from cachesrv.nix import json_document
 from cachesrv.storage.base import STAGING
 
 if TYPE_CHECKING:
@@ -132,8 +133,8 @@ class PartStore:
         """What was noted; None when there is no such upload, or that cannot be read: then it is begun anew."""
         noted = await self._storage.get(place.begun_key, limit=_LARGEST_BEGUN)
         try:
-            return None if noted is None else msgspec.json.decode(noted, type=Begun)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            return None if noted is None else json_document.decode(noted, Begun, what="what was noted")
+        except BadInput as error:
             _log.warning("an upload is not noted as it was written", key=place.begun_key, error=str(error))
             return None
 

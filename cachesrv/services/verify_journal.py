@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from cachesrv.errors import StoreError, StoreUnavailable
+from cachesrv.errors import BadInput, StoreError, StoreUnavailable
+from cachesrv.nix import json_document
 from cachesrv.services.flaws import Flaw  # noqa: TC001  msgspec reads what stands in annotations
 
 if TYPE_CHECKING:
@@ -53,7 +54,10 @@ class _Line(msgspec.Struct, omit_defaults=True):
 
 
 _encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder(_Line).decode
+
+
+def _decode(line: bytes) -> _Line:
+    return json_document.decode(line, _Line, what="a line of the journal")
 
 
 class Journal:
@@ -124,7 +128,7 @@ class Journal:
             end += len(text)
             try:
                 line = _decode(text)
-            except msgspec.DecodeError:
+            except BadInput:
                 break
             if line.repairing:
                 known = 0

@@ -18,6 +18,7 @@ from cachesrv.errors import (
     TooLarge,
     Unsigned,
 )
+from cachesrv.nix import json_document
 from cachesrv.nix.hashes import Hash
 from cachesrv.nix.store_path import StorePath
 from cachesrv.services import visible
@@ -136,10 +137,7 @@ async def authorised(request: web.Request, kind: type[Body]) -> tuple[ServedCach
     """
     cache, pusher = await _pusher(request)
     data = await bodies.whole(request, api.MAX_REQUEST_SIZE, request.app[SITE].rules.stall_timeout)
-    try:
-        return cache, msgspec.json.decode(data, type=kind), pusher
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BadInput(f"the body is not a {kind.__name__}: {error}") from error
+    return cache, json_document.decode(data, kind, what=f"the {kind.__name__} in the body"), pusher
 
 
 async def _pusher(request: web.Request) -> tuple[ServedCache, str]:

@@ -245,8 +245,11 @@ async def test_a_journal_of_something_else_is_not_gone_on_with(site: Site, journ
     assert position({"a": "2"}) is None
     await leave({"a": "1"})
     assert position({"a": "1"}, fresh=True) is None
-    append(journal, b"\0\0garbage")
-    assert position({"a": "1"}) is None
+    for garbage in (b"\0\0garbage", b'{"position":{"cache":"\xff"}}', b'{"flaw":' + b"[" * 100_000):
+        await leave({"a": "1"})
+        assert position({"a": "1"}) == "published paths"
+        append(journal, garbage + b"\n")
+        assert position({"a": "1"}) == "published paths"
 
 
 def test_one_at_a_time(journal: Path) -> None:
