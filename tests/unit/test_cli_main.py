@@ -22,7 +22,7 @@ from cachesrv.errors import BadInput, ConfigError
 from tests.push_doubles import FakeCache, answer, hang
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
     from pathlib import Path
 
     from aiohttp import web
@@ -79,12 +79,6 @@ class User:
 def user(tmp_path: Path) -> User:
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "CACHESRV_TOKEN": "secret"}
     return User(tmp_path, environ)
-
-
-@pytest.fixture
-async def cache() -> AsyncIterator[FakeCache]:
-    async with FakeCache() as running:
-        yield running
 
 
 async def test_push_sends_and_says_so(user: User, cache: FakeCache) -> None:

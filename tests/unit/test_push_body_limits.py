@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -14,7 +13,7 @@ from cachesrv.api import PackLimits, PathToPublish, WantedPath
 from cachesrv.errors import TooLarge
 from cachesrv.nix.hashes import Hash
 from cachesrv.nix.realisation import OutputId, Realisation
-from cachesrv.push import events, nar_upload
+from cachesrv.push import events
 from cachesrv.push.address import Address
 from cachesrv.push.body_limit import SMALLEST, BodyLimit, BodyTooLarge
 from cachesrv.push.retry import Backoff
@@ -24,23 +23,12 @@ from cachesrv.push.settings import Settings
 from cachesrv.push.token import TokenVariable
 from tests.push_doubles import FakeCache, TemporaryStore, answer, store_path
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 KIB, MIB = 2**10, 2**20
 QUICK = Options(backoff=Backoff(attempts=2, first=0.01))
 TOKEN = TokenVariable.of("CACHESRV_TOKEN", "secret")
 PACKS = PackLimits(nars=500, size=8 * MIB, nar_size=MIB, head_size=MIB)
 
-
-@pytest.fixture
-def store(tmp_path: Path) -> TemporaryStore:
-    return TemporaryStore(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nar_upload, "_PAUSE", 0.01)
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 async def pushed(

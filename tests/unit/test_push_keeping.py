@@ -26,22 +26,9 @@ from cachesrv.push.token import TokenVariable
 from tests.push_doubles import FakeCache, TemporaryStore, answer, hang, store_path
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from aiohttp import web
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> TemporaryStore:
-    (tmp_path / "store").mkdir()
-    return TemporaryStore(tmp_path / "store")
-
-
-@pytest.fixture
-async def cache() -> AsyncIterator[FakeCache]:
-    async with FakeCache() as running:
-        yield running
 
 
 @pytest.fixture

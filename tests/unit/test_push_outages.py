@@ -17,9 +17,6 @@ from cachesrv.push.token import TokenVariable
 from tests.push_doubles import FakeCache, TemporaryStore, answer, store_path
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
-
     from aiohttp import web
 
     from cachesrv.push.events import Event, Summary
@@ -31,14 +28,7 @@ BACKOFF = Backoff(attempts=TRIES, first=0.001, longest=0.002, outage=60)
 
 
 @pytest.fixture
-async def cache() -> AsyncIterator[FakeCache]:
-    async with FakeCache() as cache:
-        yield cache
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> TemporaryStore:
-    store = TemporaryStore(tmp_path)
+def store(store: TemporaryStore) -> TemporaryStore:
     store.add("first", b"first")
     store.add("second", b"second")
     return store

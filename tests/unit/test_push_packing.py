@@ -46,9 +46,8 @@ NUMBER = 40
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> TemporaryStore:
+def store(store: TemporaryStore) -> TemporaryStore:
     """Small paths in a chain, each referring to two before it, and a large one in their midst."""
-    store = TemporaryStore(tmp_path)
     for number in range(NUMBER):
         names = [f"small-{other}" for other in (number - 1, number - 7) if other >= 0]
         if number > NUMBER // 2:

@@ -13,7 +13,7 @@ import zstandard
 
 from cachesrv.errors import ServerError
 from cachesrv.nix.nar_writer import dump
-from cachesrv.push import events, in_parts, nar_upload
+from cachesrv.push import events, in_parts
 from cachesrv.push.address import Address
 from cachesrv.push.connection import Timeouts
 from cachesrv.push.frame import FRAME_SIZE, recipe
@@ -41,10 +41,11 @@ MIB = 2**20
 QUICK = Options(backoff=Backoff(attempts=3, first=0.01), timeouts=Timeouts(connect=5, answer=5, stall=0.5, store=0.5))
 LARGE = random.Random(5).randbytes(7 * MIB)
 
+pytestmark = pytest.mark.usefixtures("no_pauses")
+
 
 @pytest.fixture
-def store(tmp_path: Path) -> TemporaryStore:
-    store = TemporaryStore(tmp_path)
+def store(store: TemporaryStore) -> TemporaryStore:
     store.add("large", LARGE)
     return store
 
@@ -53,11 +54,6 @@ def store(tmp_path: Path) -> TemporaryStore:
 async def cache() -> AsyncIterator[FakeCache]:
     async with FakeCache(part_size=MIB) as running:
         yield running
-
-
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nar_upload, "_PAUSE", 0.01)
 
 
 async def pushed(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cachesrv.api import PackLimits
-from cachesrv.push import nar_upload
 from cachesrv.push.address import Address
 from cachesrv.push.connection import Timeouts
 from cachesrv.push.events import Failed, Noted, Retrying
@@ -20,8 +19,6 @@ from tests.push_doubles import FakeCache, TemporaryStore, answer, drop, store_pa
 from tests.tcp_proxy import End, TcpProxy
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from cachesrv.push.events import Event, Summary
 
 KIB, MIB = 2**10, 2**20
@@ -29,15 +26,7 @@ PACKS = PackLimits(nars=500, size=8 * MIB, nar_size=MIB, head_size=MIB)
 TOKEN = TokenVariable.of("CACHESRV_TOKEN", "secret")
 QUICK = Options(backoff=Backoff(first=0.02))
 
-
-@pytest.fixture
-def store(tmp_path: Path) -> TemporaryStore:
-    return TemporaryStore(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nar_upload, "_PAUSE", 0.01)
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 def port(cache: FakeCache) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import pytest
 
@@ -18,18 +18,13 @@ from cachesrv.push.settings import Settings
 from cachesrv.push.token import TokenVariable
 from tests.push_doubles import FakeCache, TemporaryStore, answer, hang, store_path
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
-
 LIBRARY, TOOL, PROGRAM = (OutputId(f"sha256:{digit * 64}", "out") for digit in "210")
 NAMES = {LIBRARY: "library", TOOL: "tool", PROGRAM: "program"}
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> TemporaryStore:
+def store(store: TemporaryStore) -> TemporaryStore:
     """Three content-addressed paths, each of which needs those before it, also as realisations."""
-    store = TemporaryStore(tmp_path)
     before: list[OutputId] = []
     for output, name in NAMES.items():
         info = store.add(name, name.encode(), [NAMES[other] for other in before])
@@ -38,12 +33,6 @@ def store(tmp_path: Path) -> TemporaryStore:
         store.realised[output] = Realisation(info.store_path, (Signature("key", bytes(64)),), needed)
         before.append(output)
     return store
-
-
-@pytest.fixture
-async def cache() -> AsyncIterator[FakeCache]:
-    async with FakeCache() as running:
-        yield running
 
 
 async def run(store: TemporaryStore, cache: FakeCache, *names: str, dry_run: bool = False) -> list[events.Event]:

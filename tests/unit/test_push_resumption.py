@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from cachesrv.nix.nar_writer import dump
-from cachesrv.push import events, nar_upload
+from cachesrv.push import events
 from cachesrv.push.address import Address
 from cachesrv.push.connection import Timeouts
 from cachesrv.push.frame import Compressors, Frame
@@ -38,6 +38,8 @@ PARTS = 14
 FRAMES = 7
 CONTENT = random.Random(6).randbytes(13 * MIB + 5)
 
+pytestmark = pytest.mark.usefixtures("no_pauses")
+
 
 @pytest.fixture
 def options(tmp_path: Path) -> Options:
@@ -50,9 +52,7 @@ def options(tmp_path: Path) -> Options:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> TemporaryStore:
-    (tmp_path / "store").mkdir()
-    store = TemporaryStore(tmp_path / "store")
+def store(store: TemporaryStore) -> TemporaryStore:
     store.add("large", {"content": CONTENT})
     return store
 
@@ -74,7 +74,6 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return compress(compressors, data, level)
 
     monkeypatch.setattr(Compressors, "frame", counted)
-    monkeypatch.setattr(nar_upload, "_PAUSE", 0.01)
     return sizes
 
 

@@ -26,25 +26,11 @@ from tests.fake_upstream import KEY, FakeUpstream
 from tests.push_doubles import FakeCache, TemporaryStore, answer, drop, hang, signed_narinfo, store_path
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
-
     from aiohttp import web
 
     from tests.push_doubles import Handler
 
 QUICK = Options(backoff=Backoff(attempts=3, first=0.01), timeouts=Timeouts(connect=5, answer=5, stall=0.5, store=5))
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> TemporaryStore:
-    return TemporaryStore(tmp_path)
-
-
-@pytest.fixture
-async def cache() -> AsyncIterator[FakeCache]:
-    async with FakeCache() as running:
-        yield running
 
 
 def settings(cache: FakeCache, token: str = "secret") -> Settings:

@@ -22,26 +22,12 @@ from cachesrv.push.traffic import Traffic
 from tests.push_doubles import FakeCache, TemporaryStore, answer, drop, store_path
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from pathlib import Path
-
     from aiohttp import web
 
 MIB = 2**20
 QUICK = Options(
     jobs=12, backoff=Backoff(attempts=12, first=0.01), timeouts=Timeouts(connect=5, answer=5, stall=5, store=5)
 )
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> TemporaryStore:
-    return TemporaryStore(tmp_path)
-
-
-@pytest.fixture
-async def cache() -> AsyncIterator[FakeCache]:
-    async with FakeCache() as running:
-        yield running
 
 
 def settings(cache: FakeCache) -> Settings:

@@ -50,12 +50,6 @@ NAR = Hash.of("sha256", b"nar")
 HURRY = Timeouts(connect=5, answer=0.3, stall=0.3, store=0.3)
 
 
-@pytest.fixture
-async def cache() -> AsyncIterator[FakeCache]:
-    async with FakeCache() as running:
-        yield running
-
-
 @asynccontextmanager
 async def talking(
     cache: FakeCache, *, attempts: int = 2, timeouts: Timeouts | None = None, told: list[Event] | None = None

@@ -32,12 +32,6 @@ EMPTY = Counts()
 
 
 @pytest.fixture
-async def cache() -> AsyncIterator[FakeCache]:
-    async with FakeCache() as running:
-        yield running
-
-
-@pytest.fixture
 def queue(tmp_path: Path, cache: FakeCache) -> Iterator[FakeQueue]:
     with FakeQueue(tmp_path, cache) as queue:
         yield queue

@@ -20,15 +20,9 @@ from tests.push_doubles import FakeCache, answer
 from tests.queue_doubles import FakeQueue, full, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
 
     from aiohttp import web
-
-
-@pytest.fixture
-async def cache() -> AsyncIterator[FakeCache]:
-    async with FakeCache() as running:
-        yield running
 
 
 @pytest.fixture
