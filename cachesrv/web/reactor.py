@@ -27,17 +27,14 @@ import struct
 import time
 from typing import TYPE_CHECKING
 
-import structlog
-
 from cachesrv.errors import StoreError
+from cachesrv.web.accepting import PAUSE, no_room, waiting
 from cachesrv.web.known import Known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cachesrv.web.fast import FastAnswers, FileAnswer, Form
-
-_log = structlog.get_logger()
 
 _READ = 448
 """Bytes read first: for them CPython needs no malloc, and most requests are shorter."""
@@ -51,9 +48,6 @@ be read, or the connection watched anew.
 """
 _SHARE = 0.002
 """Seconds for which lookups are answered without a look at what else is to be done."""
-_ACCEPTED_AT_ONCE = 64
-_PAUSE = 1.0
-"""Seconds without new connections, when there is no descriptor or memory left for one."""
 _SWEEPS = 5
 """How often in the idle time-out it is looked who is idle."""
 _STOP_INTERVAL = 0.02
@@ -366,20 +360,15 @@ class Reactor:
             self._end(connection)
 
     def _accept(self, listening: socket.socket) -> None:
-        for _ in range(_ACCEPTED_AT_ONCE):
-            try:
-                sock, _address = listening.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                _log.error("no new connections for a moment", error=str(error))
-                self._listen_no_more()
-                asyncio.get_running_loop().call_later(_PAUSE, self._listen)
-                return
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._connections[sock.fileno()] = _Connection(sock)
-            self._epoll.register(sock.fileno(), _REQUESTS)
+        try:
+            for sock in waiting(listening):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self._epoll.register(sock.fileno(), _REQUESTS)
+                self._connections[sock.fileno()] = _Connection(sock)
+        except OSError as error:
+            no_room(error)
+            self._listen_no_more()
+            asyncio.get_running_loop().call_later(PAUSE, self._listen)
 
     def _watch(self, connection: _Connection) -> None:
         """Tell again what there is."""

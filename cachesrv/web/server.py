@@ -19,10 +19,11 @@ from cachesrv import systemd
 from cachesrv.errors import CachesrvError, ConfigError, StoreError
 from cachesrv.services.finishing import keep_finishing
 from cachesrv.services.removing import Removing
+from cachesrv.web.accepting import Accepting
 from cachesrv.web.app import create_app
 from cachesrv.web.fast import FastAnswers
 from cachesrv.web.front import IDLE_SECONDS, Fronts, reporting
-from cachesrv.web.listen import BACKLOG, end_stalls
+from cachesrv.web.listen import end_stalls
 from cachesrv.web.reactor import Reactor
 
 if TYPE_CHECKING:
@@ -126,10 +127,10 @@ async def listening(
     assert runner.server is not None
     answers = FastAnswers(site)
     fronts = Fronts(answers, runner.server, idle_timeout=idle_timeout)
-    loop = asyncio.get_running_loop()
     direct = [sock for sock in sockets if by_reactor and tls is None and sock.family != socket.AF_UNIX]
     others = [sock for sock in sockets if sock not in direct]
-    servers = [await loop.create_server(fronts, sock=sock, ssl=tls, backlog=BACKLOG) for sock in others]
+    accepting = Accepting(fronts, tls)
+    accepting.start(others)
     reactor = Reactor(answers, fronts, idle_timeout=idle_timeout)
     reactor.start(direct)
     fronts.start()
@@ -141,8 +142,7 @@ async def listening(
         for chore in chores:
             chore.cancel()
         await asyncio.wait(chores)
-        for server in servers:
-            server.close()
+        accepting.stop()
         await reactor.stop_answering()
         await asyncio.gather(fronts.stop(shutdown_timeout), reactor.close(shutdown_timeout))
         answers.close()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import resource
 import socket
 import time
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -39,11 +37,12 @@ from tests.front_site import (
     listening,
     nar,
     narinfo,
+    no_more_files,
     open_site,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
+    from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
     from cachesrv.web.site import Site
@@ -135,20 +134,6 @@ def record(part: str, number: int) -> PathRecord:
         ca=None,
         registered_at=1,
     )
-
-
-@contextmanager
-def no_more_files(*, leave: int = 0) -> Iterator[None]:
-    """As if as many files were open as this process may have, but for so many."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = [os.open("/dev/null", os.O_RDONLY) for _ in range(leave + 1)]
-    for descriptor in free:
-        os.close(descriptor)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free[-1], hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def answers_to(connection: Connection, *requests: bytes) -> list[tuple[bytes, bytes]]:
