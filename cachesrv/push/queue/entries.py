@@ -123,7 +123,7 @@ class Entries:
         with self._reading() as db:
             if again:
                 which = "kind = ? AND attempts > 0 AND (next_try <= ? OR next_try > ?)"
-                return _select(db, which, kind, now, now + LONGEST_DELAY, most=most)
+                return _select(db, which, kind, now, time.time() + LONGEST_DELAY, most=most)
             return _select(db, "kind = ? AND attempts = 0", kind, most=most)
 
     def claim(self, entries: Iterable[Entry]) -> None:
