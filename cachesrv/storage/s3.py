@@ -31,7 +31,7 @@ from cachesrv.storage.base import (
 )
 from cachesrv.storage.decorators import TryAgain
 from cachesrv.storage.s3_claims import Claims
-from cachesrv.storage.s3_client import S3Client
+from cachesrv.storage.s3_client import S3Client, having
 from cachesrv.storage.s3_direct import S3Direct
 from cachesrv.storage.s3_download import Download, codings
 from cachesrv.storage.s3_errors import Answer
@@ -193,9 +193,13 @@ class S3Store:
     async def _delete(self, names: Sequence[str]) -> None:
         def ask(sdk: Sdk) -> None:
             answer = sdk.delete_objects(
-                Bucket=self._client.bucket, Delete={"Objects": [{"Key": name} for name in names], "Quiet": True}
+                Bucket=self._client.bucket, Delete={"Objects": [{"Key": name} for name in names]}
             )
+            if not answer.get("Errors"):
+                having(answer, "Deleted")
             for error in answer.get("Errors", []):
+                if error.get("Code") == "NoSuchKey":
+                    continue
                 said = Answer(200, error.get("Code", ""), error.get("Message", ""), "", {})
                 raise s3_errors.named(said, self._client.request("DeleteObjects", error.get("Key", "")))
 
@@ -249,11 +253,12 @@ class S3Store:
     async def _head(self, name: str) -> HeadObjectOutputTypeDef | None:
         def ask(sdk: Sdk) -> HeadObjectOutputTypeDef | None:
             try:
-                return sdk.head_object(Bucket=self._client.bucket, Key=name)
+                found = sdk.head_object(Bucket=self._client.bucket, Key=name)
             except ClientError as error:
                 if Answer.of_sdk(error).status not in {400, 403, 404}:
                     raise
                 return None
+            return having(found, "ContentLength", "ETag", "LastModified")
 
         # A refusal of HEAD does not say why: that there is no object, no bucket, no permission. One of GET does.
         for _ in range(2):

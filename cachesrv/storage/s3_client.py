@@ -87,13 +87,17 @@ class S3Client:
 
     async def call(self, operation: str, key: str, work: Callable[[Sdk], T], *, changes: bool = False) -> T:
         """A control call: what `work` returns. One that `changes` nothing is left to itself when the caller is
-        cancelled; one that does is waited for. Raises what `s3_errors.named` gives.
+        cancelled; one that does is waited for. Raises what `s3_errors.named` gives, and `s3_errors.foreign` for a
+        KeyError: what `work` looks for in answers is what S3 always says.
         """
         request = self.request(operation, key)
 
         def attempt() -> T:
             with self._translated(request):
-                return work(self._sdk)
+                try:
+                    return work(self._sdk)
+                except KeyError as error:
+                    raise s3_errors.foreign(request) from error
 
         run = partial(self._threads.run, str(request), attempt)
         return await self._requests.run(operation, run if changes else partial(self._abandonable, run))
@@ -163,7 +167,9 @@ class S3Client:
                 ) as response,
             ):
                 if response.status == 200:
-                    return response.headers.get("ETag", "")
+                    if tag := response.headers.get("ETag"):
+                        return tag
+                    raise s3_errors.foreign(request)
                 raise s3_errors.named(await _answer(response), request)
 
     async def get(self, key: str, byte_range: ByteRange | None = None, *, etag: str = "") -> aiohttp.ClientResponse:
@@ -179,9 +185,11 @@ class S3Client:
             url = URL(await self.signed("get_object", _SIGNED_FOR, Key=key), encoded=True)
             with self._translated(request):
                 response = await self._session().get(url, headers=headers, allow_redirects=False)
-                if response.status in {200, 206}:
+                if response.status in {200, 206} and "ETag" in response.headers:
                     return response
                 async with response:
+                    if response.status in {200, 206}:
+                        raise s3_errors.foreign(request)
                     raise s3_errors.named(await _answer(response), request)
 
         return await self._requests.run("GetObject", attempt)
@@ -235,6 +243,13 @@ class S3Client:
             raise s3_errors.untrusted(request) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise s3_errors.unreachable(error, request) from error
+
+
+def having(answer: T, *names: str) -> T:
+    """An answer of the SDK, if it has all of these. Raises KeyError, for `S3Client.call`."""
+    for name in names:
+        cast("Mapping[str, Any]", answer)[name]
+    return answer
 
 
 def _open_sdk(

@@ -244,6 +244,13 @@ def of_sdk(error: Exception, request: Request) -> CachesrvError:
     return StoreError(f"{request}: {error}")
 
 
+def foreign(request: Request) -> TryAgain:
+    """The error for a success that lacks what S3 says with it: it comes from something in between, or the endpoint is
+    something else, and nothing has been done.
+    """
+    return TryAgain(f"{request}: it was answered by something that is no S3 server: check the endpoint, and proxies")
+
+
 def untrusted(request: Request) -> StoreError:
     """The error for a TLS certificate that does not hold."""
     return StoreError(f"{request}: {_TLS}")

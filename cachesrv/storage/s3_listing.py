@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cachesrv.storage.s3_client import having
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
@@ -26,7 +28,7 @@ async def objects(client: S3Client, prefix: str) -> AsyncIterator[ObjectTypeDef]
     while True:
 
         def ask(sdk: Sdk, position: dict[str, Any] = position) -> ListObjectsV2OutputTypeDef:
-            return sdk.list_objects_v2(Bucket=client.bucket, Prefix=prefix, **position)
+            return having(sdk.list_objects_v2(Bucket=client.bucket, Prefix=prefix, **position), "IsTruncated")
 
         page = await client.call("ListObjectsV2", prefix, ask)
         for found in page.get("Contents", []):
@@ -42,7 +44,7 @@ async def uploads(client: S3Client, prefix: str) -> AsyncIterator[MultipartUploa
     while True:
 
         def ask(sdk: Sdk, position: dict[str, Any] = position) -> ListMultipartUploadsOutputTypeDef:
-            return sdk.list_multipart_uploads(Bucket=client.bucket, Prefix=prefix, **position)
+            return having(sdk.list_multipart_uploads(Bucket=client.bucket, Prefix=prefix, **position), "IsTruncated")
 
         page = await client.call("ListMultipartUploads", prefix, ask)
         for upload in page.get("Uploads", []):
@@ -58,7 +60,7 @@ async def parts(client: S3Client, key: str, upload: str) -> AsyncIterator[PartTy
     while True:
 
         def ask(sdk: Sdk, position: dict[str, Any] = position) -> ListPartsOutputTypeDef:
-            return sdk.list_parts(Bucket=client.bucket, Key=key, UploadId=upload, **position)
+            return having(sdk.list_parts(Bucket=client.bucket, Key=key, UploadId=upload, **position), "IsTruncated")
 
         page = await client.call("ListParts", key, ask)
         for part in page.get("Parts", []):

@@ -26,6 +26,7 @@ from weakref import WeakValueDictionary
 from cachesrv.errors import Mismatch, NotFound, StoreError, StoreFull, StoreUnavailable
 from cachesrv.storage import s3_sweep
 from cachesrv.storage.decorators import TryAgain
+from cachesrv.storage.s3_client import having
 from cachesrv.storage.s3_errors import Exists, UploadGone
 from cachesrv.storage.s3_parts import MAX_OBJECT_SIZE, MAX_PARTS, content_md5, content_type, part_size
 
@@ -283,13 +284,14 @@ class Upload:
         parts: Any = {"Parts": [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]}
 
         def ask(sdk: Sdk) -> None:
-            sdk.complete_multipart_upload(
+            answer = sdk.complete_multipart_upload(
                 Bucket=self._client.bucket,
                 Key=self._key,
                 UploadId=self.id,
                 MultipartUpload=parts,
                 **condition,
             )
+            having(answer, "ETag")
 
         try:
             await self._client.call("CompleteMultipartUpload", self._key, ask, changes=True)

@@ -300,7 +300,7 @@ async def test_who_is_cancelled_does_not_wait_long(
 
 
 IGNORANT = {
-    "ignored": [fault_proxy.Answer(200), fault_proxy.Answer(200)],
+    "ignored": [fault_proxy.Answer(200, headers={"ETag": "x"})] * 2,
     "not-implemented": [fault_proxy.Answer(501, b"<Error><Code>NotImplemented</Code></Error>")],
     "refused": [fault_proxy.Answer(400, b"<Error><Code>InvalidArgument</Code></Error>")],
 }
@@ -379,10 +379,10 @@ async def test_requests_go_through_the_proxy_of_the_environment(
 
 async def test_what_proxies_do_to_answers_is_noticed(store: S3Store, proxy: FaultProxy) -> None:
     await store.put("main/a", SMALL)
-    proxy.plan(fault_proxy.Answer(200, SMALL), method="GET")
+    proxy.plan(fault_proxy.Answer(200, SMALL, {"ETag": "x"}), method="GET")
     with pytest.raises(StoreError, match="a part was asked for"):
         await whole(store.read("main/a", ByteRange(5, 50)))
-    proxy.plan(fault_proxy.Answer(206, SMALL[:10], {"Content-Range": "bytes 0-9/3145728"}), method="GET")
+    proxy.plan(fault_proxy.Answer(206, SMALL[:10], {"ETag": "x", "Content-Range": "bytes 0-9/3145728"}), method="GET")
     with pytest.raises(StoreError, match="a part was asked for"):
         await whole(store.read("main/a", ByteRange(5, 15)))
 

@@ -30,7 +30,7 @@ FAULTS: dict[str, fault_proxy.Fault] = {
     "half-closed": fault_proxy.Truncate(70_000, half=True),
     "altered": fault_proxy.Alter(70_000),
     "altered-at-the-end": fault_proxy.Alter(-1),
-    "of-another-length": fault_proxy.Answer(200, SMALL.file[:-10]),
+    "of-another-length": fault_proxy.Answer(200, SMALL.file[:-10], {"ETag": "x"}),
 }
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 import subprocess
 import time
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, urlsplit
 
@@ -16,13 +18,13 @@ import pytest
 from botocore.credentials import RefreshableCredentials
 
 from cachesrv.errors import StoreError, StoreUnavailable
-from cachesrv.storage.base import PresignedUrl
+from cachesrv.storage.base import ObjectInfo, PresignedUrl
 from cachesrv.storage.decorators import Direct
 from cachesrv.storage.s3 import S3Store
 from cachesrv.storage.s3_client import S3Client
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
 
@@ -138,7 +140,7 @@ async def test_a_body_ends_when_it_is_said_to_end(answer: bytes, expected: bytes
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\n" + answer)
+        writer.write(b"HTTP/1.1 200 OK\r\nETag: x\r\n" + answer)
         await writer.drain()
         writer.close()
 
@@ -150,4 +152,61 @@ async def test_a_body_ends_when_it_is_said_to_end(answer: bytes, expected: bytes
         else:
             with pytest.raises(StoreError):
                 await store.get("main/a", limit=10)
+        await store.close()
+
+
+async def answering(page: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Whatever is asked, with the same page."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = re.search(rb"(?i)content-length: (\d+)", head)
+    await reader.readexactly(int(length[1]) if length else 0)
+    writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(page))
+    writer.write(b"" if head.startswith(b"HEAD ") else page)
+    await writer.drain()
+    writer.close()
+
+
+async def upload(store: S3Store) -> None:
+    async with store.writer("main/a") as writer:
+        await writer.write(bytes(9 * 2**20))
+        await writer.commit()
+
+
+async def listed(store: S3Store) -> list[ObjectInfo]:
+    return [info async for info in store.list("main/")]
+
+
+QUESTIONS: dict[str, Callable[[S3Store], Awaitable[object]]] = {
+    "put": lambda store: store.put("main/a", b"a"),
+    "replace": lambda store: store.put("main/a", b"a", replace=True),
+    "upload": upload,
+    "get": lambda store: store.get("main/a", limit=100),
+    "head": lambda store: store.head("main/a"),
+    "existing": lambda store: store.existing(["main/a"]),
+    "list": listed,
+    "sweep": lambda store: store.sweep(older_than=0),
+    "delete": lambda store: store.delete(["main/a"]),
+}
+
+
+@pytest.mark.parametrize("page", [b"<html><body>Log in</body></html>", b"Log in", b""], ids=["XML", "text", "nothing"])
+@pytest.mark.parametrize("question", QUESTIONS)
+async def test_a_page_that_somebody_in_between_shows_is_no_success(question: str, page: bytes) -> None:
+    """Nothing was stored, nothing is there, and nothing is gone."""
+    async with await asyncio.start_server(partial(answering, page), "127.0.0.1", 0) as server:
+        endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        store = S3Store("bkt", requests=Direct(), endpoint=endpoint, session=session())
+        with pytest.raises(StoreError):
+            await QUESTIONS[question](store)
+        await store.close()
+
+
+async def test_to_delete_what_is_not_there_is_no_error() -> None:
+    """Not all servers of S3 say so."""
+    error = b"<Error><Key>main/a</Key><Code>NoSuchKey</Code></Error>"
+    page = b"<DeleteResult>" + error + b"</DeleteResult>"
+    async with await asyncio.start_server(partial(answering, page), "127.0.0.1", 0) as server:
+        endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        store = S3Store("bkt", requests=Direct(), endpoint=endpoint, session=session())
+        await store.delete(["main/a"])
         await store.close()
