@@ -154,5 +154,11 @@ def _wrong_usage(error: click.ClickException) -> int:
 
 
 def _say(message: str, status: int) -> int:
-    print(f"cachesrv: {message}", file=sys.stderr)  # noqa: T201  this is where errors are told
+    lines = "\n".join(map(printable, message.split("\n")))  # of a configuration there may be several
+    print(f"cachesrv: {lines}", file=sys.stderr)  # noqa: T201  this is where errors are told
     return status
+
+
+def printable(text: str) -> str:
+    """For a terminal, which obeys what it is shown: names of files may hold anything."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)

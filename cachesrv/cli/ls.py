@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cachesrv.cli import printable
 from cachesrv.cli.reading import reading_options
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def command(what: str, inside: str, *, as_table: bool, recursive: bool, as_json:
         click.echo(json.dumps(_document(node, levels=-1 if recursive else 1), separators=(",", ":"), sort_keys=True))
         return
     for path, found in _entries(name, node, recursive=recursive):
-        click.echo(_row(path, found) if as_table else _printable(path))
+        click.echo(_row(path, found) if as_table else printable(path))
 
 
 async def _find(what: str, inside: str, where: Where, *, recursive: bool) -> tuple[str, ListingNode]:
@@ -83,16 +84,11 @@ def _row(path: str, node: ListingNode) -> str:
     from cachesrv.nix.listing import Directory, Symlink
 
     if isinstance(node, Directory):
-        return f"dr-xr-xr-x {0:>14} {_printable(path)}"
+        return f"dr-xr-xr-x {0:>14} {printable(path)}"
     if isinstance(node, Symlink):
-        return f"lrwxrwxrwx {0:>14} {_printable(path)} -> {_printable(node.target)}"
+        return f"lrwxrwxrwx {0:>14} {printable(path)} -> {printable(node.target)}"
     mode = "-r-xr-xr-x" if node.executable else "-r--r--r--"
-    return f"{mode} {node.size:>14} {_printable(path)}"
-
-
-def _printable(text: str) -> str:
-    """A terminal obeys what it is shown."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+    return f"{mode} {node.size:>14} {printable(path)}"
 
 
 def _document(node: ListingNode, *, levels: int) -> dict[str, Any]:

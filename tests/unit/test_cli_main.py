@@ -296,6 +296,7 @@ def _command(error: BaseException | int | None) -> Callable[[], click.Command]:
         (3, 3, ""),
         (BadInput("not a path"), 1, "cachesrv: not a path\n"),
         (ConfigError("no such key"), 2, "cachesrv: no such key\n"),
+        (BadInput("no \x1b[2J\udcff in it"), 1, "cachesrv: no \\x1b[2J\\udcff in it\n"),
         (KeyboardInterrupt(), 130, "cachesrv: interrupted\n"),
         (click.Abort(), 130, "cachesrv: interrupted\n"),
         (

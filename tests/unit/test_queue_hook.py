@@ -168,6 +168,18 @@ def test_no_room_is_told_and_leaves_nothing_behind(queue: Path) -> None:
     assert queued(queue) == []
 
 
+def test_a_queue_that_is_relative_to_nothing_is_told(tmp_path: Path) -> None:
+    def lose_working_directory() -> None:
+        os.chdir(tmp_path)
+        tmp_path.rmdir()
+
+    done = hook(Path("queue"), OUT_PATHS=ONE, before=lose_working_directory)
+
+    assert done.returncode == 0
+    told = f"no queue: queue is relative, and the working directory is gone; nobody will push {ONE}"
+    assert done.stderr == f"cachesrv hook: {told}\n"
+
+
 def test_a_link_in_place_of_the_directory_is_not_followed(queue: Path, tmp_path: Path) -> None:
     queue.mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()

@@ -28,10 +28,13 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 def queue_directory(given: str | None, environ: Mapping[str, str]) -> str:
     """The queue: given, `$CACHESRV_QUEUE_DIR`, root's, `$XDG_STATE_HOME/cachesrv/queue`, or
-    `~/.local/state/cachesrv/queue`. Raises ConfigError where there is no home.
+    `~/.local/state/cachesrv/queue`. Raises ConfigError where there is no home, or nothing to be relative to.
     """
     if chosen := given or environ.get("CACHESRV_QUEUE_DIR"):
-        return os.path.abspath(chosen)  # noqa: PTH100  pathlib takes longer to import than a hook may run
+        try:
+            return os.path.abspath(chosen)  # noqa: PTH100  pathlib takes longer to import than a hook may run
+        except FileNotFoundError:
+            raise ConfigError(f"no queue: {chosen} is relative, and the working directory is gone") from None
     if os.geteuid() == 0:
         return SYSTEM_QUEUE
     if (state := environ.get("XDG_STATE_HOME", "")).startswith("/"):
