@@ -67,7 +67,9 @@ async def run(
         sums = {"paths": compared, "same": same, "different": different, "failed": failed}
         click.echo(json.dumps({"event": "summary", **sums}))
     else:
-        click.echo(f"{compared} paths compared: {same} are the same, {different} differ, {failed} cannot be compared")
+        click.echo(
+            f"paths compared: {compared}; the same: {same}, different: {different}, not to be compared: {failed}"
+        )
     return SOME_FAILED if different or failed else 0
 
 

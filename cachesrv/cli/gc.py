@@ -28,7 +28,8 @@ Examples:
 
 What goes is said by retention_age and retention_size of each [[cache]] in the configuration: paths that are neither
 pinned nor needed by others (`cachesrv why` says of one path what keeps it). They are out of sight at once; their NARs
-stay for [collect] nar_grace, for clients that have seen them before.
+stay for [collect] nar_grace, for clients that have seen them before, and those that a push may rely on for [collect]
+lease, even with --now.
 
 Run it where the server runs, as its user. The server goes on meanwhile, and does this by itself from time to time. It
 can be interrupted at any point.

@@ -91,9 +91,9 @@ def _show_reads(reads: Mapping[str, Reads], *, as_json: bool) -> None:
 
 
 def _row(push: PushedPath) -> str:
-    from datetime import UTC, datetime
+    from cachesrv.services import amounts
 
-    return f"{datetime.fromtimestamp(push.at, UTC):%Y-%m-%d %H:%M:%SZ}  {push.path}  {push.cache}"
+    return f"{amounts.moment(push.at)}  {push.path}  {push.cache}"
 
 
 def _document(output: PushedOutput) -> dict[str, Any]:

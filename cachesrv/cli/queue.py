@@ -153,10 +153,10 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 3 some of these paths are not amon
 @_on_a_queue
 def retry(*, paths: tuple[str, ...], queue: str | None) -> int:
     """Try again now what has failed: these paths, or all."""
-    from cachesrv.push.progress import count_text
     from cachesrv.push.queue.directory import queue_directory
     from cachesrv.push.queue.process import retry as retry_paths
     from cachesrv.push.queue.status import read_status
+    from cachesrv.services import amounts
     from cachesrv.telemetry import configure_logging
 
     configure_logging()
@@ -168,7 +168,7 @@ def retry(*, paths: tuple[str, ...], queue: str | None) -> int:
     unknown = [name for name, path in meant.items() if path not in chosen]
     for name in unknown:
         click.echo(f"failed {name}: it is not among what has failed: see `cachesrv queue status`", err=True)
-    click.echo(f"{count_text(number, 'path')} to be tried again")
+    click.echo(f"{amounts.count(number, 'path')} to be tried again")
     return SOME_FAILED if unknown else 0
 
 

@@ -162,12 +162,12 @@ class _Lines:
 
     def done(self, cache: str, report: Report, signed: int) -> None:
         """A cache is done."""
-        from cachesrv.push.progress import count_text
+        from cachesrv.services import amounts
 
-        parts = [f"{count_text(report.taken, 'path')} served"]
-        parts += [f"{count_text(signed, 'narinfo')} signed"] if signed else []
-        parts += [f"{count_text(report.withdrawn, 'path')} withdrawn"] if report.withdrawn else []
-        parts += [count_text(report.flaws, "flaw")] if report.flaws else []
+        parts = [f"{amounts.count(report.taken, 'path')} served"]
+        parts += [f"{amounts.count(signed, 'narinfo')} signed"] if signed else []
+        parts += [f"{amounts.count(report.withdrawn, 'path')} withdrawn"] if report.withdrawn else []
+        parts += [amounts.count(report.flaws, "flaw")] if report.flaws else []
         self._done.append(f"{cache}: {', '.join(parts)}")
 
     def sum_up(self) -> None:

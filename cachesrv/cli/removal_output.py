@@ -45,7 +45,10 @@ class Lines:
         if report.nars or grace or not dry_run:
             click.echo(f"NARs: {report.nars} {are}, which gives {amounts.size(report.nar_bytes)} back")
         if report.kept:
-            click.echo(f"{report.kept} paths stay that were needed again meanwhile")
+            click.echo(f"{amounts.count(report.kept, 'path')} stay that were needed again meanwhile")
+        if report.leased:
+            size = amounts.size(report.leased_bytes)
+            click.echo(f"NARs: {report.leased}, {size}, stay until no push can rely on them: [collect] lease")
 
 
 class Json:

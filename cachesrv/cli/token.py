@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -169,7 +168,9 @@ def _check_caches(patterns: tuple[str, ...], config: Config) -> None:
 
 
 def _row(token: KnownToken) -> tuple[str, ...]:
-    ends = "never" if token.expires_at is None else f"{datetime.fromtimestamp(token.expires_at, UTC):%Y-%m-%d %H:%M}Z"
+    from cachesrv.services import amounts
+
+    ends = "never" if token.expires_at is None else amounts.date(token.expires_at)
     return token.name, token.state, " ".join(token.caches), " ".join(token.permissions), ends, token.source
 
 

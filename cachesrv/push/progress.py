@@ -12,6 +12,7 @@ import msgspec
 
 from cachesrv.push.events import Event, Failed, Noted, PlanMade, Planned, Resumed, Retrying, Sent, Stored, Summary
 from cachesrv.push.one_line import one_line
+from cachesrv.services import amounts
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -76,7 +77,7 @@ class Lines:
                 sent = f"as {size_text(event.sent_bytes)}" if event.sent_bytes else "was there already"
                 self._print(self._err, f"sent {event.path}  {size_text(event.nar_size)} {sent}")
             case Resumed():
-                there = f"{event.parts} of {count_text(event.all_parts, 'part')}, {size_text(event.resumed_bytes)}"
+                there = f"{event.parts} of {amounts.count(event.all_parts, 'part')}, {size_text(event.resumed_bytes)}"
                 self._print(self._err, f"resumed {event.path}  {there}, had been sent before")
             case Failed() | Retrying() | Noted():
                 self._print(self._err, trouble_text(event))
@@ -100,10 +101,10 @@ def _json(event: Event) -> str:
 def plan_text(plan: PlanMade) -> str:
     """What is going to be done."""
     text = (
-        f"{plan.upload + plan.publish} of {count_text(plan.paths, 'path')} to push, "
-        f"{count_text(plan.nars, 'NAR')} of {size_text(plan.nar_bytes)}"
+        f"{plan.upload + plan.publish} of {amounts.count(plan.paths, 'path')} to push, "
+        f"{amounts.count(plan.nars, 'NAR')} of {size_text(plan.nar_bytes)}"
     )
-    return f"{text}, {count_text(plan.realisations, 'realisation')}" if plan.realisations else text
+    return f"{text}, {amounts.count(plan.realisations, 'realisation')}" if plan.realisations else text
 
 
 def trouble_text(event: Failed | Retrying | Noted) -> str:
@@ -126,12 +127,7 @@ def summary_text(summary: Summary, *, dry_run: bool = False) -> str:
         parts.append(f"{summary.upstream} left to upstream caches")
     if summary.failed:
         parts.append(f"{summary.failed} failed")
-    return f"{count_text(summary.paths, 'path')} in {summary.seconds:.1f} s: {', '.join(parts)}"
-
-
-def count_text(count: int, noun: str) -> str:
-    """`1 path`, `2 paths`"""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    return f"{amounts.count(summary.paths, 'path')} in {summary.seconds:.1f} s: {', '.join(parts)}"
 
 
 def size_text(size: float) -> str:

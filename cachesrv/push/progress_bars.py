@@ -9,7 +9,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.text import Text
 
 from cachesrv.push.events import Event, Failed, Noted, PlanMade, Published, Retrying, Sending, Sent, Stored, Summary
-from cachesrv.push.progress import count_text, summary_text, trouble_text
+from cachesrv.push.progress import summary_text, trouble_text
+from cachesrv.services import amounts
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -75,7 +76,8 @@ class Bars:
                 self._out.flush()
 
     def _describe(self) -> None:
-        self._progress.update(self._whole, description=f"{self._published} of {count_text(self._to_publish, 'path')}")
+        done = f"{self._published} of {amounts.count(self._to_publish, 'path')}"
+        self._progress.update(self._whole, description=done)
 
     def _begin(self, event: Sending) -> None:
         """A NAR that begins again has sent nothing yet."""

@@ -1,4 +1,4 @@
-"""Sizes and times in words for people, as the configuration takes them: "1.5 GiB", "90 d"."""
+"""Numbers in words for people: "2 paths"; sizes and times as the configuration takes them, "1.5 GiB", "90 d"."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from datetime import UTC, datetime
 
 _SIZES = ("bytes", "KiB", "MiB", "GiB", "TiB")
 _TIMES = ((86_400, "d"), (3_600, "h"), (60, "min"))
+
+
+def count(number: int, noun: str) -> str:
+    """So many of them: "1 path", "2 paths"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def size(number: int) -> str:
@@ -27,3 +32,8 @@ def time(seconds: int) -> str:
 def date(at: int) -> str:
     """A moment, given in seconds since the epoch, in UTC."""
     return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M}Z"
+
+
+def moment(at: float) -> str:
+    """The same as `date`, to the second."""
+    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S}Z"

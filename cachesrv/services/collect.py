@@ -35,6 +35,10 @@ COLLECTED = "collected"
 """The note in the catalog of when a collection in all caches came to its end last."""
 
 
+_AFTER_ALL_LEASES = 2**62
+"""Seconds since the epoch."""
+
+
 @dataclass(frozen=True, slots=True)
 class Terms:
     """How long things are kept, in seconds. `nar_grace`: NARs stay so long after their last path; `history`: what has
@@ -94,6 +98,7 @@ class Collect:
             await Sweep(self._catalog, self._removing, removal, plan).run(tell, pace=pace)
             report.path_bytes += plan.size
         await self._collect_nars(holder, listener, report, pace)
+        await self._count_leased(report)
         await self._catalog.forget_removals(int(time.time()) - self._terms.history)
         if len(self._chosen) == len(self._caches):
             await self._catalog.note(COLLECTED, str(int(time.time())))
@@ -110,6 +115,7 @@ class Collect:
             report.path_bytes += plan.size
         async for nars in self._unused():
             report.deleted(listener, nars)
+        await self._count_leased(report, going=report.nars, going_bytes=report.nar_bytes)
         return report
 
     async def _plans(self) -> AsyncIterator[tuple[ServedCache, Plan]]:
@@ -127,9 +133,20 @@ class Collect:
             report.deleted(listener, (by_key[key] for key in gone))
             await asyncio.sleep(pace * (time.monotonic() - started))
 
-    async def _unused(self) -> AsyncIterator[list[UnusedNar]]:
+    async def _count_leased(self, report: Report, *, going: int = 0, going_bytes: int = 0) -> None:
+        """What a push may rely on of what no path needs: all that stays of it, if there is no grace."""
+        if self._terms.nar_grace:
+            return
+        async for nars in self._unused(at=_AFTER_ALL_LEASES):
+            report.leased += len(nars)
+            report.leased_bytes += sum(nar.file_size for nar in nars)
+        report.leased -= going
+        report.leased_bytes -= going_bytes
+
+    async def _unused(self, *, at: int | None = None) -> AsyncIterator[list[UnusedNar]]:
+        """What no path needs and no lease protects now, or at another time."""
         for prefix in sorted({cache.prefix for cache in self._chosen} - self._foreign):
-            after, now = "", int(time.time())
+            after, now = "", int(time.time()) if at is None else at
             while nars := await self._catalog.unused_nars(prefix, self._unused_before, now, after):
                 yield nars
                 after = nars[-1].key

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from cachesrv.catalog.retention import Removal, UnusedNar
 from cachesrv.errors import BadInput, NotFound, Refused
 from cachesrv.nix.store_path import HASH_PART_LENGTH
+from cachesrv.services import amounts
 from cachesrv.services.completeness import Completeness
 from cachesrv.services.marking import Bitmap, Plan
 from cachesrv.services.referrers import Referrers
@@ -99,8 +100,8 @@ class Delete:
         referrers = await Referrers.of(self._catalog, wished)
         if referrers.count and not wish.with_referrers:
             raise Refused(
-                f"{await self._some(referrers.direct)} refer to these paths, {referrers.count} paths need them:"
-                " --with-referrers deletes them all"
+                f"needed by {await self._some(referrers.direct)} ({amounts.count(referrers.count, 'path')} in all):"
+                " --with-referrers deletes these as well"
             )
         await self._demand_unpinned(referrers)
         asked_for = Bitmap()

@@ -37,6 +37,7 @@ class Silent:
 class Report:
     """What went, or would go: paths, and NARs with their bytes. `path_bytes` are those of the NARs that no path needs
     any more; they stay for a while. `kept`: paths that were to go, and were needed again when it came to that.
+    `leased`: NARs that no path needs and a push may rely on, where these alone stay.
     """
 
     paths: int = 0
@@ -44,6 +45,8 @@ class Report:
     nars: int = 0
     nar_bytes: int = 0
     kept: int = 0
+    leased: int = 0
+    leased_bytes: int = 0
 
     def removed(self, listener: Listener, cache: str, removed: Removed, reason: Callable[[PathSummary], str]) -> None:
         """A step was done. Paths that only wait for others to go are not counted as kept."""

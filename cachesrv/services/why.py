@@ -158,13 +158,15 @@ class Why:
             for number in uses.leased[:_LEASES]
         ]
         more = len(uses.leased) - len(found)
-        return [*found, Reason("lease", f"and by leases of {more} more paths that need it")] if more else found
+        if more:
+            found.append(Reason("lease", f"and by leases of {amounts.count(more, 'other path')} that need it"))
+        return found
 
     async def _needed(self, referrers: Referrers, uses: _Uses) -> list[Reason]:
         own = f"used last {amounts.date(uses.own.used_at)}"
         if not referrers.count:
             return [Reason("use", f"{own}; no other path refers to it")]
-        text = f"{own}; needed by {referrers.count} paths, {len(referrers.direct)} of which refer to it themselves"
+        text = f"{own}; needed by {amounts.count(referrers.count, 'path')}, {len(referrers.direct)} of them directly"
         if uses.latest.number == uses.own.number:
             return [Reason("use", f"{text}, and were not used later")]
         chain = await self._chain(referrers, uses.latest.number)

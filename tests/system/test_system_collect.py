@@ -178,7 +178,7 @@ def test_what_is_deleted_is_gone_at_once(builder: Nix, cache: Server, client: Ni
     program, tool, library = builder.build(CHAIN, "program", "tool", "library")
     push(builder, cache, program)
     urls = {path: nar_url(cache, path) for path in (program, tool, library)}
-    assert "program, tool refer to these paths" in maintain(cache, "delete", library, status=1, errors=True)
+    assert "needed by program, tool" in maintain(cache, "delete", library, status=1, errors=True)
     *events, summary = told(cache, "delete", tool, "--with-referrers", "--now", "--reason", "a secret in it")
     assert [event["path"] for event in events if event["event"] == "path"] == [Path(program).name, Path(tool).name]
     assert (summary["paths"], summary["nars"], summary["kept"]) == (2, 2, 0)

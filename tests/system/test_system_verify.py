@@ -297,7 +297,7 @@ def test_what_was_built_otherwise_is_remembered_and_shown(make_nix: MakeNix, mak
         Hash.parse(again).nix32,
         f"sha256:{'1' * 52}",
     }
-    assert last == "1 paths compared: 0 are the same, 1 differ, 0 cannot be compared"
+    assert last == "paths compared: 1; the same: 0, different: 1, not to be compared: 0"
     done = run(server, "verify", "--determinism", "--json", "--from", str(server.objects), path)
     compared, summary = [json.loads(line) for line in done.stdout.splitlines()]
     assert [one["name"] for one in compared["differences"]] == ["pid"]

@@ -81,9 +81,7 @@ def test_a_path_goes_at_once_and_its_nar_later(server: OfflineServer, capsys: Ca
 
 def test_what_others_need_goes_only_with_them(server: OfflineServer, capsys: Capture) -> None:
     assert server.command("delete", LIBRARY.path.base_name) == 1
-    assert (
-        "tool-1.0 refer to these paths, 2 paths need them: --with-referrers deletes them all" in capsys.readouterr().err
-    )
+    assert "needed by tool-1.0 (2 paths in all): --with-referrers deletes these as well" in capsys.readouterr().err
     assert len(server.names()) == 4
     told = server.told(capsys, "delete", LIBRARY.path.base_name, "--with-referrers", "--reason", "not  free")
     reasons = [(event["path"].partition("-")[2], event["reason"]) for event in told[:-1]]

@@ -17,6 +17,8 @@ from tests.samples import Sample
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from cachesrv.web.site import Services
+
 LIBRARY = Sample("library", b"library")
 TOOL = Sample("tool", b"tool", (LIBRARY.path,))
 OTHER = Sample("other", b"other")
@@ -85,6 +87,23 @@ def test_without_grace_if_that_is_asked_for(server: OfflineServer, capsys: Captu
     assert {name for name in server.objects() if name.startswith("nar/")} == {f"nar/{OTHER.nar_name}"}
 
 
+def test_nars_that_a_push_may_rely_on_are_counted(server: OfflineServer, capsys: Capture) -> None:
+    async def lease(services: Services) -> None:
+        record = await services.catalog.nar(f"main/nar/{OTHER.nar_name}")
+        assert record
+        await services.catalog.put_nar(record, leased_until=int(time.time()) + DAY)
+
+    server.use(lease)
+    server.said(capsys, "delete", "other*", "--cache", "main")
+    stays = f"NARs: 1, {len(OTHER.file)} bytes, stay until no push can rely on them: [collect] lease"
+    assert stays in server.said(capsys, "gc", "--now", "--dry-run").splitlines()
+    assert stays in server.said(capsys, "gc", "--now").splitlines()
+    assert {name for name in server.objects() if name.startswith("nar/")} == {f"nar/{OTHER.nar_name}"}
+    server.pass_time(2 * DAY)
+    assert stays not in server.said(capsys, "gc", "--now").splitlines()
+    assert not {name for name in server.objects() if name.startswith("nar/")}
+
+
 def test_for_programs(server: OfflineServer, capsys: Capture) -> None:
     *paths, summary = server.told(capsys, "gc", "--dry-run")
     assert [path["path"] for path in paths] == [TOOL.path.base_name, LIBRARY.path.base_name]
@@ -92,7 +111,7 @@ def test_for_programs(server: OfflineServer, capsys: Capture) -> None:
     assert paths[0]["size"] == len(TOOL.file)
     assert paths[0]["used_at"] < time.time() - 91 * DAY + 60
     size = len(TOOL.file) + len(LIBRARY.file)
-    sums = {"paths": 2, "path_bytes": size, "nars": 0, "nar_bytes": 0, "kept": 0}
+    sums = {"paths": 2, "path_bytes": size, "nars": 0, "nar_bytes": 0, "kept": 0, "leased": 0, "leased_bytes": 0}
     assert summary == {"event": "summary", "dry_run": True, "nar_grace": 10 * DAY, **sums}
     *_, nar, summary = server.told(capsys, "gc", "--now")
     assert (nar["event"], nar["size"]) == ("nar", len(LIBRARY.file))

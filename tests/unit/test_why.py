@@ -123,14 +123,14 @@ async def test_who_needs_it_keeps_it(stores: Stores, process: Process, clock: Cl
     clock.pass_(20 * DAY)
     explanation = await why(stores, LIBRARY)
     assert texts(explanation)[1:] == [
-        "used last 2023-11-14 22:13Z; needed by 2 paths, 2 of which refer to it themselves",
+        "used last 2023-11-14 22:13Z; needed by 2 paths, 2 of them directly",
         "the latest of these uses was 2023-12-04 22:13Z: tool -> library",
         "used within retention_age = 30 d: kept until 2024-01-03 22:13Z",
     ]
     assert not (await why(stores, PROGRAM)).kept
     await stores.catalog.touch("main", {LIBRARY.path.hash_part: int(clock.now)})
     assert texts(await why(stores, LIBRARY), "use") == [
-        "used last 2023-12-24 22:13Z; needed by 2 paths, 2 of which refer to it themselves, and were not used later"
+        "used last 2023-12-24 22:13Z; needed by 2 paths, 2 of them directly, and were not used later"
     ]
 
 

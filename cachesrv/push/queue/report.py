@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 import structlog
 
 from cachesrv.push.events import Failed, Noted, Retrying
 from cachesrv.push.progress import Lines
+from cachesrv.services import amounts
 
 if TYPE_CHECKING:
     from cachesrv.push.events import Event, Summary
@@ -60,7 +60,8 @@ class LogReport:
         )
 
     def kept(self, entry: Entry, reason: str, next_try: float) -> None:
-        _log.warning("kept", path=entry.path, reason=reason, attempts=entry.attempts + 1, next_try=time_text(next_try))
+        when = amounts.moment(next_try)
+        _log.warning("kept", path=entry.path, reason=reason, attempts=entry.attempts + 1, next_try=when)
 
     def dropped(self, entry: Entry, reason: str) -> None:
         _log.warning("dropped", path=entry.path, reason=reason)
@@ -94,8 +95,3 @@ class LinesReport:
     def _print(self, line: str) -> None:
         self._err.write(line + "\n")
         self._err.flush()
-
-
-def time_text(seconds: float) -> str:
-    """A time since 1970 as people read it."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(sep=" ", timespec="seconds")

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cachesrv.errors import StoreError
-from cachesrv.push.progress import count_text
 from cachesrv.push.queue.entries import FILE, TROUBLE, Entries
 from cachesrv.push.queue.intake import BATCH, number_written, written
 from cachesrv.push.queue.lock import holder
-from cachesrv.push.queue.report import time_text
 from cachesrv.push.queue.runner import Trouble
+from cachesrv.services import amounts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,26 +89,26 @@ def status_lines(status: Status) -> Iterator[str]:
     yield f"in flight  {status.in_flight}"
     yield f"failed     {status.failed}"
     if status.oldest is not None:
-        yield f"oldest     {time_text(status.oldest)}, {_age_text(time.time() - status.oldest)} ago"
+        yield f"oldest     {amounts.moment(status.oldest)}, {_age_text(time.time() - status.oldest)} ago"
     if status.process is None:
         yield "pushed by  nobody: start `cachesrv queue run`"
     else:
         yield f"pushed by  process {status.process}"
     if status.trouble is not None:
         yield (
-            f"trouble    since {time_text(status.trouble.since)}: {status.trouble.reason}; "
-            f"next try at {time_text(status.trouble.next_try)}"
+            f"trouble    since {amounts.moment(status.trouble.since)}: {status.trouble.reason}; "
+            f"next try at {amounts.moment(status.trouble.next_try)}"
         )
     for path in status.in_flight_paths:
         yield f"in flight: {path}"
     for failed in status.failed_paths:
-        attempts = count_text(failed.attempts, "attempt")
-        when = f"next at {time_text(failed.next_try)}" if failed.next_try else "next at once"
+        attempts = amounts.count(failed.attempts, "attempt")
+        when = f"next at {amounts.moment(failed.next_try)}" if failed.next_try else "next at once"
         yield f"failed: {failed.path}  {attempts}, {when}: {failed.reason}"
 
 
 def _age_text(seconds: float) -> str:
     for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
         if seconds >= 2 * size:
-            return count_text(int(seconds // size), unit)
-    return count_text(max(0, int(seconds)), "second")
+            return amounts.count(int(seconds // size), unit)
+    return amounts.count(max(0, int(seconds)), "second")
