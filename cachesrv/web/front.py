@@ -17,6 +17,7 @@ further ones made: no more is read from it until it has.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, cast
 
 from aiohttp import web
@@ -276,7 +277,10 @@ async def reporting(request: web.Request, handler: Handler) -> web.StreamRespons
     """The outermost middleware: writes the answer out by itself, to be able to say when that is done."""
     front = request.transport.get_protocol() if request.transport else None
     if not isinstance(front, Front):
-        return await handler(request)
+        # The client has gone already; what it sent may have an effect all the same.
+        with suppress(ConnectionError):
+            return await handler(request)
+        return web.Response()
     front.begun()
     if front.memory_is_dear:
         request[FRUGAL] = True

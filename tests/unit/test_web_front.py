@@ -85,7 +85,9 @@ BY = pytest.mark.parametrize("by_reactor", [False, True], ids=["front", "reactor
 def nothing_is_wrong(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """Asyncio and aiohttp log what no caller gets to see."""
     yield
-    assert not [record.getMessage() for record in caplog.records if record.levelname in {"ERROR", "CRITICAL"}]
+    assert not [
+        record.getMessage() for record in caplog.get_records("call") if record.levelname in {"ERROR", "CRITICAL"}
+    ]
 
 
 @pytest.fixture
@@ -544,6 +546,17 @@ class TestTheEnd:
                     await asyncio.sleep(pause)
                     connection.close()
             await none_left(served)
+
+    @pytest.mark.parametrize("target", ["/", LARGE_NAR, MEDIUM_NAR, f"/{UNKNOWN}.narinfo"])
+    async def test_one_who_goes_before_the_request_is_handled(self, site: Site, by_reactor: bool, target: str) -> None:
+        async with front_server(site, by_reactor=by_reactor) as served:
+            connection = await Connection.open(served.port)
+            await connection.ask(request("/"))
+            (front,) = served.fronts._open
+            front.data_received(request(target, "X-Unheard-Of: 1"))
+            front.abort()
+            await none_left(served)
+            connection.close()
 
 
 LIMITS = {
