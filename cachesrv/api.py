@@ -12,6 +12,7 @@ be compressed (`Content-Encoding: zstd` or `gzip`). Errors are `ErrorAnswer` wit
     PUT    …/<cache>/uploads/<upload>                  UploadRequest -> UploadAnswer      begin, or take up again (push)
     PUT    …/<cache>/uploads/<upload>/parts/<number>   bytes, with Content-Digest         send a part (push)
     POST   …/<cache>/uploads/<upload>/parts/<number>   SignRequest -> SignAnswer          send it elsewhere (push)
+    POST   …/<cache>/uploads/<upload>/file             FileRequest -> FileAnswer          send it in one piece (push)
     POST   …/<cache>/uploads/<upload>/complete         CompleteRequest -> CompleteAnswer  make a NAR of the parts (push)
     DELETE …/<cache>/uploads/<upload>                                                     forget the parts (push)
 
@@ -30,7 +31,8 @@ each with `Content-Digest: sha-256=:<base64>:` (RFC 9530); a part that is there 
 A server whose storage clients can reach may offer (`UploadAnswer.direct`, to those who say that they can) that the
 parts go there instead: each is sent as SignAnswer says, and known by the `ETag` of the answer, by which `complete`
 names it. It counts no sooner: the server reads back and checks what is there, part by part where it is told their MD5,
-and publishes a copy of it.
+and publishes a copy of it. A NAR that would be a single part there is not begun: `file` says where its compressed file
+goes in one piece, and `complete` names that piece, with its MD5 and size.
 
 Small NARs are sent many at a time, where `CacheAnswer.packs` says so, in a pack (`application/x-cachesrv-pack`; see
 `cachesrv.pack` for its form): the NARs, compressed with zstd, and the paths to publish as soon as they are there. Each
@@ -75,7 +77,7 @@ class CacheAnswer(msgspec.Struct, frozen=True):
     have beside it, none where references have to resolve in the cache itself; `max_nar_size` in bytes of the
     compressed file, 0 for no limit; `part_size`: bytes of the largest body that a client is to send where it can help
     it, 0 where NARs cannot be sent in parts; `packs`: None where small NARs are sent one by one;
-    `direct`: parts may be sent elsewhere, by who asks for it.
+    `direct`: parts, and NARs in one piece, may be sent elsewhere, by who asks for it.
     """
 
     name: str
@@ -247,14 +249,35 @@ class SignAnswer(msgspec.Struct, frozen=True):
     headers: dict[str, str]
 
 
+class FileRequest(msgspec.Struct, frozen=True):
+    """A NAR that is to be sent elsewhere in one piece: its `sha256:<nix32>`; the size in bytes and the MD5 (base-16) of
+    the file that it is compressed to with zstd.
+    """
+
+    nar_hash: str
+    size: Annotated[int, msgspec.Meta(ge=1)]
+    md5: str
+
+
+class FileAnswer(msgspec.Struct, frozen=True):
+    """`stored`: the NAR is there, nothing has to be sent. `put` says where the file goes; None where it has to come
+    through the server.
+    """
+
+    stored: bool
+    put: SignAnswer | None = None
+
+
 class CompleteRequest(msgspec.Struct, frozen=True):
     """The NAR as in the UploadRequest; `parts` are the sha256 (base-16), or the ETags where they were sent elsewhere,
-    of all its parts, in order; `md5` are those (base-16) of parts that were sent elsewhere, or none.
+    of all its parts, in order; `md5` are those (base-16) of parts that were sent elsewhere, or none. `size`: bytes of
+    the file where it was sent elsewhere in one piece, which is then its only part.
     """
 
     nar_hash: str
     parts: list[str]
     md5: list[str] = []
+    size: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class CompleteAnswer(msgspec.Struct, frozen=True):

@@ -145,11 +145,11 @@ class FakeCache:
     `cache`, `missing`, `paths`, `nar`, `pack`, and for parts `begun`, `begin`, `part`, `complete`, `abort`. `part_size`
     is what it takes in one part, 0 for none; `uploads` has the parts of each upload by number; `slow` is how often
     `complete` says first that it takes longer. It takes packs within the limits `packs`, if any; it refuses those NARs
-    of a pack whose hash is in `unpackable`. `direct`: parts go to a bucket, with the routes `sign` and `bucket`; they
-    are to have so many bytes or more, all but the last, and there are at most so many, as `direct_limits` says;
-    `seen_by_bucket` are the headers that it has seen. It `bears` so many requests at once, 0 for any number, and
-    answers 503 to others; `crowds` has how many there were when each came. It `takes` bodies of so many bytes, 0 for
-    any size, and answers 413 to others; `sizes` has those of all then.
+    of a pack whose hash is in `unpackable`. `direct`: parts go to a bucket, with the routes `sign` (`file` for NARs
+    in one piece) and `bucket`; they are to have so many bytes or more, all but the last, and there are at most so
+    many, as `direct_limits` says; `seen_by_bucket` are the headers that it has seen. It `bears` so many requests at
+    once, 0 for any number, and answers 503 to others; `crowds` has how many there were when each came. It `takes`
+    bodies of so many bytes, 0 for any size, and answers 413 to others; `sizes` has those of all then.
     """
 
     token: str | None = "secret"
@@ -193,6 +193,7 @@ class FakeCache:
         app.router.add_put(upload, self._route("begin", self._begin))
         app.router.add_put(upload + "/parts/{number}", self._route("part", self._part))
         app.router.add_post(upload + "/parts/{number}", self._route("sign", self._sign))
+        app.router.add_post(upload + "/file", self._route("file", self._file))
         app.router.add_put("/bucket/{upload}/{number}", self._route("bucket", self._bucket, open_to_all=True))
         app.router.add_post(upload + "/complete", self._route("complete", self._complete))
         app.router.add_delete(upload, self._route("abort", self._abort))
@@ -347,10 +348,22 @@ class FakeCache:
 
     async def _sign(self, request: web.Request) -> web.Response:
         asked = await _body(request, api.SignRequest)
-        upload, number = request.match_info["upload"], request.match_info["number"]
+        return _json(self._signed(request.match_info["upload"], request.match_info["number"], asked.md5))
+
+    async def _file(self, request: web.Request) -> web.Response:
+        asked = await _body(request, api.FileRequest)
+        if asked.nar_hash in self.nars:
+            return _json(api.FileAnswer(stored=True))
+        if not self.direct:
+            return _json(api.FileAnswer(stored=False))
+        upload = request.match_info["upload"]
+        self.uploads[upload] = {}
+        return _json(api.FileAnswer(stored=False, put=self._signed(upload, "1", asked.md5)))
+
+    def _signed(self, upload: str, number: str, md5: str) -> api.SignAnswer:
         url = self.url.replace("/main", f"/bucket/{upload}/{number}?X-Amz-Signature=a%2Fb")
-        headers = {"Content-MD5": b64encode(bytes.fromhex(asked.md5)).decode(), "Cookie": "not to be sent"}
-        return _json(api.SignAnswer(url, headers))
+        headers = {"Content-MD5": b64encode(bytes.fromhex(md5)).decode(), "Cookie": "not to be sent"}
+        return api.SignAnswer(url, headers)
 
     async def _bucket(self, request: web.Request) -> web.Response:
         data = await request.read()
@@ -373,6 +386,8 @@ class FakeCache:
             return _json(api.CompleteAnswer("incomplete", missing=missing))
         if self.direct and asked.md5:
             assert asked.md5 == [md5(there[number]).hexdigest() for number in sorted(there)]
+        if asked.size:
+            assert asked.size == len(there[1])
         return self._take(asked.nar_hash, b"".join(there[number] for number in range(1, len(asked.parts) + 1)))
 
     async def _abort(self, request: web.Request) -> web.Response:

@@ -96,7 +96,7 @@ class Delivery:
 
     async def _send_in_parts(self, info: PathInfo, in_parts: InParts) -> tuple[int, int]:
         """The same, nothing when it turned out to be there."""
-        async with in_parts.memory.share() as share:
+        async with in_parts.share(info) as share:
             self._emit(Sending(info.store_path.base_name, info.nar_size))
             taken_up = await in_parts.take_up(info)
             if taken_up is None:

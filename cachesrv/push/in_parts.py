@@ -1,4 +1,5 @@
-"""Large NARs to the server in parts, several at once; an interrupted one goes on where it was.
+"""Large NARs to the server in parts, several at once; an interrupted one goes on where it was. Those that go straight
+to its storage may be smaller: what is a single part goes there in one piece.
 
 A NAR is read again when it is taken up, and compressed again, which gives the same bytes; parts that the server has are
 known by their sha256 and not sent. So nothing has to be kept here, and what is resumed is verified, also when another
@@ -16,36 +17,41 @@ from typing import TYPE_CHECKING, NoReturn
 
 from cachesrv.errors import CachesrvError, Mismatch, Refused, TooLarge
 from cachesrv.nix.seekable import largest_file
+from cachesrv.push.alone import Alone
 from cachesrv.push.arrived import Arrived, ArrivedPart, OtherBytes
-from cachesrv.push.events import Noted, Resumed, Sent
+from cachesrv.push.events import Resumed, Sent
 from cachesrv.push.foremost import foremost
 from cachesrv.push.frame import recipe
-from cachesrv.push.nar_upload import NarUpload, NoStorage, begun_uploads, upload_name
+from cachesrv.push.nar_upload import NarUpload, begun_uploads, upload_name
 from cachesrv.push.part_memory import PartMemory
+from cachesrv.push.part_sender import PartSender
 from cachesrv.push.parts import cut
 from cachesrv.push.retry import TryAgain
+from cachesrv.push.ways import NoStorage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from concurrent.futures import Executor
+    from contextlib import AbstractAsyncContextManager
 
     from cachesrv.api import CacheAnswer, DirectAnswer
     from cachesrv.nix.hashes import Hash
     from cachesrv.nix.path_info import PathInfo
     from cachesrv.push.arrived import Transfer
     from cachesrv.push.compressed_nar import CompressedNar
-    from cachesrv.push.connection import Chunk
     from cachesrv.push.events import Emit
-    from cachesrv.push.nar_upload import Parts
     from cachesrv.push.part_memory import Share
     from cachesrv.push.parts import Part
     from cachesrv.push.pipeline import Pipeline
     from cachesrv.push.server import Server
     from cachesrv.push.transfers import Transfers
+    from cachesrv.push.ways import WayOfParts
 
 _LARGEST = 8 * 2**20
 _SMALLEST = 2**20
 """Bytes of a part. Larger ones would cost memory, and more when they are lost; smaller ones cost requests."""
+
+_SMALLEST_PIECE = 4 * 2**20
+"""Bytes of a NAR that goes to the storage as a single part: smaller ones cost more there in requests than they save."""
 
 _SMALLEST_DIRECT = 5 * 2**20
 _MOST_DIRECT = 10_000
@@ -53,8 +59,6 @@ _MOST_DIRECT = 10_000
 
 _AT_ONCE = 3
 """Parts that should fit into memory together."""
-
-_SENT_TOGETHER = 256 * 1024
 
 
 def part_memory(total: int) -> PartMemory:
@@ -74,12 +78,13 @@ class InParts:
     ) -> None:
         self._server = server
         self._transfers = transfers
-        self._threads: Executor = pipeline.threads
         self._pipeline = pipeline
         self._emit = emit
         self.memory = part_memory(pipeline.shares.parts)
         self._largest = min(cache.part_size, self.memory.size)
-        self._direct = cache.direct and self.memory.size >= _SMALLEST_DIRECT
+        direct = cache.direct and self.memory.size >= _SMALLEST_DIRECT
+        self._sender = PartSender(pipeline, direct=direct, emit=emit)
+        self._alone = Alone(server, pipeline, self._sender, emit=emit)
         self._not_direct: set[Hash] = set()
 
     @property
@@ -87,10 +92,17 @@ class InParts:
         return self._server.bodies.within(self._largest)
 
     def is_for(self, nar_size: int) -> bool:
-        """Whether a NAR of so many bytes may become more than one part, or has to be made before it is sent; 0 if its
-        size is not known.
+        """Whether a NAR of so many bytes may become more than one part, or has to be made before it is sent, as for the
+        storage; 0 if its size is not known.
         """
-        return self._server.bodies.lengths or not nar_size or largest_file(nar_size) > self._part_size
+        if self._server.bodies.lengths or not nar_size or largest_file(nar_size) > self._part_size:
+            return True
+        return self._alone.to_storage and nar_size > _SMALLEST_PIECE
+
+    def share(self, info: PathInfo) -> AbstractAsyncContextManager[Share]:
+        """Memory for the parts of a NAR."""
+        alone = info.nar_size > 0 and largest_file(info.nar_size) <= self._form(info).part_size
+        return self.memory.share(1) if alone else self.memory.share()
 
     async def take_up(self, info: PathInfo) -> TakenUp | None:
         """Where the NAR was left, by whomever; None when it turns out to be there. Raises what the server says."""
@@ -126,7 +138,7 @@ class InParts:
     def _form(self, info: PathInfo) -> Form:
         """It does not go to the storage where its size is not known, or the server has not offered that."""
         fits = info.nar_size > 0 and largest_file(info.nar_size) <= self.memory.size * _MOST_DIRECT
-        direct = self._direct and fits and info.nar_hash not in self._not_direct
+        direct = self._sender.direct and fits and info.nar_hash not in self._not_direct
         return Form(direct, self.memory.size if direct else self._part_size)
 
     def _upload(self, info: PathInfo, level: int, form: Form) -> NarUpload:
@@ -152,8 +164,7 @@ class InParts:
         upload = self._upload(info, nar.level, form)
         async with aclosing(cut(nar, share, form.part_size, arrived.parts)) as parts:
             first = await anext(parts)
-            if first.last and first.size <= self._part_size and not arrived.parts:
-                await self._send_whole(nar, first)
+            if await self._send_alone(nar, share, upload, first, taken_up):
                 return True
             noted = self._transfers.transfer(info.nar_hash, upload.name, nar.level)
             await self._transfers.begin(noted)
@@ -168,7 +179,7 @@ class InParts:
         await upload.complete(way)
         return True
 
-    async def _begin(self, upload: NarUpload, form: Form, noted: Transfer) -> Parts | None:
+    async def _begin(self, upload: NarUpload, form: Form, noted: Transfer) -> WayOfParts | None:
         way = await upload.begin(direct=form.direct)
         if way is not None and form.direct and not self._fits(upload.info, way.direct):
             await self._begin_otherwise(upload, noted)
@@ -186,11 +197,20 @@ class InParts:
         await self._give_up(upload, noted)
         raise TryAgain("the server does not take it in these parts in its storage: it goes through the server")
 
-    async def _send_whole(self, nar: CompressedNar, part: Part) -> None:
-        name = nar.info.store_path.base_name
-        with self._pipeline.load.leaving():
-            await self._server.put_nar(nar.info.nar_hash, lambda: self._leaving(name, part), part.size)
-        self._emit(Sent(name, part.nar_bytes, 0))
+    async def _send_alone(
+        self, nar: CompressedNar, share: Share, upload: NarUpload, part: Part, taken_up: TakenUp
+    ) -> bool:
+        """Whether this is the only part, and could be sent without an upload of parts."""
+        if not part.last or taken_up.arrived.parts:
+            return False
+        if self._alone.to_storage and await self._alone.to_the_storage(upload, part, share):
+            return True
+        if part.size <= self._part_size:
+            await self._alone.through_the_server(nar, part)
+            return True
+        if taken_up.form.direct and not self._sender.direct:
+            raise TryAgain("it goes through the server, in smaller parts")
+        return False
 
     async def _send_all(self, transfer: _Transfer, first: Part, parts: AsyncIterator[Part]) -> None:
         try:
@@ -215,15 +235,12 @@ class InParts:
 
     async def _send_made(self, transfer: _Transfer, part: Part) -> None:
         way = transfer.way
-        digest = await asyncio.get_running_loop().run_in_executor(self._threads, way.digest, part.data)
+        digest = await self._sender.digest(way, part)
         if way.has(part.number, digest):
             self._was_there(transfer, part)
         else:
             try:
-                with self._pipeline.load.leaving():
-                    await transfer.upload.put(
-                        way, part.number, digest, part.size, lambda: self._leaving(transfer.name, part)
-                    )
+                await self._sender.put(transfer.upload, way, part, digest)
             except NoStorage as error:
                 await self._leave_storage(transfer, error)
         start = (part.number - 1) * transfer.part_size
@@ -237,10 +254,7 @@ class InParts:
             self._server.bodies.taken(part.size)
 
     async def _leave_storage(self, transfer: _Transfer, error: NoStorage) -> NoReturn:
-        """From now on all go through the server."""
-        if self._direct:
-            self._direct = False
-            self._emit(Noted(f"{error}: NARs go through the server instead"))
+        self._sender.leave_storage(error)
         await self._give_up(transfer.upload, transfer.noted)
         raise TryAgain(str(error)) from error
 
@@ -249,12 +263,6 @@ class InParts:
         self._transfers.forget(noted)
         with suppress(CachesrvError):
             await upload.abort()
-
-    async def _leaving(self, name: str, part: Part) -> AsyncIterator[Chunk]:
-        for start in range(0, part.size, _SENT_TOGETHER):
-            piece = part.data[start : start + _SENT_TOGETHER]
-            yield piece
-            self._emit(Sent(name, 0, len(piece)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +279,7 @@ class TakenUp:
 
     level: int
     form: Form
-    way: Parts | None = None
+    way: WayOfParts | None = None
     arrived: Arrived = field(default_factory=Arrived)
 
 
@@ -282,7 +290,7 @@ class _Transfer:
     nar: CompressedNar
     share: Share
     upload: NarUpload
-    way: Parts
+    way: WayOfParts
     noted: Transfer
     part_size: int
     parts: int = 0

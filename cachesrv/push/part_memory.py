@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 _SURE = 2
-"""Buffers that a share has for itself: one that is filled while the other is on its way."""
+"""Buffers that a share has for itself, where it can use them: one that is filled while the other is on its way."""
 
 
 class PartMemory:
@@ -24,24 +24,45 @@ class PartMemory:
     def __init__(self, size: int, count: int) -> None:
         self.size = size
         self.count = count
-        self._sure = min(_SURE, count)
         self._shares: set[Share] = set()
-        self._admitted = asyncio.Semaphore(count // self._sure)
+        self._coming: deque[tuple[Share, asyncio.Future[None]]] = deque()
         self._waiting: deque[tuple[Share, asyncio.Future[memoryview]]] = deque()
         self._idle: list[memoryview] = []
 
     @asynccontextmanager
-    async def share(self) -> AsyncIterator[Share]:
-        """For one NAR; waits while too many others have one. At the end nothing may use its buffers any more."""
-        async with self._admitted:
-            share = Share(self)
-            self._shares.add(share)
-            try:
-                yield share
-            finally:
-                self._shares.remove(share)
-                self._idle += share.out.values()
-                self._grant()
+    async def share(self, parts: int = _SURE) -> AsyncIterator[Share]:
+        """For one NAR, of so many parts; waits while too many others have one. At the end nothing may use its buffers
+        any more.
+        """
+        share = Share(self, min(parts, _SURE, self.count))
+        admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._coming.append((share, admitted))
+        self._admit()
+        try:
+            await admitted
+            yield share
+        finally:
+            admitted.cancel()
+            self.leave(share)
+
+    def leave(self, share: Share) -> None:
+        """See Share."""
+        self._shares.discard(share)
+        self._idle += share.out.values()
+        share.out.clear()
+        self._admit()
+        self._grant()
+
+    def _admit(self) -> None:
+        """In their order: who needs more must not wait for ever."""
+        while self._coming:
+            share, admitted = self._coming[0]
+            if not admitted.done():
+                if sum(other.sure for other in self._shares) + share.sure > self.count:
+                    return
+                self._shares.add(share)
+                admitted.set_result(None)
+            self._coming.popleft()
 
     async def take(self, share: Share) -> memoryview:
         """See Share."""
@@ -77,15 +98,16 @@ class PartMemory:
     def _may_take(self, share: Share) -> bool:
         """A share that was alone may have more than it is sure of when others come: those wait until it gives back."""
         out = sum(len(other.out) for other in self._shares)
-        spoken_for = sum(max(len(other.out), self._sure) for other in self._shares)
-        return out < self.count and (len(share.out) < self._sure or spoken_for < self.count)
+        spoken_for = sum(max(len(other.out), other.sure) for other in self._shares)
+        return out < self.count and (len(share.out) < share.sure or spoken_for < self.count)
 
 
 class Share:
-    """What one NAR has of it; `out` are the buffers that it has at present, by their ids."""
+    """What one NAR has of it: `sure` buffers whenever it needs them; `out` are those that it has now, by their ids."""
 
-    def __init__(self, memory: PartMemory) -> None:
+    def __init__(self, memory: PartMemory, sure: int) -> None:
         self.size = memory.size
+        self.sure = sure
         self.out: dict[int, memoryview] = {}
         self._memory = memory
 
@@ -96,3 +118,7 @@ class Share:
     def give(self, buffer: memoryview) -> None:
         """It may be used again."""
         self._memory.give(self, buffer)
+
+    def leave(self) -> None:
+        """It needs no more, and gives back what it has."""
+        self._memory.leave(self)

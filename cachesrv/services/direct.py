@@ -1,7 +1,8 @@
 """NARs that clients write to storage themselves: staged where nobody is served from, read back and checked, published.
 
-What was checked is what is published, since a staged object that is complete changes no more, and each has a key of its
-own (`cachesrv.storage.base.DirectStore`).
+What was checked is what is published (`cachesrv.storage.base.DirectStore`). A staged object that was made of parts
+changes no more, and has a key of its own. One that came in one piece has its MD5 and size in its key, and nothing else
+is taken under it; it is published only as what it was called when it was read.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from cachesrv.errors import BadInput, NotFound
 from cachesrv.services.part_store import Begun, Staged, StagedPart, announced
 from cachesrv.services.read_back import Altered, ReadBack
 from cachesrv.services.through import file_name
-from cachesrv.storage.base import ArrivedPart
+from cachesrv.storage.base import ArrivedPart, Piece
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Sequence
@@ -55,6 +56,7 @@ class Direct:
         self.offered = offered
         self.least = store.least
         self.most = store.most
+        self.largest_piece = store.largest_piece
         self._parts = parts
         self._storage = storage
         self._store = store
@@ -98,6 +100,24 @@ class Direct:
             self.remember(place, staged)
         return await self._store.sign(place.staged_key(staged.name), staged.id, number, md5)
 
+    async def sign_whole(self, place: Place, size: int, md5: bytes) -> SignedPut:
+        """For a NAR in one piece, the file of so many bytes and with this MD5. Nothing has to be begun."""
+        return await self._store.sign_whole(place.staged_key(_name_of_whole(size, md5.hex())), size, md5)
+
+    async def whole(self, place: Place, size: int, md5: str) -> Staged | None:
+        """What was sent in one piece; None when it is not there. Raises BadInput when it is something else."""
+        staged = Staged(_name_of_whole(size, md5), "")
+        found = await self._store.whole(place.staged_key(staged.name))
+        if found is None:
+            return None
+        if found.size != size:
+            raise BadInput(f"a file of {size} bytes was to be sent, and {found.size} are there")
+        return replace(staged, parts=(StagedPart(found.tag, size, md5),))
+
+    async def forget_whole(self, place: Place, size: int, md5: str) -> None:
+        """Remove what was sent in one piece; nothing happens when it is not there."""
+        await self._storage.delete([place.staged_key(_name_of_whole(size, md5))])
+
     async def complete(self, place: Place, begun: Begun, tags: Sequence[str], md5: Sequence[str]) -> Staged | list[int]:
         """The object, complete, of the parts with these tags, which were sent with these MD5 (base-16) if they are
         known; or the numbers of those that are not there.
@@ -136,15 +156,18 @@ class Direct:
         back = ReadBack(self._storage.read(key), staged.parts)
         self._reading[place].append(back)
         size = sum(part.size for part in staged.parts)
+        piece = None if staged.id else Piece(staged.parts[0].tag, staged.parts[0].md5)
         async with self._copies.begin(cache.key(f"nar/{name}"), size) as copy:
             try:
-                return await self._ingest.take_over(cache, name, _copied(back, copy), partial(self._publish, key, copy))
+                return await self._ingest.take_over(
+                    cache, name, _copied(back, copy), partial(self._publish, key, copy, piece)
+                )
             except BadInput:
                 await back.finish_part()
                 raise
 
-    async def _publish(self, key: str, copy: LocalCopy, to: str) -> bool:
-        created = await self._store.publish(key, to)
+    async def _publish(self, key: str, copy: LocalCopy, piece: Piece | None, to: str) -> bool:
+        created = await self._store.publish(key, to, piece)
         if created:
             await copy.keep()
         return created
@@ -166,6 +189,10 @@ class Direct:
     async def sweep(self, *, older_than: float) -> int:
         """Forget what is noted nowhere and silent for so many seconds; how many there were."""
         return await self._store.sweep(older_than=older_than)
+
+
+def _name_of_whole(size: int, md5: str) -> str:
+    return f"{md5}-{size}"
 
 
 async def _copied(chunks: AsyncIterable[bytes], copy: LocalCopy) -> AsyncIterator[bytes]:

@@ -83,7 +83,7 @@ class StagedPart(msgspec.Struct, frozen=True, array_like=True):
 
 class Staged(msgspec.Struct, frozen=True):
     """An object that a client writes itself: `name` in its key (`<hex>-<size>`, the size that it may have at most), the
-    `id` of its upload in the store, and its parts once they are complete.
+    `id` of its upload in the store, empty where it comes in one piece, and its parts once they are complete.
     """
 
     name: str

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from cachesrv.api import MAX_PARTS
 from cachesrv.errors import BadInput, Conflict, NotFound, StoreError, StoreUnavailable, TooLarge
 from cachesrv.nix.seekable import largest_file
+from cachesrv.services.completing import Completing
 from cachesrv.services.disk_room import DiskRoom
 from cachesrv.services.part_store import Amount, Begun, Part, PartStore, Place, Staged
 from cachesrv.services.through import Through, file_name
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger()
 
-_REMEMBERED = 60.0
-"""Seconds for which it is remembered that a NAR could not be made of its parts."""
 _NO_UPLOAD = "there is no such upload: begin it, or look whether the NAR is there by now"
 
 
@@ -64,10 +63,36 @@ class DirectParts:
 
 
 @dataclass(frozen=True, slots=True)
+class Sent:
+    """What is to become a NAR: `parts`, in order, by their sha256 (base-16) or, where the client wrote them to storage
+    itself, by their tags and, if they are known, their `md5` (base-16). `size`: bytes of the only one, where that was
+    written there in one piece.
+    """
+
+    parts: Sequence[str]
+    md5: Sequence[str] = ()
+    size: int = 0
+
+    def check(self) -> None:
+        """Raises BadInput when there is no such NAR."""
+        if not 1 <= len(self.parts) <= MAX_PARTS:
+            raise BadInput(f"a NAR of {len(self.parts)} parts: it has 1 to {MAX_PARTS}")
+        if len(self.md5) not in {0, len(self.parts)}:
+            raise BadInput(f"the MD5 of {len(self.md5)} parts of a NAR that has {len(self.parts)}")
+        if self.size and not len(self.parts) == len(self.md5) == 1:
+            raise BadInput("a NAR in one piece has one part, which comes with its MD5")
+
+
+@dataclass(frozen=True, slots=True)
 class Missing:
     """Not all parts are there: these numbers are not."""
 
     numbers: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The NAR is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +120,7 @@ class Uploads:
         self._ingest = ingest
         self._through = Through(store, ingest)
         self._direct = direct
-        self._completing: dict[Place, asyncio.Task[NarRecord | Missing]] = {}
+        self._completing: Completing[NarRecord | Missing] = Completing()
         self._room = Room(self._amount, size=limits.size, uploads=limits.uploads)
 
     @property
@@ -170,42 +195,45 @@ class Uploads:
             raise NotFound(_NO_UPLOAD)
         return await self._direct.sign(place, number, md5)
 
+    async def sign_whole(
+        self, cache: ServedCache, upload: str, nar_hash: Hash, size: int, md5: bytes
+    ) -> SignedPut | Known | None:
+        """How the client can write the NAR to storage itself in one piece, as a file of so many bytes with this MD5.
+        None where that is not offered, or not for so many bytes, or there is no room. Raises BadInput, TooLarge,
+        StoreError.
+        """
+        place = Place.of(cache.name, upload)
+        self._ingest.check_size(size)
+        if await self._ingest.known(cache, file_name(nar_hash)):
+            return Known()
+        await self._disk_room.for_nar()
+        if self._direct is None or not self.offers_direct or size > self._direct.largest_piece:
+            return None
+        if not await self._room.takes(size):
+            return None
+        self._completing.forget_failure(place)
+        return await self._direct.sign_whole(place, size, md5)
+
     async def complete(
-        self,
-        cache: ServedCache,
-        upload: str,
-        nar_hash: Hash,
-        parts: Sequence[str],
-        md5: Sequence[str] = (),
-        *,
-        patience: float,
+        self, cache: ServedCache, upload: str, nar_hash: Hash, sent: Sent, *, patience: float
     ) -> NarRecord | Missing | Verifying:
-        """Make the NAR of its parts, in order, given by their sha256 (base-16) or, where the client wrote them itself,
-        by their tags and, if they are known, their `md5`; wait for it for `patience` seconds. When it is there, its
-        parts are not any more.
+        """Make the NAR of what was sent; wait for it for `patience` seconds. When it is there, its parts are not any
+        more.
 
         Raises BadInput when they do not make up this NAR: then they are gone, too. Conflict when the upload is for
         another NAR, StoreError.
         """
         place = Place.of(cache.name, upload)
-        if not 1 <= len(parts) <= MAX_PARTS:
-            raise BadInput(f"a NAR of {len(parts)} parts: it has 1 to {MAX_PARTS}")
-        if len(md5) not in {0, len(parts)}:
-            raise BadInput(f"the MD5 of {len(md5)} parts of a NAR that has {len(parts)}")
-        begun = await self._store.begun(place)
+        sent.check()
+        begun = None if sent.size else await self._store.begun(place)
         _check_nar(place, begun, nar_hash)
-        before = self._completing.get(place)
-        if before and before.done() and begun:  # anew, since what was wrong is forgotten with its upload
-            self._forget(place, before)
-        if place not in self._completing:
-            task = asyncio.create_task(self._complete(cache, place, nar_hash, list(parts), md5))
-            self._completing[place] = task
-            task.add_done_callback(partial(self._completed, place))
-        task = self._completing[place]
-        await asyncio.wait([task], timeout=patience)
-        if not task.done():
+        if begun:  # anew, since what was wrong is forgotten with its upload
+            self._completing.forget_failure(place)
+        work = partial(self._complete, cache, place, nar_hash, sent)
+        outcome = await self._completing.outcome(place, work, patience=patience)
+        if outcome is None:
             return Verifying(self._through.progress(place) + (self._direct.progress(place) if self._direct else 0))
-        return task.result()
+        return outcome
 
     async def abort(self, cache: ServedCache, upload: str) -> None:
         """Forget its parts; nothing happens when there are none. Raises BadInput, StoreError."""
@@ -227,70 +255,70 @@ class Uploads:
 
     async def close(self) -> None:
         """Stop what is under way; the parts stay."""
-        for task in self._completing.values():
-            task.cancel()
-        await asyncio.gather(*self._completing.values(), return_exceptions=True)
+        await self._completing.close()
         await self._through.close()
 
     async def _amount(self) -> Amount:
         amount = await self._store.amount()
         return Amount(amount.uploads, amount.size + (await self._direct.announced() if self._direct else 0))
 
-    async def _complete(
-        self, cache: ServedCache, place: Place, nar_hash: Hash, parts: list[str], md5: Sequence[str]
-    ) -> NarRecord | Missing:
+    async def _complete(self, cache: ServedCache, place: Place, nar_hash: Hash, sent: Sent) -> NarRecord | Missing:
         record = await self._ingest.known(cache, file_name(nar_hash))
         if record is None:
-            made = await self._make(cache, place, nar_hash, parts, md5)
+            made = await self._make(cache, place, nar_hash, sent)
             if isinstance(made, Missing):
                 return made
             record = made
         try:
-            await self._remove(place)
+            await self._remove_sent(place, sent)
         except StoreError as error:
             # They go with a sweep.
             _log.warning("the parts of a NAR could not be removed", upload=place.upload, error=str(error))
         return record
 
-    async def _make(
-        self, cache: ServedCache, place: Place, nar_hash: Hash, parts: list[str], md5: Sequence[str]
-    ) -> NarRecord | Missing:
-        begun = await self._store.begun(place)
+    async def _make(self, cache: ServedCache, place: Place, nar_hash: Hash, sent: Sent) -> NarRecord | Missing:
         try:
-            if begun and begun.staged and self._direct:
-                staged = await self._direct.complete(place, begun, parts, md5)
-                if isinstance(staged, list):
-                    return Missing(staged)
-                return await self._direct.make(cache, place, nar_hash, staged)
-            missing = await self._through.missing(place, parts)
-            return Missing(missing) if missing else await self._through.make(cache, place, nar_hash, parts)
+            if sent.size:
+                return await self._make_whole(cache, place, nar_hash, sent)
+            return await self._make_of_parts(cache, place, nar_hash, sent)
         except (NotFound, StoreUnavailable) as error:
             # Another process may have been quicker.
             if record := await self._ingest.known(cache, file_name(nar_hash)):
                 return record
             if isinstance(error, StoreUnavailable):
                 raise
-            return Missing([*range(1, len(parts) + 1)])
+            return Missing([*range(1, len(sent.parts) + 1)])
         except BadInput:
-            await self._remove(place)
+            await self._remove_sent(place, sent)
             raise
+
+    async def _make_of_parts(self, cache: ServedCache, place: Place, nar_hash: Hash, sent: Sent) -> NarRecord | Missing:
+        begun = await self._store.begun(place)
+        if begun and begun.staged and self._direct:
+            staged = await self._direct.complete(place, begun, sent.parts, sent.md5)
+            if isinstance(staged, list):
+                return Missing(staged)
+            return await self._direct.make(cache, place, nar_hash, staged)
+        missing = await self._through.missing(place, sent.parts)
+        return Missing(missing) if missing else await self._through.make(cache, place, nar_hash, sent.parts)
+
+    async def _make_whole(self, cache: ServedCache, place: Place, nar_hash: Hash, sent: Sent) -> NarRecord | Missing:
+        staged = await self._direct.whole(place, sent.size, sent.md5[0]) if self._direct else None
+        if self._direct is None or staged is None or staged.parts[0].tag != sent.parts[0]:
+            return Missing([1])
+        return await self._direct.make(cache, place, nar_hash, staged)
+
+    async def _remove_sent(self, place: Place, sent: Sent) -> None:
+        if sent.size and self._direct:
+            await self._direct.forget_whole(place, sent.size, sent.md5[0])
+        else:
+            await self._remove(place)
 
     async def _remove(self, place: Place) -> None:
         begun = await self._store.begun(place)
         if begun and begun.staged and self._direct:
             await self._direct.abort(place, begun.staged)
         await self._store.remove(place)
-
-    def _completed(self, place: Place, task: asyncio.Task[NarRecord | Missing]) -> None:
-        """Who asks again is to hear what was wrong, if anything was."""
-        if not task.cancelled() and isinstance(task.exception(), BadInput):
-            asyncio.get_running_loop().call_later(_REMEMBERED, self._forget, place, task)
-        else:
-            self._forget(place, task)
-
-    def _forget(self, place: Place, task: asyncio.Task[NarRecord | Missing]) -> None:
-        if self._completing.get(place) is task:
-            del self._completing[place]
 
 
 def _check_nar(place: Place, begun: Begun | None, nar_hash: Hash) -> None:

@@ -228,16 +228,29 @@ class ArrivedPart:
     modified: float
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """An object that was sent in one piece, by what the store called it when it was read, and the MD5 (base-16) of what
+    was read.
+    """
+
+    tag: str
+    md5: str
+
+
 class DirectStore(Protocol):
-    """Objects that others write to the store themselves, part by part, under keys that begin with STAGING.
+    """Objects that others write to the store themselves, part by part or in one piece, under keys that begin with
+    STAGING.
 
     Who has been given a SignedPut can send that part, with that content, until the upload is completed or aborted, and
-    nothing else: an object that is complete changes no more. All parts but the last have `least` bytes or more, there
-    are at most `most`. Raises StoreError.
+    nothing else: an object that was made of parts changes no more. One that came in one piece can be sent again, with
+    the same content. All parts but the last have `least` bytes or more, there are at most `most`; a piece has at most
+    `largest_piece` bytes. Raises StoreError.
     """
 
     least: int
     most: int
+    largest_piece: int
 
     async def begin(self, key: str) -> str:
         """Begin an upload; its id."""
@@ -256,8 +269,16 @@ class DirectStore(Protocol):
     async def abort(self, key: str, upload: str) -> None:
         """Forget the parts; nothing happens when there are none."""
 
-    async def publish(self, key: str, to: str) -> bool:
-        """Copy an object that was completed, as `commit` of an ObjectWriter makes one. Raises NotFound."""
+    async def sign_whole(self, key: str, size: int, md5: bytes) -> SignedPut:
+        """For an object in one piece, of so many bytes and with this MD5. Makes no request."""
+
+    async def whole(self, key: str) -> ArrivedPart | None:
+        """What was sent in one piece, as its only part; None when it is not there."""
+
+    async def publish(self, key: str, to: str, piece: Piece | None = None) -> bool:
+        """Copy an object that is complete, as `commit` of an ObjectWriter makes one. Raises NotFound, also when it is
+        not the `piece` that is given.
+        """
 
     def unfinished(self) -> AsyncIterator[str]:
         """Keys of uploads that are neither completed nor aborted, among others."""

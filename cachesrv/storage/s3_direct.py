@@ -1,8 +1,8 @@
-"""Objects that clients write to a bucket themselves: multipart uploads whose parts are sent to presigned URLs.
+"""Objects that clients write to a bucket themselves, by presigned URLs: in one piece, or by multipart upload.
 
-A URL is signed for the MD5 of the part, which S3 compares. All objects come by multipart upload, also those of a single
-part: the URL of a plain PUT could be used again to replace the object after it was checked, while those of parts are
-worth nothing once the upload is completed.
+A URL is signed for the MD5 of what it is for, which S3 compares. Those of parts are worth nothing once the upload is
+completed. That of a piece can be used again, also after the object was checked; so it is a copy that counts, and only
+one of the object with the ETag that was checked.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from cachesrv.storage.base import STAGING, ArrivedPart, SignedPut, validate_key
 from cachesrv.storage.decorators import TryAgain
 from cachesrv.storage.s3_errors import UploadGone
 from cachesrv.storage.s3_parts import MAX_PARTS, MIN_PART_SIZE
+from cachesrv.storage.s3_upload import COPIED_TOGETHER
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from types_boto3_s3 import S3Client as Sdk
     from types_boto3_s3.type_defs import HeadObjectOutputTypeDef
 
+    from cachesrv.storage.base import Piece
     from cachesrv.storage.s3_client import S3Client
     from cachesrv.storage.s3_upload import Uploads
 
@@ -36,6 +38,7 @@ class S3Direct:
 
     least = MIN_PART_SIZE
     most = MAX_PARTS
+    largest_piece = COPIED_TOGETHER
 
     def __init__(
         self,
@@ -99,13 +102,31 @@ class S3Direct:
         with suppress(UploadGone, NotFound):
             await s3_sweep.abort(self._client, self._name(key), upload)
 
-    async def publish(self, key: str, to: str) -> bool:
+    async def sign_whole(self, key: str, size: int, md5: bytes) -> SignedPut:
+        digest = base64.b64encode(md5).decode()
+        url = await self._client.signed(
+            "put_object", self._presign_seconds, Key=self._name(key), ContentLength=size, ContentMD5=digest
+        )
+        return SignedPut(url, {"Content-MD5": digest})
+
+    async def whole(self, key: str) -> ArrivedPart | None:
+        found = await self._head(self._name(key))
+        if found is None:
+            return None
+        return ArrivedPart(1, found["ContentLength"], found["ETag"].strip('"'), found["LastModified"].timestamp())
+
+    async def publish(self, key: str, to: str, piece: Piece | None = None) -> bool:
         name = self._name(key)
         found = await self._head(name)
         if found is None:
             raise NotFound(f"there is no object {key}")
-        async with self._uploads.begin(self._name(to), found["ContentLength"]) as writer:
-            await writer.copy(name, found["ETag"], found["ContentLength"])
+        size, tag, md5 = found["ContentLength"], found["ETag"], ""
+        if piece:
+            if tag.strip('"') != piece.tag:
+                raise NotFound(f"there is another object {key} by now")
+            md5 = piece.md5 if piece.md5 == piece.tag else ""
+        async with self._uploads.begin(self._name(to), size) as writer:
+            await writer.copy(name, tag, size, md5=md5)
             return await writer.commit()
 
     async def unfinished(self) -> AsyncIterator[str]:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from cachesrv.storage.s3_client import S3Client
     from cachesrv.storage.s3_probe import Abilities
 
-_COPIED_TOGETHER = 256 * 2**20
+COPIED_TOGETHER = 256 * 2**20
 """Bytes that the store copies in one request: in less time than an answer is waited for."""
 
 _MARK = "cachesrv-write"
@@ -180,14 +180,17 @@ class Upload:
             view = view[room:]
         self._usable = True
 
-    async def copy(self, source: str, tag: str, size: int) -> None:
-        """Have the store append another object of the bucket, of so many bytes and with this ETag."""
+    async def copy(self, source: str, tag: str, size: int, *, md5: str = "") -> None:
+        """Have the store append another object of the bucket, of so many bytes and with this ETag. Where the store
+        calls it by its `md5`, which is given of at most COPIED_TOGETHER bytes, the copy is to be called so, too: Ceph
+        16 copies parts whatever the ETag. Raises NotFound then, here or later.
+        """
         self._take_up()
         self.id = self.id or await self._create()
-        together = max(_COPIED_TOGETHER, -(-size // MAX_PARTS))
+        together = max(COPIED_TOGETHER, -(-size // MAX_PARTS))
         for start in range(0, size, together):
             span = f"bytes={start}-{min(start + together, size) - 1}"
-            await self._begin(partial(self._copy, len(self._sending) + 1, source, tag, span))
+            await self._begin(partial(self._copy, len(self._sending) + 1, source, tag, span, md5=md5))
         self._written += size
         self._usable = True
 
@@ -264,7 +267,7 @@ class Upload:
             ContentMD5=await content_md5(part),
         )
 
-    async def _copy(self, number: int, source: str, tag: str, span: str) -> str:
+    async def _copy(self, number: int, source: str, tag: str, span: str, *, md5: str) -> str:
         def ask(sdk: Sdk) -> str:
             bucket = self._client.bucket
             answer = sdk.upload_part_copy(
@@ -278,7 +281,10 @@ class Upload:
             )
             return answer["CopyPartResult"]["ETag"]
 
-        return await self._client.call("UploadPartCopy", self._key, ask, changes=True)
+        copied = await self._client.call("UploadPartCopy", self._key, ask, changes=True)
+        if md5 and copied.strip('"') != md5:
+            raise NotFound(f"{source} was replaced before it was copied")
+        return copied
 
     async def _complete(self, tags: list[str], **condition: Any) -> bool:
         parts: Any = {"Parts": [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, 1)]}

@@ -35,6 +35,7 @@ def create_app(site: Site, outermost: Sequence[Middleware] = ()) -> web.Applicat
     _add(app, "PUT", upload, uploads.begin)
     _add(app, "PUT", upload + "/parts/{number}", uploads.put_part)
     _add(app, "POST", upload + "/parts/{number}", uploads.sign)
+    _add(app, "POST", upload + "/file", uploads.sign_file)
     _add(app, "POST", upload + "/complete", uploads.complete)
     _add(app, "DELETE", upload, uploads.abort)
     _add(app, "*", "/{name:.+}", cache.handle)

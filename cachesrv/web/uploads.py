@@ -12,7 +12,7 @@ from cachesrv import api
 from cachesrv.errors import BadInput
 from cachesrv.nix.hashes import Hash
 from cachesrv.services.part_store import Begun, Part
-from cachesrv.services.uploads import DirectParts, Missing, Verifying
+from cachesrv.services.uploads import DirectParts, Known, Missing, Sent, Verifying
 from cachesrv.web import bodies
 from cachesrv.web.auth import token_of
 from cachesrv.web.errors import UnknownCoding
@@ -78,6 +78,19 @@ async def sign(request: web.Request) -> web.Response:
     return json_answer(api.SignAnswer(signed.url, dict(signed.headers)))
 
 
+async def sign_file(request: web.Request) -> web.Response:
+    """Where else a NAR can be sent in one piece."""
+    cache, asked, _ = await authorised(request, api.FileRequest)
+    _check_md5(asked.md5)
+    uploads = request.app[SITE].services.uploads
+    nar_hash, md5 = Hash.parse(asked.nar_hash), bytes.fromhex(asked.md5)
+    there = await uploads.sign_whole(cache, request.match_info["upload"], nar_hash, asked.size, md5)
+    if isinstance(there, Known):
+        return json_answer(api.FileAnswer(stored=True))
+    put = api.SignAnswer(there.url, dict(there.headers)) if there else None
+    return json_answer(api.FileAnswer(stored=False, put=put))
+
+
 async def complete(request: web.Request) -> web.Response:
     """Make a NAR of the parts."""
     cache, asked, _ = await authorised(request, api.CompleteRequest)
@@ -86,7 +99,8 @@ async def complete(request: web.Request) -> web.Response:
     for md5 in asked.md5:
         _check_md5(md5)
     upload = request.match_info["upload"]
-    outcome = await uploads.complete(cache, upload, nar_hash, asked.parts, asked.md5, patience=_PATIENCE)
+    sent = Sent(asked.parts, asked.md5, asked.size)
+    outcome = await uploads.complete(cache, upload, nar_hash, sent, patience=_PATIENCE)
     if isinstance(outcome, Missing):
         return json_answer(api.CompleteAnswer("incomplete", missing=outcome.numbers))
     if isinstance(outcome, Verifying):

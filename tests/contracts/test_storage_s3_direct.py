@@ -21,6 +21,7 @@ from cachesrv.push.connection import Timeouts
 from cachesrv.push.elsewhere import Elsewhere
 from cachesrv.push.retry import TryAgain
 from cachesrv.storage import s3_upload
+from cachesrv.storage.base import Piece
 from cachesrv.storage.decorators import Direct, Retrying
 from cachesrv.storage.s3 import S3Store
 from cachesrv.storage.s3_parts import MIN_PART_SIZE
@@ -170,11 +171,11 @@ async def test_tags_of_other_parts_are_refused(store: S3Store, direct: S3Direct)
     assert await store.head(KEY) is None
 
 
-@pytest.mark.parametrize("together", [s3_upload._COPIED_TOGETHER, MIN_PART_SIZE], ids=["at-once", "in-parts"])
+@pytest.mark.parametrize("together", [s3_upload.COPIED_TOGETHER, MIN_PART_SIZE], ids=["at-once", "in-parts"])
 async def test_publishing_copies(
     store: S3Store, direct: S3Direct, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_upload, "_COPIED_TOGETHER", together)
+    monkeypatch.setattr(s3_upload, "COPIED_TOGETHER", together)
     upload = await direct.begin(KEY)
     await direct.complete(KEY, upload, await send(direct, upload))
 
@@ -189,6 +190,48 @@ async def test_publishing_copies(
     with pytest.raises(NotFound):
         await direct.publish(KEY, "main/nar/b.nar.zst")
     assert await store.sweep(older_than=-60) == 0
+
+
+async def test_a_piece_is_an_object_at_once(store: S3Store, direct: S3Direct) -> None:
+    """As often as its URL is used, and with nothing else in it."""
+    assert await direct.whole(KEY) is None
+    digest = md5(PARTS[2])
+    signed = await direct.sign_whole(KEY, len(PARTS[2]), digest.digest())
+    for _ in range(2):
+        assert await put(signed, PARTS[2]) == (200, digest.hexdigest())
+    assert (await put(signed, PARTS[2][::-1]))[0] == 400
+    assert (await put(signed, PARTS[2][:-1]))[0] in {400, 403}
+    found = await direct.whole(KEY)
+    assert found is not None
+    assert (found.number, found.size, found.tag) == (1, len(PARTS[2]), digest.hexdigest())
+    assert await whole(store.read(KEY)) == PARTS[2]
+
+
+async def test_another_piece_is_not_published(
+    store: S3Store, direct: S3Direct, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it was replaced before it is asked for, or while it is."""
+    await store.put(KEY, PARTS[2])
+    digest = md5(PARTS[2]).hexdigest()
+    with pytest.raises(NotFound, match="another object"):
+        await direct.publish(KEY, "main/nar/a.nar.zst", Piece(md5(PARTS[1]).hexdigest(), digest))
+
+    copy = s3_upload.Upload.copy
+
+    async def replaced(upload: s3_upload.Upload, *source: Any, **named: Any) -> None:
+        await store.put(KEY, PARTS[2][::-1], replace=True)
+        await copy(upload, *source, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(s3_upload.Upload, "copy", replaced)
+        with pytest.raises(NotFound, match="replaced"):
+            await direct.publish(KEY, "main/nar/a.nar.zst", Piece(digest, digest))
+    assert await store.head("main/nar/a.nar.zst") is None
+    assert await store.sweep(older_than=-60) == 0
+
+    await store.put(KEY, PARTS[2], replace=True)
+    assert await direct.publish(KEY, "main/nar/a.nar.zst", Piece(digest, digest))
+    assert await whole(store.read("main/nar/a.nar.zst")) == PARTS[2]
 
 
 async def test_each_sweep_has_its_own(store: S3Store, direct: S3Direct) -> None:
@@ -215,7 +258,7 @@ async def test_those_that_are_unfinished(store: S3Store, direct: S3Direct) -> No
 
 
 async def test_names_are_keys(direct: S3Direct) -> None:
-    asked: list[Any] = [direct.begin("/x"), direct.parts("/x", "y"), direct.publish("/x", "y")]
+    asked: list[Any] = [direct.begin("/x"), direct.parts("/x", "y"), direct.publish("/x", "y"), direct.whole("/x")]
     for question in asked:
         with pytest.raises(BadInput, match="not an object key"):
             await question

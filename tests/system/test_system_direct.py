@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.system import push
-from tests.system.fault_proxy import Alter, AlterRequest, Delay, FaultProxy, Hold
+from tests.system.fault_proxy import Alter, AlterRequest, Delay, FaultProxy, Hold, LoseAnswer
 from tests.system.server import until
 
 if TYPE_CHECKING:
@@ -91,6 +91,49 @@ def test_parts_pass_the_server_by(server: Server, builder: Nix, make_client: Mak
     assert summary["uploaded"] == 1
     assert len(of_clients(proxy)) == 4
     assert all("Authorization" not in seen.headers for seen in of_clients(proxy))
+    check(server, builder, make_client, path)
+
+
+def pieces(proxy: FaultProxy) -> list[Seen]:
+    """NARs that clients have sent in one piece."""
+    sent = [seen for seen in proxy.seen if seen.method == "PUT" and seen.headers.get("User-Agent") == "cachesrv-push"]
+    return [seen for seen in sent if "partNumber" not in seen.query]
+
+
+def test_a_nar_of_one_part_passes_the_server_by_in_one_piece(
+    server: Server, builder: Nix, make_client: MakeClient, proxy: FaultProxy
+) -> None:
+    """And again, when nobody hears that it has arrived."""
+    path = builder.add("medium", CONTENT[: 5 * MIB])
+    proxy.plan(LoseAnswer(), method="PUT", path=".staged", times=1)
+    summary = push.push(builder, server, path)
+
+    assert summary["uploaded"] == 1
+    assert len(pieces(proxy)) == 2
+    assert all("Authorization" not in seen.headers for seen in pieces(proxy))
+    assert of_clients(proxy) == []
+    check(server, builder, make_client, path)
+
+
+def test_killed_while_a_piece_is_checked(
+    server: Server, builder: Nix, make_client: MakeClient, proxy: FaultProxy
+) -> None:
+    path = builder.add("medium", CONTENT[: 5 * MIB])
+    held = Event()
+    proxy.plan(Hold(held), method="GET", path=".staged", times=1)
+    pushing = subprocess.Popen(
+        push.command(builder, server, path),
+        env=builder.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    until(lambda: proxy.count("GET", path=".staged") == 1, "it is not checked")
+    pushing.kill()
+    pushing.wait()
+    held.set()
+    summary = push.push(builder, server, path)
+
+    assert summary["failed"] == 0
     check(server, builder, make_client, path)
 
 

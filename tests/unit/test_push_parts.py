@@ -389,7 +389,7 @@ async def test_every_share_is_sure_of_two_buffers() -> None:
         await _turns()
         assert not late.done()
         late.cancel()
-    assert _out(first, second) == 5
+    assert _out(first, second) == 0
     async with memory.share() as again:
         assert len([await again.take() for _ in range(5)]) == 5
 
@@ -404,6 +404,43 @@ async def test_who_waits_in_vain_holds_nothing() -> None:
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         assert _out(share) == 1
+
+
+async def test_nars_of_one_part_are_sure_of_one_buffer() -> None:
+    """So more of them have a share; and who needs two has its turn before those that came later."""
+    memory = PartMemory(10, 4)
+    async with AsyncExitStack() as stack:
+        small = [await stack.enter_async_context(memory.share(1)) for _ in range(3)]
+        large = asyncio.create_task(_shared(stack, memory, 2))
+        late = asyncio.create_task(_shared(stack, memory, 1))
+        await _turns()
+        assert not large.done()
+        assert not late.done()
+
+        small[0].leave()
+        assert len([await (await large).take() for _ in range(2)]) == 2
+        assert len([await share.take() for share in small[1:]]) == 2
+        await _turns()
+        assert not late.done()
+        small[1].leave()
+        assert await (await late).take() is not None
+
+
+async def _shared(stack: AsyncExitStack, memory: PartMemory, parts: int) -> Share:
+    return await stack.enter_async_context(memory.share(parts))
+
+
+async def test_who_does_not_wait_for_a_share_any_more_is_in_nobodys_way() -> None:
+    memory = PartMemory(10, 2)
+    async with memory.share(), AsyncExitStack() as stack:
+        given_up = asyncio.create_task(_shared(stack, memory, 2))
+        waiting = asyncio.create_task(_shared(stack, memory, 1))
+        await _turns()
+        given_up.cancel()
+        await asyncio.wait([given_up])
+        assert not waiting.done()
+    async with stack:
+        assert await (await waiting).take() is not None
 
 
 async def test_a_single_buffer_is_enough() -> None:

@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import io
-from contextlib import asynccontextmanager
 from hashlib import md5, sha256
 from pathlib import Path
 from random import Random
-from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
 import pytest
 import zstandard
-from yarl import URL
 
 from cachesrv.errors import BadInput, Mismatch, NotFound, StoreFull, StoreUnavailable, TooLarge
 from cachesrv.nix.seekable import largest_file
 from cachesrv.services import direct, upload_room
 from cachesrv.services.direct import Direct
 from cachesrv.services.ingest import Ingest
-from cachesrv.services.part_store import Begun, Part, PartStore, Place
-from cachesrv.services.uploads import DirectParts, Limits, Missing, Uploads, Verifying
-from cachesrv.storage import decorators
+from cachesrv.services.part_store import Begun, Part, Place
+from cachesrv.services.uploads import DirectParts, Missing, Sent, Uploads, Verifying
 from cachesrv.storage.disk_cache import DiskCache
-from cachesrv.storage.kept import KeptCopies
-from cachesrv.storage.no_cache import NoCache
 from cachesrv.storage.s3 import S3Store
 from cachesrv.storage.s3_parts import MIN_PART_SIZE
+from tests.direct_site import alter, bucket_site, keys, leftovers, process, put
 from tests.samples import Sample
-from tests.service_site import Site, chunks, open_site
+from tests.service_site import Site, chunks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Sequence
 
     from cachesrv.catalog.base import NarRecord
-    from cachesrv.storage.base import ObjectCache, SignedPut
     from tests.radosgw import Gateway
 
 UPLOAD = "0123456789abcdef"
@@ -50,36 +42,8 @@ NAR_NAME = f"{LARGE.nar_hash.bare_nix32}.nar.zst"
 
 @pytest.fixture
 async def site(tmp_path: Path, gateway: Gateway, bucket: str) -> AsyncIterator[Site]:
-    storage = S3Store(
-        bucket,
-        requests=decorators.Retrying(decorators.Limited(decorators.Direct())),
-        endpoint=gateway.endpoint,
-        prefix=token_hex(8),
-        session=gateway.session(),
-    )
-    async with open_site(tmp_path, storage=storage) as site:
+    async with bucket_site(tmp_path, gateway, bucket) as site:
         yield site
-
-
-@asynccontextmanager
-async def process(
-    site: Site,
-    *,
-    offered: bool = True,
-    ingest: Ingest | None = None,
-    disk_cache: ObjectCache | None = None,
-    **limits: int,
-) -> AsyncIterator[Uploads]:
-    """Uploads as one process of a server has them."""
-    assert isinstance(site.storage, S3Store)
-    parts = PartStore(site.storage)
-    copies = KeptCopies(disk_cache or NoCache())
-    direct = Direct(parts, site.storage, site.storage.direct, ingest or site.ingest, copies, offered=offered)
-    opened = Uploads(parts, ingest or site.ingest, Limits(**limits), direct)
-    try:
-        yield opened
-    finally:
-        await opened.close()
 
 
 async def begin(uploads: Uploads, site: Site) -> list[Part] | DirectParts | None:
@@ -95,14 +59,6 @@ async def there(uploads: Uploads, site: Site) -> dict[int, str]:
     return {part.number: part.tag for part in begun.parts}
 
 
-async def put(signed: SignedPut, data: bytes) -> int:
-    async with (
-        aiohttp.ClientSession() as session,
-        session.put(URL(signed.url, encoded=True), data=io.BytesIO(data), headers=signed.headers) as response,
-    ):
-        return response.status
-
-
 async def send(uploads: Uploads, site: Site, numbers: Sequence[int], parts: Sequence[bytes] = PARTS) -> None:
     for number in numbers:
         signed = await uploads.sign(site.cache, UPLOAD, number, md5(parts[number - 1]).digest())
@@ -114,13 +70,7 @@ async def complete(
 ) -> NarRecord | Missing | Verifying:
     """The MD5 of parts are their tags, here as mostly."""
     md5 = tags if md5 is None else md5
-    return await uploads.complete(site.cache, UPLOAD, LARGE.nar_hash, tags, md5, patience=patience)
-
-
-async def keys(site: Site) -> set[str]:
-    """Of all objects; those that are staged go by one name."""
-    found = {info.key async for info in site.storage.list("")}
-    return {"staged" if key.startswith("~uploads/") else key for key in found}
+    return await uploads.complete(site.cache, UPLOAD, LARGE.nar_hash, Sent(tags, md5), patience=patience)
 
 
 async def test_what_clients_write_becomes_a_nar(site: Site) -> None:
@@ -140,12 +90,6 @@ async def test_what_clients_write_becomes_a_nar(site: Site) -> None:
     assert await keys(site) == {f"main/nar/{NAR_NAME}"}
     assert site.metrics.total("nars_stored") == 1
     assert await leftovers(site) == 0
-
-
-async def leftovers(site: Site) -> int:
-    """Uploads in the bucket that nobody completed."""
-    assert isinstance(site.storage, S3Store)
-    return await site.storage.direct.sweep(older_than=-60) + await site.storage.sweep(older_than=-60)
 
 
 async def test_another_process_goes_on(site: Site) -> None:
@@ -215,29 +159,6 @@ async def test_what_is_not_the_nar_is_not_published(site: Site, file: bytes) -> 
         assert await there(uploads, site) == {}
         await send(uploads, site, [1, 2, 3])
         assert not isinstance(await complete(uploads, site), Missing | Verifying)
-
-
-async def altering(chunks: AsyncIterator[bytes], at: int) -> AsyncIterator[bytes]:
-    """The bytes, but for the one at this position."""
-    position = 0
-    async for chunk in chunks:
-        altered = bytearray(chunk)
-        if 0 <= at - position < len(chunk):
-            altered[at - position] ^= 1
-        position += len(chunk)
-        yield bytes(altered)
-
-
-def alter(site: Site, monkeypatch: pytest.MonkeyPatch, *positions: int | None) -> list[int | None]:
-    """Let what is read from now on have another byte there, once for each position; those that are still to come."""
-    read, coming = site.storage.read, [*positions]
-
-    def reading(key: str) -> AsyncIterator[bytes]:
-        at = coming.pop(0) if coming else None
-        return read(key) if at is None else altering(read(key), at)
-
-    monkeypatch.setattr(site.storage, "read", reading)
-    return coming
 
 
 AT = [0, MIN_PART_SIZE, 2 * MIN_PART_SIZE - 1, len(LARGE.file) - 1]

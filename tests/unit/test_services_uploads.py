@@ -16,7 +16,8 @@ from cachesrv.nix.hashes import Hash
 from cachesrv.services import assembly, through
 from cachesrv.services.ingest import Ingest
 from cachesrv.services.part_store import Begun, Part, PartStore, Place
-from cachesrv.services.uploads import DirectParts, Limits, Missing, Uploads, Verifying
+from cachesrv.services.through import Through
+from cachesrv.services.uploads import DirectParts, Limits, Missing, Sent, Uploads, Verifying
 from cachesrv.storage.decorators import Direct, Limited, Retrying
 from cachesrv.storage.filesystem import FilesystemStore
 from cachesrv.storage.memory import MemoryStore
@@ -99,7 +100,7 @@ async def send(uploads: Uploads, site: Site, number: int, data: bytes, **changes
 async def complete(
     uploads: Uploads, site: Site, parts: Sequence[bytes] = PARTS, sample: Sample = LARGE
 ) -> NarRecord | Missing | Verifying:
-    return await uploads.complete(site.cache, UPLOAD, sample.nar_hash, digests(parts), patience=60)
+    return await uploads.complete(site.cache, UPLOAD, sample.nar_hash, Sent(digests(parts)), patience=60)
 
 
 async def keys(site: Site) -> set[str]:
@@ -328,7 +329,7 @@ async def test_uploads_have_names(files: Site, name: str) -> None:
         with pytest.raises(BadInput, match="name of an upload"):
             await opened.receive(files.cache, name, Part(1, 1, "0" * 64), chunks(b"x"))
         with pytest.raises(BadInput, match="name of an upload"):
-            await opened.complete(files.cache, name, LARGE.nar_hash, ["0" * 64], patience=1)
+            await opened.complete(files.cache, name, LARGE.nar_hash, Sent(["0" * 64]), patience=1)
         with pytest.raises(BadInput, match="name of an upload"):
             await opened.abort(files.cache, name)
 
@@ -367,21 +368,25 @@ async def test_an_upload_is_for_one_nar(files: Site) -> None:
 
 async def test_parts_may_be_forgotten_while_a_nar_is_made_of_them(files: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another client has found that what it sends is damaged: this one is told to send all of it again."""
-    reading, goes_on = asyncio.Event(), asyncio.Event()
-    receive = files.ingest.receive
+    making, goes_on = asyncio.Event(), asyncio.Event()
+    receive, make = files.ingest.receive, Through.make
 
     async def held(*given: Any) -> NarRecord:
-        reading.set()
         await goes_on.wait()
         return await receive(*given)
 
+    async def made(*given: Any) -> NarRecord:
+        making.set()
+        return await make(*given)
+
     monkeypatch.setattr(files.ingest, "receive", held)
+    monkeypatch.setattr(Through, "make", made)
     async with process(files) as opened:
         await begin(opened, files)
         for number, part in enumerate(PARTS, 1):
             await send(opened, files, number, part)
         completing = asyncio.create_task(complete(opened, files))
-        await reading.wait()
+        await making.wait()
         await opened.abort(files.cache, UPLOAD)
         goes_on.set()
 
@@ -399,7 +404,7 @@ async def test_an_upload_is_for_one_cache(files: Site) -> None:
         await opened.abort(OTHER_CACHE, UPLOAD)
         with pytest.raises(NotFound):
             await opened.receive(OTHER_CACHE, UPLOAD, Part(1, 1, sha256(b"x").hexdigest()), chunks(b"x"))
-        outcome = await opened.complete(OTHER_CACHE, UPLOAD, LARGE.nar_hash, digests(PARTS), patience=60)
+        outcome = await opened.complete(OTHER_CACHE, UPLOAD, LARGE.nar_hash, Sent(digests(PARTS)), patience=60)
         assert outcome == Missing([*range(1, len(PARTS) + 1)])
 
         there = await begin(opened, files)
@@ -499,7 +504,7 @@ async def test_who_asks_for_long_is_told_how_far_it_is(files: Site, monkeypatch:
 
 
 async def _impatient(opened: Uploads, site: Site) -> NarRecord | Missing | Verifying:
-    return await opened.complete(site.cache, UPLOAD, LARGE.nar_hash, digests(PARTS), patience=0.01)
+    return await opened.complete(site.cache, UPLOAD, LARGE.nar_hash, Sent(digests(PARTS)), patience=0.01)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
