@@ -153,22 +153,38 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 3 some of these paths are not amon
 @_on_a_queue
 def retry(*, paths: tuple[str, ...], queue: str | None) -> int:
     """Try again now what has failed: these paths, or all."""
-    from cachesrv.push.queue.directory import queue_directory
     from cachesrv.push.queue.process import retry as retry_paths
-    from cachesrv.push.queue.status import read_status
     from cachesrv.services import amounts
-    from cachesrv.telemetry import configure_logging
 
-    configure_logging()
-    directory = queue_directory(queue, os.environ)
-    failed = {one.path for one in read_status(directory).failed_paths} if paths else set()
-    meant = {name: _path_meant(name) for name in paths}
-    chosen = failed.intersection(meant.values())
-    number = 0 if paths and not chosen else retry_paths(directory, sorted(chosen))
-    unknown = [name for name, path in meant.items() if path not in chosen]
-    for name in unknown:
-        click.echo(f"failed {name}: it is not among what has failed: see `cachesrv queue status`", err=True)
+    directory, chosen, unknown = _among_failed(queue, paths)
+    number = 0 if paths and not chosen else retry_paths(directory, chosen)
     click.echo(f"{amounts.count(number, 'path')} to be tried again")
+    return SOME_FAILED if unknown else 0
+
+
+@command.command(
+    epilog=f"""\b
+Examples:
+  cachesrv queue forget /nix/store/…-hello-2.12
+
+What has failed, such as a path that the cache refuses, is not tried again and is not told of any more.
+
+\b
+{THE_QUEUE}
+
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 some of these paths are not among what has failed, and were named.
+"""
+)
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@_on_a_queue
+def forget(*, paths: tuple[str, ...], queue: str | None) -> int:
+    """Give up paths that have failed."""
+    from cachesrv.push.queue.process import forget as forget_paths
+    from cachesrv.services import amounts
+
+    directory, chosen, unknown = _among_failed(queue, paths)
+    number = forget_paths(directory, chosen) if chosen else 0
+    click.echo(f"{amounts.count(number, 'path')} forgotten")
     return SOME_FAILED if unknown else 0
 
 
@@ -210,6 +226,22 @@ def units(*, output: Path | None) -> None:
             " in /opt/cachesrv, and have that one write the units.",
             err=True,
         )
+
+
+def _among_failed(queue: str | None, paths: tuple[str, ...]) -> tuple[str, list[str], bool]:
+    """The queue, those of these paths that have failed, and whether there are others, which are named."""
+    from cachesrv.push.queue.directory import queue_directory
+    from cachesrv.push.queue.status import read_status
+    from cachesrv.telemetry import configure_logging
+
+    configure_logging()
+    directory = queue_directory(queue, os.environ)
+    failed = {one.path for one in read_status(directory).failed_paths} if paths else set()
+    meant = {name: _path_meant(name) for name in paths}
+    unknown = [name for name, path in meant.items() if path not in failed]
+    for name in unknown:
+        click.echo(f"failed {name}: it is not among what has failed: see `cachesrv queue status`", err=True)
+    return directory, sorted(failed.intersection(meant.values())), bool(unknown)
 
 
 def _path_meant(name: str) -> str:

@@ -87,7 +87,29 @@ def test_retry_names_what_has_not_failed(queue: str, capsys: pytest.CaptureFixtu
     assert due(queue) == {ONE}
 
 
-@pytest.mark.parametrize("arguments", [["retry"], ["retry", ONE], ["status"]])
+def test_what_is_given_up_is_forgotten(queue: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "result").symlink_to(TWO)
+
+    assert run(["queue", "forget", "./result"]) == 0
+    assert capsys.readouterr().out == "1 path forgotten\n"
+    assert [one.path for one in read_status(queue).failed_paths] == [ONE]
+    assert run(["queue", "forget", TWO, ONE]) == 3
+    assert read_status(queue).failed_paths == []
+    assert capsys.readouterr().err.startswith(f"failed {TWO}: it is not among what has failed")
+
+
+def test_only_what_has_failed_is_given_up(queue: str) -> None:
+    three = Entry(store_path("three").full("/nix/store"))
+    with closing(Entries.open(queue)) as entries:
+        entries.add([three])
+        entries.claim([Entry(TWO)])
+
+        assert entries.forget([ONE, TWO, three.path]) == 1
+        assert [one.path for one in entries.those_claimed()] == [TWO]
+        assert entries.counts().waiting == 1
+
+
+@pytest.mark.parametrize("arguments", [["retry"], ["retry", ONE], ["forget", ONE], ["status"]])
 def test_a_queue_that_cannot_be_looked_at_is_told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["queue", *arguments, "--queue", f"/{'q' * 300}"]) == 1
     assert capsys.readouterr().err.endswith(": File name too long\n")
@@ -106,7 +128,7 @@ def test_a_drain_tells_its_troubles_on_stderr(queue: str, tmp_path: Path) -> Non
     assert done.stderr.splitlines()[-1].startswith("cachesrv: there is no Nix store with a database at ")
 
 
-@pytest.mark.parametrize("command", ["run", "status", "retry", "drain"])
+@pytest.mark.parametrize("command", ["run", "status", "retry", "forget", "drain"])
 def test_help_says_where_the_queue_is(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["queue", command, "--help"]) == 0
     help_text = capsys.readouterr().out

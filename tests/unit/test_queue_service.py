@@ -239,12 +239,12 @@ async def test_one_who_drains_beside_a_service_in_trouble_hears_of_it(queue: Fak
             await asyncio.wait_for(process._wait_for_other(queue.directory, _another_lock(queue), queue.work), 20)
 
 
-@pytest.mark.parametrize("look", ["number_written", "counts"])
+@pytest.mark.parametrize("look", ["written", "counts"])
 async def test_one_who_drains_misses_nothing_that_is_being_taken_in(
     queue: FakeQueue, monkeypatch: pytest.MonkeyPatch, look: str
 ) -> None:
     """The service takes it in between two looks at where it may be."""
-    looked_at = process if look == "number_written" else queue.entries
+    looked_at = process if look == "written" else queue.entries
     truly = getattr(looked_at, look)
 
     def first_look(*arguments: Any) -> Any:
@@ -255,6 +255,12 @@ async def test_one_who_drains_misses_nothing_that_is_being_taken_in(
     queue.built("one")
     monkeypatch.setattr(looked_at, look, first_look)
     assert not process._is_done(queue.directory, queue.entries, time.time())
+
+
+async def test_one_who_drains_does_not_wait_for_what_nobody_can_read(queue: FakeQueue) -> None:
+    await asyncio.to_thread(os.mkdir, f"{queue.directory}/incoming/directory")
+
+    assert process._is_done(queue.directory, queue.entries, time.time())
 
 
 async def test_one_who_drains_takes_over_from_a_service_that_ends(

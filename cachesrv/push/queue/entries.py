@@ -175,6 +175,14 @@ class Entries:
                 (names,),
             ).rowcount
 
+    def forget(self, paths: Iterable[str]) -> int:
+        """Those of these paths that have failed, and are not being tried again just now. How many that are."""
+        with self._transaction() as db:
+            return db.execute(
+                "DELETE FROM entries WHERE attempts > 0 AND pushing = 0 AND path IN (SELECT value FROM json_each(?))",
+                (json.dumps(list(paths)),),
+            ).rowcount
+
     def counts(self) -> Counts:
         """As of now."""
         with self._reading() as db:

@@ -19,7 +19,7 @@ from cachesrv.errors import PeerError, StoreError
 from cachesrv.push.changes import DELETED, MODIFIED, WRITER_GONE, Changes
 from cachesrv.push.queue.directory import INCOMING
 from cachesrv.push.queue.entries import FILE, TROUBLE, Entries
-from cachesrv.push.queue.intake import Incoming, number_written
+from cachesrv.push.queue.intake import Incoming, written
 from cachesrv.push.queue.lock import QueueLock, holder
 from cachesrv.push.queue.runner import Service, Trouble, drain
 from cachesrv.push.queue.spool import put
@@ -111,6 +111,15 @@ def retry(queue: str, paths: Sequence[str]) -> int:
     return number
 
 
+def forget(queue: str, paths: Sequence[str]) -> int:
+    """Give up these paths, of those that have failed. How many that are. Raises StoreError."""
+    entries = Entries.open(queue)
+    try:
+        return entries.forget(paths)
+    finally:
+        entries.close()
+
+
 def wake(queue: str) -> None:
     """Let the process that pushes it look at it. Raises StoreError."""
     try:
@@ -166,7 +175,7 @@ def _is_done(queue: str, entries: Entries, begun: float) -> bool:
     """Whether all has been tried. Raises PeerError for what keeps the other process from it."""
     if trouble := entries.fact(TROUBLE):
         raise PeerError(f"nothing can be pushed: {msgspec.json.decode(trouble, type=Trouble).reason}")
-    if number_written(queue):  # looked at before the database, into which it moves meanwhile
+    if written(queue):  # looked at before the database, into which it moves meanwhile
         return False
     counts = entries.counts()
     due = counts.next_try is not None and counts.next_try <= begun
