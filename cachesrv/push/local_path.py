@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import stat
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cachesrv.errors import BadInput, NotFound, StoreError
 from cachesrv.nix.listing import Directory, Regular, Symlink
+from cachesrv.push.members import MAX_LINKS, split
 from cachesrv.push.one_line import one_line
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ class LocalPath:
     def __init__(self, path: str, real: str) -> None:
         self._path = path
         self._real = Path(real)
-        self._store = f"{os.path.realpath(self._real.parent)}/"
+        self._store = os.path.realpath(self._real.parent)
 
     async def find(self, names: Names, *, follow: bool = False, recursive: bool = True) -> tuple[Names, ListingNode]:
         return await asyncio.to_thread(self._find, names, follow=follow, recursive=recursive)
@@ -67,13 +70,31 @@ class LocalPath:
             raise self._failed(names, error) from error
 
     def _reached(self, names: Names, *, follow: bool) -> Path:
-        """Where that is, when links were followed: the last one only if `follow`. Raises NotFound."""
-        file = self._real.joinpath(*names)
-        ends_there = follow or file.name == ".."
-        reached = os.path.realpath(file) if ends_there else f"{os.path.realpath(file.parent)}/{file.name}"
-        if not reached.startswith(self._store):
-            raise NotFound(f"{one_line(self._full(names))} leads out of the store, to {one_line(reached)}")
-        return Path(reached)
+        """Where that is, when links were followed: the last one only if `follow`. Raises NotFound, OSError."""
+        here = self._store
+        pending = deque([self._real.name, *names])
+        links = 0
+        while pending:
+            step = pending.popleft()
+            if step == "..":
+                here = os.path.dirname(here)  # noqa: PTH120  text, of which the most is never a file
+            elif not (pending or follow) or not os.path.islink(f"{here}/{step}"):  # noqa: PTH114  see above
+                here = f"{here.rstrip('/')}/{step}"
+            elif (links := links + 1) > MAX_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            else:
+                target = os.readlink(f"{here}/{step}")  # noqa: PTH115  see above
+                if target.startswith("/"):
+                    here, target = self._root_of(target)
+                pending.extendleft(reversed(split(target)))
+        if not here.startswith(f"{self._store}/"):
+            raise NotFound(f"{one_line(self._full(names))} leads out of the store, to {one_line(here)}")
+        return Path(here)
+
+    def _root_of(self, target: str) -> tuple[str, str]:
+        """From where to follow an absolute target, and what of it: the store of a chroot is not where links say."""
+        inside = target.removeprefix(f"{self._path.rpartition('/')[0]}/")
+        return (self._store, inside) if inside != target else ("/", target)
 
     def _full(self, names: Names) -> str:
         return "/".join([self._path, *names])

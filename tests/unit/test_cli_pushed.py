@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cachesrv.cli import run
-from cachesrv.errors import NotFound
+from cachesrv.errors import NotFound, StoreError
 from cachesrv.nix.hashes import Hash
 from cachesrv.nix.listing import Directory, Regular, Symlink
 from cachesrv.nix.nar_writer import dump
@@ -102,13 +102,24 @@ async def test_what_is_not_on_record_comes_from_the_store(path: str, environ: di
     real.mkdir(parents=True)
     (real / "file").write_text("here")
     (real / "elsewhere").symlink_to("../other/file")
+    (real / "absolute").symlink_to("/nix/store/other/../other/./file")
     (real.parent / "other").mkdir()
     (real.parent / "other/file").write_text("behind a link")
 
     assert await read_file(f"{path}/file", environ) == b"here"
     assert await read_file(f"{path}/elsewhere", environ) == b"behind a link"
+    assert await read_file(f"{path}/absolute", environ) == b"behind a link"
     with open_pushed(environ) as pushed:
-        assert pushed.reads() == {"store": Reads(2, 17)}
+        assert pushed.reads() == {"store": Reads(3, 30)}
+
+
+async def test_links_that_lead_in_circles_are_told(path: str, environ: dict[str, str], tmp_path: Path) -> None:
+    real = in_store(tmp_path, path)
+    real.mkdir(parents=True)
+    (real / "circle").symlink_to("./circle")
+
+    with pytest.raises(StoreError, match="circle cannot be read: Too many levels of symbolic links"):
+        await read_file(f"{path}/circle", environ)
 
 
 @pytest.mark.parametrize("member", ["file", "folder/secret", "../../secret", "folder/.."])
