@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit, urlunsplit
 
 import click
 
@@ -13,9 +14,10 @@ from cachesrv.cli.options import log_level
 if TYPE_CHECKING:
     import socket
     import ssl
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
-    from cachesrv.config import Config
+    from cachesrv.config import Cache, Config
+    from cachesrv.services.data_directory import DataDirectory
     from cachesrv.services.schedule import Chore
     from cachesrv.telemetry import Metrics
     from cachesrv.web.site import Rules
@@ -83,6 +85,7 @@ def _serve(load: Callable[[], Config], options: Sequence[str]) -> None:
     data = DataDirectory(config.data_dir)
     first_start = not os.access(data.push_token, os.F_OK)
     data.make()
+    new = {cache.name for cache in config.cache if first_start or _lacks_key(data, cache)}
     tls = tls_context(config.server.tls_certificate, config.server.tls_private_key)
     inherited = systemd.inherited_sockets(os.environ)
     sockets = [inherited] * count if inherited else open_sockets(config.server.listen, count)
@@ -92,7 +95,7 @@ def _serve(load: Callable[[], Config], options: Sequence[str]) -> None:
     with wiring.open_disk_room(config).given_up_if_full():
         latest = _Latest(lambda: wiring.declared(load()))
         rules = asyncio.run(_check(config, latest.good, metrics, urls[0]))
-    click.echo(_greeting(rules, urls, data.push_token, first_start=first_start))
+    click.echo(_greeting(rules, urls, data.push_token, new=new))
 
     def work(number: int) -> None:
         metrics.become(number)
@@ -134,14 +137,11 @@ class _Latest:
 
 async def _check(config: Config, given: Declared, metrics: Metrics, url: str) -> Rules:
     """Open everything once, so that what is wrong is found, and migrated, before anything is served."""
-    import structlog
-
     from cachesrv import wiring
 
     async with wiring.open_services(config, metrics) as services:
         rules = wiring.build_rules(given, services.catalog, url)
-        if incomplete := await services.completeness.find_out(rules.caches.values()):
-            structlog.get_logger().warning("the catalog is incomplete: run `cachesrv reindex`", caches=incomplete)
+        await services.completeness.tell(rules.caches.values())
         return rules
 
 
@@ -174,13 +174,16 @@ async def _work(
             await serve(site, sockets, tls=tls, shutdown_timeout=config.server.shutdown_timeout, reload=rules)
 
 
-def _greeting(rules: Rules, urls: list[str], token_file: Path, *, first_start: bool) -> str:
-    """What the user has to copy; all of it at the first start, one line later."""
-    where = f"cachesrv answers at {', '.join(urls)} for {', '.join(rules.caches)}"
-    if not first_start:
-        return where
-    parts = [where]
-    for cache in rules.caches.values():
+def _lacks_key(data: DataDirectory, cache: Cache) -> bool:
+    """Whether a key is made for it now, which no client knows."""
+    return cache.signing_key_files is None and not os.access(data.secret_key(cache.name), os.F_OK)
+
+
+def _greeting(rules: Rules, urls: list[str], token_file: Path, *, new: Collection[str]) -> str:
+    """What the user has to copy of caches that are new; one line when none is."""
+    parts = [f"cachesrv answers at {', '.join(urls)} for {', '.join(rules.caches)}"]
+    caches = [cache for name, cache in rules.caches.items() if name in new]
+    for cache in caches:
         url = f"{rules.base_url}/{cache.name}"
         keys = " ".join(key.public.render() for key in cache.signing_keys)
         parts.append(
@@ -196,9 +199,9 @@ Push to it, on this machine:
 
 or from another one, with the token in {token_file}:
 
-    cachesrv push --to {url} --token-file FILE ./result"""
+    cachesrv push --to {_from_afar(url)} --token-file FILE ./result"""
         )
-    names = [key.name for cache in rules.caches.values() for key in cache.signing_keys if key.name == f"{cache.name}-1"]
+    names = [key.name for cache in caches for key in cache.signing_keys if key.name == f"{cache.name}-1"]
     if names:
         parts.append(
             f"""
@@ -206,3 +209,11 @@ Nix trusts one key of a name: clients that another server with a key called {" o
 another name here (`cachesrv key generate --help`)."""
         )
     return "\n".join(parts)
+
+
+def _from_afar(url: str) -> str:
+    """The same with a word for the name of this machine, where it stands for no more than that."""
+    parts = urlsplit(url)
+    if parts.hostname not in {"127.0.0.1", "::1"}:
+        return url
+    return urlunsplit(parts._replace(netloc=f"HOST:{parts.port}"))

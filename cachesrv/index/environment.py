@@ -69,11 +69,11 @@ class SharedEnvironment:
 
     def __init__(self, path: str, *, map_size: int) -> None:
         self._path = Path(path)
-        with self._in_words("open the index"):
+        with self._in_words(f"open the index {path}"):
             self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            with self._in_words("open the index"):
+            with self._in_words(f"open the index {path}"):
                 self._open(map_size)
         except BaseException:
             os.close(self._folder)

@@ -115,7 +115,7 @@ def _address(given: Given, environ: Mapping[str, str], config: ClientConfig) -> 
     if _push_token(given, environ):
         return Address.parse(LOCAL_URL)
     raise ConfigError(
-        "which cache? say --to URL, set CACHESRV_URL, or write it to "
+        "which cache? give its URL (--to for pushes), set CACHESRV_URL, or write it to "
         f'{client_config_path(environ)} (a line: url = "https://…/main")'
     )
 

@@ -6,6 +6,7 @@ the same until then: lookups ask storage as well, and nothing is collected, sinc
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
@@ -28,6 +29,9 @@ _ALWAYS = "0"
 _SURE_AFTER = 60
 """Seconds after a reindex for which storage is still asked: so long no lookup takes, that asked the catalog before."""
 _ASKED_AGAIN = 1.0
+_GONE = "nothing lies in storage of what is published: make sure that it is mounted, and the right one"
+_LOOKING = 5.0
+"""Seconds; a storage that cannot be reached does not hold up a start."""
 
 
 class Completeness:
@@ -57,6 +61,19 @@ class Completeness:
                     _log.warning("it was not found out what lies in storage", cache=cache.name, error=str(error))
         return [cache.name for cache in caches if await self._catalog.noted(_note(cache)) == _NO]
 
+    async def tell(self, caches: Iterable[ServedCache]) -> None:
+        """Find it out, and put into the log what the operator has to do about it. Raises StoreError as `find_out`."""
+        caches = list(caches)
+        if incomplete := await self.find_out(caches):
+            _log.warning("the catalog is incomplete: run `cachesrv reindex`", caches=incomplete)
+        for cache in caches:
+            try:
+                async with asyncio.timeout(_LOOKING):
+                    if await self._is_gone(cache):
+                        _log.error(_GONE, cache=cache.name)
+            except (StoreError, TimeoutError) as error:
+                _log.warning("it was not found out what lies in storage", cache=cache.name, error=str(error))
+
     async def reached(self, cache: ServedCache) -> None:
         """All that lies in storage has been taken in."""
         if await self._catalog.noted(_note(cache)) in (None, _NO):
@@ -85,6 +102,16 @@ class Completeness:
                 raise StoreUnavailable(
                     f"the catalog does not know all that lies in storage for {cache.name}: run `cachesrv reindex` first"
                 )
+
+    async def _is_gone(self, cache: ServedCache) -> bool:
+        """Whether there is nothing in storage, although the catalog knows paths."""
+        published = self._catalog.scan(cache.name)
+        first = await anext(published, None)
+        if isinstance(published, AsyncGenerator):
+            await published.aclose()
+        if first is None or await self._storage.head(cache.narinfo_key(first.hash_part)) is not None:
+            return False
+        return not await self._lies_there(cache)
 
     async def _lies_there(self, cache: ServedCache) -> bool:
         prefix = cache.key("")

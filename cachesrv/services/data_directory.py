@@ -100,8 +100,11 @@ class DataDirectory:
         return key
 
     def token(self) -> str:
-        """The push token, made when there is none."""
-        return read_or_make(self.push_token, new_token)
+        """The push token, made when there is none. Raises ConfigError."""
+        token = read_or_make(self.push_token, new_token)
+        if not token:
+            raise ConfigError(f"{self.push_token} is empty: remove it, and the next start makes a new token")
+        return token
 
 
 def parse_secret_key(text: str, path: Path) -> SecretKey:

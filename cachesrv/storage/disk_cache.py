@@ -48,7 +48,7 @@ class DiskCache:
     """
 
     def __init__(self, path: str | Path, *, limit: int, spare: int = 0, threads: int = 4) -> None:
-        with in_words("open the disk cache"):
+        with in_words(f"open the disk cache {path}"):
             self._tree = Tree(Path(path))
             self._ledger = os.open(f"{self._tree.root}/{_LEDGER}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._limit = limit

@@ -9,6 +9,7 @@ import signal
 import socket
 import ssl
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -72,11 +73,17 @@ def tls_context(certificate: str | None, private_key: str | None) -> ssl.SSLCont
     """A server's TLS settings, None when there is no certificate. Raises ConfigError."""
     if certificate is None:
         return None
+    for name, file in (("tls_certificate", certificate), ("tls_private_key", private_key)):
+        try:
+            Path(file or "").open("rb").close()
+        except OSError as error:
+            raise ConfigError(f"{name}: {file} cannot be read: {error.strerror}") from error
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
         context.load_cert_chain(certificate, private_key)
     except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"tls_certificate and tls_private_key cannot be used: {error}") from error
+        why = getattr(error, "reason", None) or error
+        raise ConfigError(f"{certificate} and {private_key} are no certificate and its key (PEM): {why}") from error
     return context
 
 
@@ -195,9 +202,6 @@ def _reload(site: Site, reload: Callable[[], Rules], looking: set[asyncio.Task[N
 async def _find_out(site: Site) -> None:
     """Whether the catalog knows all of caches that are new: else storage is asked for whatever is not there."""
     try:
-        incomplete = await site.services.completeness.find_out(site.rules.caches.values())
+        await site.services.completeness.tell(site.rules.caches.values())
     except StoreError as error:
         _log.warning("it was not found out what lies in storage", error=str(error))
-    else:
-        if incomplete:
-            _log.warning("the catalog is incomplete: run `cachesrv reindex`", caches=incomplete)

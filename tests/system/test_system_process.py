@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import socket
 import ssl
@@ -71,6 +72,7 @@ def test_the_first_start_says_all_that_is_needed(make_server: StartServer, build
     )
     assert done.returncode == 0, done.stderr
     remote[remote.index("FILE")] = str(server.token_file)
+    remote = [word.replace("//HOST:", "//127.0.0.1:") for word in remote]
     done = subprocess.run(
         [*CACHESRV, *remote],
         check=False,
@@ -93,6 +95,45 @@ def test_later_starts_are_short_and_change_nothing(server: Server) -> None:
     server.start()
     assert server.greeting == f"cachesrv answers at {server.url} for main\n"
     assert {file: file.read_bytes() for file in _secrets(server)} == before
+
+
+def test_a_cache_that_is_new_is_told_and_a_key_that_was_lost(server: Server) -> None:
+    """Clients have to trust another key than before."""
+    before = server.public_key
+    server.stop()
+    (server.data_dir / "keys/main.secret").unlink()
+    (server.data_dir / "keys/main.public").unlink()
+    server.start()
+    assert server.public_key != before
+    assert f"    extra-trusted-public-keys = {server.public_key}\n" in server.greeting
+    server.stop()
+    server.config_file.write_text('[[cache]]\nname = "main"\n[[cache]]\nname = "team"\n')
+    server.start()
+    assert "Clients of team have in nix.conf:" in server.greeting
+    assert "Clients of main" not in server.greeting
+
+
+def test_an_empty_push_token_is_refused(server: Server) -> None:
+    server.stop()
+    server.token_file.write_text("")
+    done = serve(server)
+    assert done.returncode == 2
+    assert done.stderr == f"cachesrv: {server.token_file} is empty: remove it, and the next start makes a new token\n"
+
+
+def test_storage_that_is_not_there_is_told(server: Server) -> None:
+    """A disk that is not mounted, say: what is in the catalog is published, and cannot be had."""
+    publish(server, Sample("one", b"one"))
+    server.stop()
+    objects = server.data_dir / "objects"
+    objects.rename(server.data_dir / "elsewhere")
+    server.start()
+    assert "nothing lies in storage of what is published" in server.log
+    server.stop()
+    shutil.rmtree(objects)
+    (server.data_dir / "elsewhere").rename(objects)
+    server.start()
+    assert server.log.count("nothing lies in storage of what is published") == 1
 
 
 def test_secrets_are_for_their_owner(make_server: StartServer) -> None:

@@ -154,7 +154,14 @@ def test_probe_tells_all_that_is_wrong(file: Path, data_dir: Path, capsys: pytes
     ]
     assert "none.secret cannot be read" in lines[1]
     assert "bad.secret is not a secret key" in lines[2]
+    assert lines[3].startswith(f"server: {file} and {file} are no certificate and its key (PEM): ")
     assert "geheim" not in "".join(lines)
+
+
+def test_probe_names_the_file_of_tls_that_cannot_be_read(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file.write_text(f"""[server]\ntls_certificate = "{file}"\ntls_private_key = "{file}.gone"\n""")
+    assert run(["check-config", "--config", str(file), "--probe"]) == 2
+    assert f"server: tls_private_key: {file}.gone cannot be read: No such file or directory" in capsys.readouterr().err
 
 
 def test_probe_of_a_data_directory_that_cannot_be_made(

@@ -42,7 +42,11 @@ def test_a_home_that_cannot_be_looked_into_says_nothing(capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("arguments", "status", "told"),
     [
-        (["push", "./result"], 2, "cachesrv: which cache? say --to URL, set CACHESRV_URL, or write it to "),
+        (
+            ["push", "./result"],
+            2,
+            "cachesrv: which cache? give its URL (--to for pushes), set CACHESRV_URL, or write it to ",
+        ),
         (["queue", "status", "--queue", UNSEEN], 1, f"cachesrv: the queue {UNSEEN} cannot be read: File name too long"),
         (["serve"], 2, f"cachesrv: the data directory {UNSEEN}/.local/state/cachesrv cannot be made: "),
         (["gc"], 2, f"cachesrv: the data directory {UNSEEN}/.local/state/cachesrv cannot be read: "),

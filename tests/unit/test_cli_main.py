@@ -172,7 +172,8 @@ async def test_push_without_a_url_or_paths_is_wrong_usage(user: User) -> None:
     assert await user.runs("push", "x") == Outcome(
         2,
         "",
-        f"cachesrv: which cache? say --to URL, set CACHESRV_URL, or write it to {user.home}/.config/cachesrv/"
+        "cachesrv: which cache? give its URL (--to for pushes), set CACHESRV_URL, or write it to"
+        f" {user.home}/.config/cachesrv/"
         'client.toml (a line: url = "https://…/main")\n',
     )
     no_paths = await user.runs("push", "--to", "http://127.0.0.1:1/main")

@@ -154,7 +154,7 @@ def test_a_queue_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     done = hook(tmp_path / "file" / "queue", OUT_PATHS=f"{ONE} {TWO}")
 
     assert done.returncode == 0
-    assert "the queue cannot be written: Not a directory" in done.stderr
+    assert f"the queue {tmp_path}/file/queue cannot be written: Not a directory" in done.stderr
     assert f"nobody will push {ONE} {TWO}" in done.stderr
 
 
@@ -164,7 +164,7 @@ def test_no_room_is_told_and_leaves_nothing_behind(queue: Path) -> None:
     done = hook(queue, OUT_PATHS=ONE, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5, 5)))
 
     assert done.returncode == 0
-    assert "the queue cannot be written: File too large" in done.stderr
+    assert f"the queue {queue} cannot be written: File too large" in done.stderr
     assert queued(queue) == []
 
 
@@ -185,7 +185,7 @@ def test_a_link_in_place_of_the_directory_is_not_followed(queue: Path, tmp_path:
     (tmp_path / "elsewhere").mkdir()
     (queue / "incoming").symlink_to(tmp_path / "elsewhere")
 
-    assert "the queue cannot be written" in hook(queue, OUT_PATHS=ONE).stderr
+    assert f"the queue {queue} cannot be written" in hook(queue, OUT_PATHS=ONE).stderr
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 
-from cachesrv.errors import ConfigError
+from cachesrv.errors import ConfigError, StoreError
 from cachesrv.push.queue.directory import queue_directory
 from cachesrv.push.queue.spool import put, wake
 
@@ -44,10 +44,13 @@ def _queue(given: str | None) -> None:
         return
     try:
         queue = queue_directory(given, os.environ)
-        put(queue, outputs, deriver)
-    except (OSError, ConfigError) as error:
+        try:
+            put(queue, outputs, deriver)
+        except OSError as error:
+            raise StoreError(f"the queue {queue} cannot be written: {error.strerror}") from error
+    except (ConfigError, StoreError) as error:
         named = b" ".join(outputs or [deriver]).decode(errors="backslashreplace")
-        _tell(f"{_reason(error)}; nobody will push {named}")
+        _tell(f"{error}; nobody will push {named}")
         return
     wake(queue)
 
@@ -59,12 +62,6 @@ def _may_be_path(word: bytes) -> bool:
 
 def _has_control(word: bytes) -> bool:
     return min(word) <= 0x20 or 0x7F in word
-
-
-def _reason(error: OSError | ConfigError) -> str:
-    if isinstance(error, OSError):
-        return f"the queue cannot be written: {error.strerror}{f': {error.filename}' if error.filename else ''}"
-    return str(error)
 
 
 def _tell(message: str) -> None:
