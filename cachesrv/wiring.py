@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -22,6 +23,7 @@ from cachesrv.services.access import Access, Principal, token_hash
 from cachesrv.services.breaker import Breaker
 from cachesrv.services.bucket import BucketSource
 from cachesrv.services.caches import DeclaredUpstream, ReferencePolicy, ServedCache
+from cachesrv.services.circle import Circle
 from cachesrv.services.collect import Collect, Terms
 from cachesrv.services.completeness import Completeness
 from cachesrv.services.copies import FromReader, FromUpstreams, OtherCaches, SameNar
@@ -59,7 +61,7 @@ from cachesrv.storage.s3_url import BucketUrl
 from cachesrv.web.site import Rules, Services
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 
     from cachesrv.catalog.base import Catalog
     from cachesrv.config import Cache, Config
@@ -178,7 +180,8 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
         stack.push_async_callback(catalog.close)
         index = open_index(config)
         stack.callback(index.close)
-        upstreams = Upstreams(_open_upstreams(config, stack), patience=config.lookup.timeout)
+        circle = partial(Circle.of, f"{gethostname()} {config.data_dir}")
+        upstreams = Upstreams(_open_upstreams(config, stack, circle), patience=config.lookup.timeout, circle=circle)
         completeness = Completeness(storage, catalog)
         bucket = BucketSource(storage, Breaker(), completeness)
         sources: list[Source] = [CatalogSource(catalog), bucket, upstreams]
@@ -386,31 +389,38 @@ async def _open_disk_cache(config: Config, stack: AsyncExitStack) -> ObjectCache
 
 
 class _OpenUpstreams:
-    """Those that were declared at any time, each opened once, and open until `stack` is left."""
+    """Those that were declared at any time, each opened once for each cache, and open until `stack` is left. `circle`
+    gives the one of a cache by its name.
+    """
 
-    def __init__(self, stack: AsyncExitStack) -> None:
+    def __init__(self, stack: AsyncExitStack, circle: Callable[[str], Circle]) -> None:
         self._stack = stack
-        self._open: dict[DeclaredUpstream, Upstream] = {}
+        self._circle = circle
+        self._open: dict[tuple[str, DeclaredUpstream], Upstream] = {}
 
     def __call__(self, cache: ServedCache) -> tuple[Upstream, ...]:
         """Those of a cache."""
-        return tuple(self._open.get(declared) or self.open(declared) for declared in cache.upstreams)
+        return tuple(
+            self._open.get((cache.name, declared)) or self.open(cache.name, declared) for declared in cache.upstreams
+        )
 
-    def open(self, declared: DeclaredUpstream) -> Upstream:
+    def open(self, cache: str, declared: DeclaredUpstream) -> Upstream:
         """One of them; only in an event loop."""
         keys = trusted_keys(map(PublicKey.parse, declared.public_keys))
-        reader = _open_reader(declared, self._stack)
-        upstream = self._open[declared] = Upstream(declared.name, reader, keys, Breaker())
+        reader = _open_reader(declared, self._stack, self._circle(cache))
+        upstream = self._open[cache, declared] = Upstream(declared.name, reader, keys, Breaker())
         return upstream
 
 
-def _open_upstreams(config: Config, stack: AsyncExitStack) -> _OpenUpstreams:
+def _open_upstreams(config: Config, stack: AsyncExitStack, circle: Callable[[str], Circle]) -> _OpenUpstreams:
     # Those that a reload brings are closed when these are: after all that asks them.
     own = AsyncExitStack()
     stack.push_async_exit(own)
-    upstreams = _OpenUpstreams(own)
-    for declared in _declared_upstreams(config).values():
-        upstreams.open(declared)
+    upstreams = _OpenUpstreams(own, circle)
+    declared = _declared_upstreams(config)
+    for cache in config.cache:
+        for name in cache.upstreams:
+            upstreams.open(cache.name, declared[name])
     return upstreams
 
 
@@ -427,7 +437,7 @@ def _declared_upstreams(config: Config) -> dict[str, DeclaredUpstream]:
     }
 
 
-def _open_reader(upstream: DeclaredUpstream, stack: AsyncExitStack) -> Reader:
+def _open_reader(upstream: DeclaredUpstream, stack: AsyncExitStack, circle: Circle | None = None) -> Reader:
     if upstream.url.startswith("s3:"):
         store = _open_bucket_of_others(upstream)
         stack.push_async_callback(store.close)
@@ -436,7 +446,7 @@ def _open_reader(upstream: DeclaredUpstream, stack: AsyncExitStack) -> Reader:
     connector = aiohttp.TCPConnector(limit=0)
     session = aiohttp.ClientSession(connector=connector, headers={"User-Agent": "cachesrv"})
     stack.push_async_callback(session.close)
-    return HttpReader(session, upstream.url, timeout=upstream.timeout)
+    return HttpReader(session, upstream.url, timeout=upstream.timeout, circle=circle)
 
 
 def _open_bucket_of_others(upstream: DeclaredUpstream) -> S3Store:

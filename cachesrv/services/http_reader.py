@@ -14,6 +14,7 @@ import aiohttp
 from yarl import URL
 
 from cachesrv.errors import PeerError, PeerUnavailable
+from cachesrv.services.circle import Circle
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
@@ -31,10 +32,13 @@ _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-")
 
 class HttpReader:
     """`session` is shared, and closed by its owner; `timeout` in seconds: for a connection, for a small answer, and for
-    each bit of progress of a large one.
+    each bit of progress of a large one. `circle`: as whom it asks.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, *, timeout: float) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, url: str, *, timeout: float, circle: Circle | None = None
+    ) -> None:
+        self._circle = circle or Circle()
         self._session = session
         self._base = url.rstrip("/") + "/"
         self._timeout = timeout
@@ -44,8 +48,11 @@ class HttpReader:
     async def get(self, name: str, limit: int) -> bytes | None:
         """See Reader."""
         with self._in_words():
-            async with self._session.get(self._url(name), timeout=self._short) as response:
+            async with self._session.get(
+                self._url(name), headers=self._circle.fields(), timeout=self._short
+            ) as response:
                 if response.status in _GONE:
+                    self._circle.heed(response.headers)
                     return None
                 _check(response, 200)
                 data = bytearray()
@@ -58,8 +65,9 @@ class HttpReader:
     async def size(self, name: str) -> int | None:
         """See Reader."""
         with self._in_words():
+            headers = _AS_IT_IS | self._circle.fields()
             async with self._session.head(
-                self._url(name), headers=_AS_IT_IS, timeout=self._short, allow_redirects=True
+                self._url(name), headers=headers, timeout=self._short, allow_redirects=True
             ) as response:
                 if response.status in _GONE or response.status in _NO_HEAD:
                     return None
@@ -68,7 +76,7 @@ class HttpReader:
 
     async def read(self, name: str, start: int) -> AsyncGenerator[bytes, None]:
         """See Reader."""
-        headers = _AS_IT_IS | ({"Range": f"bytes={start}-"} if start else {})
+        headers = _AS_IT_IS | self._circle.fields() | ({"Range": f"bytes={start}-"} if start else {})
         with self._in_words():
             async with self._session.get(self._url(name), headers=headers, timeout=self._long) as response:
                 superfluous = _skipped(response, start)

@@ -12,7 +12,7 @@ import re
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import structlog
 
@@ -20,7 +20,9 @@ from cachesrv.errors import PeerError, PeerUnavailable, StoreError
 from cachesrv.index.base import Absent, IndexEntry, Present
 from cachesrv.services.answer import present
 from cachesrv.services.batch import Batcher
+from cachesrv.services.circle import CameRound, asked_by
 from cachesrv.services.patience import waiting
+from cachesrv.services.upstream import is_elsewhere
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +35,10 @@ _log = structlog.get_logger()
 
 _SLACK = 2
 """Seconds by which clocks of one host differ: some are read once a second."""
+
+
+_Question: TypeAlias = "tuple[str, str, tuple[str, ...]]"
+"""The name of a cache, a hash part, and through whom it is asked."""
 
 
 class Source(Protocol):
@@ -83,16 +89,17 @@ class Lookup:
         self._sources = sources
         self._negative_ttl = negative_ttl
         self._timeout = timeout
-        self._asked: dict[tuple[str, str], asyncio.Task[bytes | None]] = {}
+        self._asked: dict[_Question, asyncio.Task[bytes | None]] = {}
         self._learnt: Batcher[_Learnt] = Batcher(self._learn)
         self._learning: set[asyncio.Task[None]] = set()
 
     async def find(self, cache: ServedCache, hash_part: str) -> Present | None:
         """The answer for a path, or None when it is not there. Raises StoreError or PeerUnavailable when that cannot be
-        told now.
+        told now, CameRound when it is being asked on behalf of who is waiting for it.
         """
         known = self._known(cache, hash_part)
-        if known is not None:
+        # Who asks on behalf of others may be the one who has it, and have nothing but our word for that.
+        if known is not None and not (asked_by() and isinstance(known, Present) and is_elsewhere(known.body)):
             return known if isinstance(known, Present) else None
         text = await self._ask_once(cache, hash_part)
         return present(text) if text is not None else None
@@ -136,7 +143,8 @@ class Lookup:
         await self._learnt.close()
 
     async def _ask_once(self, cache: ServedCache, hash_part: str) -> bytes | None:
-        key = (cache.name, hash_part)
+        # What came round must not wait for itself.
+        key = (cache.name, hash_part, asked_by())
         task = self._asked.get(key)
         if task is None:
             task = asyncio.create_task(self._ask(cache, hash_part))
@@ -145,7 +153,7 @@ class Lookup:
         # The others wait for it too, if this one goes.
         return await asyncio.shield(task)
 
-    def _answered(self, key: tuple[str, str], task: asyncio.Task[bytes | None]) -> None:
+    def _answered(self, key: _Question, task: asyncio.Task[bytes | None]) -> None:
         del self._asked[key]
         if not task.cancelled():
             task.exception()  # all who waited may have gone; then nobody else would look
@@ -156,12 +164,15 @@ class Lookup:
         async with waiting(self._timeout, f"whether {hash_part} is there"):
             text = await self._ask_sources(cache, hash_part, doubts)
         for doubt in doubts:
-            _log.warning("a source could not answer", cache=cache.name, hash_part=hash_part, error=str(doubt))
+            if not isinstance(doubt, CameRound):
+                _log.warning("a source could not answer", cache=cache.name, hash_part=hash_part, error=str(doubt))
         if text is not None or not doubts:
             if epoch is not None:
                 self._teach(_Learnt(cache.name, hash_part, text, epoch))
         elif unavailable := next((doubt for doubt in doubts if isinstance(doubt, PeerUnavailable)), None):
             raise unavailable
+        elif came_round := next((doubt for doubt in doubts if isinstance(doubt, CameRound)), None):
+            raise came_round
         return text
 
     def _epoch(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from cachesrv.errors import CachesrvError, Mismatch
 from cachesrv.nix.store_path import is_hash_part
 from cachesrv.services.caches import ReferencePolicy
 from cachesrv.services.candidate import Candidate
+from cachesrv.services.circle import CameRound
 from cachesrv.services.upstream import our_name
 
 if TYPE_CHECKING:
@@ -53,7 +55,8 @@ class PullThrough:
             return None
         found = None
         if cache.pull_through:
-            found = await self._upstreams.find(cache, hash_part, lambda info: our_name(info) == name)
+            with suppress(CameRound):
+                found = await self._upstreams.find(cache, hash_part, lambda info: our_name(info) == name)
         if not found:
             # It was there when its narinfo was looked up, and is upstream no more, or the cache pulls through no more.
             await self._forget(cache, hash_part, name)

@@ -18,6 +18,7 @@ from cachesrv.errors import BadInput, PeerError, PeerUnavailable
 from cachesrv.nix import narinfo
 from cachesrv.nix.compression import SUFFIXES, decompressed
 from cachesrv.nix.signing import verify_any
+from cachesrv.services.circle import CameRound, Circle
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
@@ -104,6 +105,8 @@ class Upstream:
     def _named(self) -> Iterator[None]:
         try:
             yield
+        except CameRound:
+            raise
         except PeerUnavailable as error:
             raise PeerUnavailable(f"upstream {self.name}: {error}", after=error.after) from error
         except PeerError as error:
@@ -125,10 +128,17 @@ class Upstream:
 class Upstreams:
     """The upstreams of all caches: a source of narinfos, and a place where references resolve. `of` gives those of a
     cache, in the order in which they are asked. A question to all of them takes at most `patience` seconds, of which
-    each has its share.
+    each has its share. `circle` gives the one of a cache by its name.
     """
 
-    def __init__(self, of: Callable[[ServedCache], Sequence[Upstream]], *, patience: float) -> None:
+    def __init__(
+        self,
+        of: Callable[[ServedCache], Sequence[Upstream]],
+        *,
+        patience: float,
+        circle: Callable[[str], Circle] = lambda _: Circle(),
+    ) -> None:
+        self._circle = circle
         self._of = of
         self._patience = patience
         self._resolved: TTLCache[_Reference, bool] = TTLCache(_MAX_RESOLVED, _RESOLVED_SECONDS)
@@ -164,9 +174,12 @@ class Upstreams:
         self, cache: ServedCache, hash_part: str, fits: Callable[[NarInfo], bool] = lambda _: True
     ) -> tuple[Upstream, NarInfo] | None:
         """The first upstream that has the path, and what it says of it, if that `fits`; None when all are sure not to
-        have it. Raises PeerError when none has it and one could not tell, PeerUnavailable if that one may later.
+        have it. Raises PeerError when none has it and one could not tell, PeerUnavailable if that one may later;
+        CameRound when they are being asked already.
         """
         upstreams = self._of(cache)
+        if upstreams:
+            self._circle(cache.name).demand_open()
         doubts: list[PeerError] = []
         for upstream in upstreams:
             try:
@@ -177,7 +190,8 @@ class Upstreams:
                 if info is not None and fits(info):
                     return upstream, info
         if doubts:
-            raise next((doubt for doubt in doubts if isinstance(doubt, PeerUnavailable)), doubts[0])
+            kinds: tuple[type[PeerError], ...] = (PeerUnavailable, CameRound, PeerError)
+            raise next(doubt for kind in kinds for doubt in doubts if isinstance(doubt, kind))
         return None
 
     async def _ask(self, upstream: Upstream, hash_part: str, store_dir: str, seconds: float) -> NarInfo | None:
@@ -194,6 +208,11 @@ def our_name(info: NarInfo) -> str:
     hashes = {known.bare_nix32 for known in (info.file_hash, info.nar_hash) if known}
     match = _NAR_NAME.match(info.url)
     return match[1] if match and match[2] in hashes and match[3] == suffix else f"{info.nar_hash.bare_nix32}{suffix}"
+
+
+def is_elsewhere(text: bytes) -> bool:
+    """Whether a narinfo is offered by `as_ours`: its NAR is to be fetched when somebody wants it."""
+    return re.search(rb"^URL: [^\n?]*\?path=", text, re.MULTILINE) is not None
 
 
 def as_ours(cache: ServedCache, info: NarInfo) -> NarInfo:

@@ -14,8 +14,9 @@ from cachesrv.errors import BadInput, NotFound, StoreError, TooLarge
 from cachesrv.index.base import lookup_key
 from cachesrv.nix import narinfo
 from cachesrv.nix.store_path import is_hash_part
-from cachesrv.services import metadata
+from cachesrv.services import circle, metadata
 from cachesrv.services.candidate import Candidate
+from cachesrv.services.circle import CameRound
 from cachesrv.services.delivery import Coming
 from cachesrv.storage.base import PresignedUrl, validate_key
 from cachesrv.web import bodies, objects, ranges
@@ -63,7 +64,10 @@ async def get_cache_info(ask: Ask) -> web.StreamResponse:
 async def get_narinfo(ask: Ask) -> web.StreamResponse:
     """The slow way to a narinfo: for what the front passes on, and for what the index does not know."""
     hash_part = _hash_part(ask.name, ".narinfo")
-    found = await ask.services.lookup.find(ask.cache, hash_part)
+    try:
+        found = await ask.services.lookup.find(ask.cache, hash_part)
+    except CameRound as error:
+        return web.Response(status=404, headers={**MISS_HEADERS, circle.ENDED_AT: error.name}, text=MISS_TEXT)
     if found is None:
         return web.Response(status=404, headers=MISS_HEADERS, text=MISS_TEXT)
     ask.services.usage.add(lookup_key(ask.cache.name, hash_part))
@@ -205,6 +209,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
     """Everything that a binary cache is asked."""
     site = request.app[SITE]
     rules = site.rules
+    circle.begin(request.headers.get(circle.ASKED_BY, ""))
     cache, name = split(rules, request.path)
     route = next((route for route in ROUTES if route.pattern.fullmatch(name)), None)
     if route is None:
