@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, cast
 from aiohttp import web
 
 from cachesrv.web.fast import MANY_SLOW
-from cachesrv.web.objects import FRUGAL
+from cachesrv.web.objects import FRUGAL, UNSENT
 from cachesrv.web.plain import is_whole
 
 if TYPE_CHECKING:
@@ -42,8 +42,6 @@ _HEAD_GRACE = 1.0
 _STOP_INTERVAL = 0.02
 _SWEEPS = 5
 """Looks at each connection in that time."""
-_UNSENT = 64 * 1024
-"""Bytes that may wait in a connection before it is held back, TLS or not."""
 
 
 class Front(asyncio.Protocol):
@@ -86,7 +84,7 @@ class Front(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
-        self._transport.set_write_buffer_limits(_UNSENT)
+        self._transport.set_write_buffer_limits(UNSENT)
         self._fronts.add(self)
         if self._received:
             self.data_received(self._received)

@@ -25,6 +25,8 @@ IMMUTABLE = "max-age=31536000, immutable"
 REVALIDATE = "no-cache"
 """Cache-Control of objects that may be replaced."""
 
+UNSENT = 64 * 1024
+"""Bytes that may wait in a connection before it is held back, TLS or not."""
 _SMALL = 256 * 1024
 """Bytes up to which a file leaves in one write."""
 _TOGETHER = 128 * 1024
@@ -171,7 +173,7 @@ async def _in_memory(chunk: bytes | FilePart) -> bytes:
 async def _send_file(request: web.Request, response: web.StreamResponse, file: BinaryIO, part: ByteRange) -> None:
     """Let the kernel copy a part of a file, unless it has to be encrypted."""
     transport = request.transport
-    if transport is None or transport.is_closing():
+    if transport is None:
         raise ConnectionResetError("the client has gone")
     if transport.get_extra_info("sslcontext") is not None:
         # The event loop's own way, 16 KiB a time, loses count of what waits, and fails when the client goes.
@@ -179,6 +181,13 @@ async def _send_file(request: web.Request, response: web.StreamResponse, file: B
             piece = ByteRange(start, min(start + _TOGETHER, part.end))
             await response.write(await asyncio.to_thread(FilePart(file, piece).read))
         return
+    # What was written before has to be taken first: the event loop does not bear that a client goes while it waits for
+    # that itself.
+    transport.set_write_buffer_limits(0)
+    await request.writer.drain()
+    transport.set_write_buffer_limits(UNSENT)
+    if transport.is_closing():
+        raise ConnectionResetError("the client has gone")
     sent = await asyncio.get_running_loop().sendfile(transport, file, part.start, part.length)
     if sent != part.length:
         raise StoreError(f"{file.name} has become shorter")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 from contextlib import suppress
 from dataclasses import replace
 from time import monotonic, time
@@ -545,6 +546,19 @@ class TestTheEnd:
                     await connection.send(*[request(target)] * 20)
                     await asyncio.sleep(pause)
                     connection.close()
+            await none_left(served)
+
+    async def test_one_who_goes_before_a_nar_begins(self, site: Site, by_reactor: bool) -> None:
+        async with front_server(site, by_reactor=by_reactor, send_buffer=SMALL_SOCKET) as served:
+            connections = [await Connection.open(served.port, receive_buffer=SMALL_SOCKET) for _ in range(12)]
+            part = request(MEDIUM_NAR, f"Range: bytes=0-{SMALL_SOCKET}")
+            for number, connection in enumerate(connections):
+                # For some of them, just more than the kernel keeps comes before the large one.
+                await connection.send(part * number + request(LARGE_NAR))
+            await asyncio.sleep(0.3)
+            for connection in connections:
+                connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                connection.close()
             await none_left(served)
 
     @pytest.mark.parametrize("target", ["/", LARGE_NAR, MEDIUM_NAR, f"/{UNKNOWN}.narinfo"])
