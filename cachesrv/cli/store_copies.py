@@ -10,7 +10,7 @@ from cachesrv.errors import NotFound
 from cachesrv.nix.content_address import ContentAddress
 from cachesrv.nix.nar_writer import dump
 from cachesrv.nix.narinfo import NarInfo
-from cachesrv.nix.signing import Signature
+from cachesrv.nix.signing import readable_signatures
 from cachesrv.nix.store_path import StorePath
 from cachesrv.services.copies import Copy
 
@@ -74,6 +74,6 @@ def _narinfo(info: PathInfo, store_dir: str) -> NarInfo:
         nar_size=info.nar_size,
         references=info.references,
         deriver=info.deriver,
-        signatures=tuple(map(Signature.parse, info.signatures)),
+        signatures=readable_signatures(info.signatures),
         ca=ContentAddress.parse(info.ca) if info.ca else None,
     )

@@ -15,6 +15,7 @@ Base-64 has to be padded and canonical here; Nix is laxer.
 import binascii
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -142,6 +143,15 @@ def trusted_keys(keys: Iterable[PublicKey]) -> dict[str, PublicKey]:
     for key in keys:
         trusted.setdefault(key.name, key)
     return trusted
+
+
+def readable_signatures(texts: Iterable[str]) -> tuple[Signature, ...]:
+    """Those that are signatures. A store keeps whatever a cache has told it, and what cannot be read proves nothing."""
+    found = []
+    for text in texts:
+        with suppress(BadInput):
+            found.append(Signature.parse(text))
+    return tuple(found)
 
 
 def verify_any(

@@ -23,7 +23,7 @@ from cachesrv.nix.daemon_messages import HungUp, OperationFailed, clean, read_un
 from cachesrv.nix.hashes import Hash
 from cachesrv.nix.path_info import PathInfo
 from cachesrv.nix.realisation import Realisation, TracedOutput
-from cachesrv.nix.signing import Signature
+from cachesrv.nix.signing import readable_signatures
 from cachesrv.nix.store_path import StorePath
 from cachesrv.nix.wire import (
     Reading,
@@ -176,7 +176,7 @@ def query_realisation(output: TracedOutput, store_dir: str) -> Operation[Realisa
         if not (yield from read_bool()):
             return None
         out_path = StorePath.parse_full((yield from read_string()), store_dir)
-        return Realisation(out_path, tuple(map(Signature.parse, (yield from read_strings()))))
+        return Realisation(out_path, readable_signatures((yield from read_strings())))
 
     return Operation(_request(Op.QUERY_REALISATION, output.derivation.full(store_dir), output.output), result)
 

@@ -22,7 +22,7 @@ from cachesrv.errors import BadInput, NotFound, StoreError, StoreUnavailable
 from cachesrv.nix.hashes import Hash
 from cachesrv.nix.path_info import PathInfo, in_reference_order
 from cachesrv.nix.realisation import OutputId, Realisation, TracedOutput
-from cachesrv.nix.signing import Signature
+from cachesrv.nix.signing import Signature, readable_signatures
 from cachesrv.nix.store_path import StorePath
 from cachesrv.push.store_location import StoreLocation
 
@@ -241,4 +241,4 @@ def _code(error: sqlite3.Error) -> str:
 
 
 def _signatures(column: str | None) -> tuple[Signature, ...]:
-    return tuple(map(Signature.parse, sorted((column or "").split())))
+    return readable_signatures(sorted((column or "").split()))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cachesrv.api import MAX_BATCH, PathToPublish
 from cachesrv.errors import CachesrvError, ConfigError, NotAllowed, ServerError
+from cachesrv.nix.signing import readable_signatures
 from cachesrv.push.body_limit import BodyTooLarge
 from cachesrv.push.events import Failed, Published
 from cachesrv.push.failure import MISSING_NAR, MISSING_REFERENCES, Failure
@@ -281,6 +282,6 @@ def _to_publish(info: PathInfo) -> PathToPublish:
         nar_size=info.nar_size,
         references=[path.base_name for path in info.references],
         deriver=info.deriver.base_name if info.deriver else None,
-        signatures=list(info.signatures),
+        signatures=[signature.render() for signature in readable_signatures(info.signatures)],
         ca=info.ca,
     )

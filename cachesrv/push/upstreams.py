@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, Self
 
 from cachesrv.errors import BadInput, CachesrvError, ConfigError, NotFound, ServerError
-from cachesrv.nix.signing import PublicKey, Signature, fingerprint, trusted_keys, verify_any
+from cachesrv.nix.signing import PublicKey, fingerprint, readable_signatures, trusted_keys, verify_any
 from cachesrv.push.connection import Timeouts
 from cachesrv.push.events import Noted
 from cachesrv.push.one_line import one_line
@@ -58,7 +58,7 @@ class Upstream:
 
     def signed(self, info: PathInfo, store_dir: str) -> bool:
         """Whether one of its keys has signed exactly this path."""
-        signatures = [one for one in map(_signature, info.signatures) if one and one.name in self.keys]
+        signatures = [one for one in readable_signatures(info.signatures) if one.name in self.keys]
         if not signatures:
             return False
         references = [path.full(store_dir) for path in info.references]
@@ -213,11 +213,3 @@ class _Judgement:
 def _may_have_lost_signatures(info: PathInfo) -> bool:
     """Not what was built here, or added here with a content address: that others have it as well would be chance."""
     return not info.ultimate and info.ca is None
-
-
-def _signature(text: str) -> Signature | None:
-    """None for one that cannot be read: it proves nothing."""
-    try:
-        return Signature.parse(text)
-    except BadInput:
-        return None

@@ -14,6 +14,7 @@ from cachesrv import api
 from cachesrv.errors import ConfigError, NotAuthenticated, ServerError
 from cachesrv.nix import narinfo
 from cachesrv.nix.nar_writer import dump
+from cachesrv.nix.signing import SecretKey
 from cachesrv.push import events
 from cachesrv.push.address import Address
 from cachesrv.push.connection import Timeouts
@@ -80,6 +81,18 @@ async def test_a_repeated_push_sends_nothing(store: TemporaryStore, cache: FakeC
 
     assert cache.requests == ["cache", "missing"]
     assert (summary.present, summary.uploaded, summary.sent_bytes) == (4, 0, 0)
+
+
+async def test_what_is_no_signature_keeps_no_path_back(store: TemporaryStore, cache: FakeCache) -> None:
+    """Nix keeps it as a cache has told it."""
+    info = store.add("one", b"one")
+    good = SecretKey.generate("key-1").sign(b"").render()
+    store.infos[info.store_path] = replace(info, signatures=("none", "key-2:AAAA", good))
+
+    summary = await push(full("one"), store, settings(cache), QUICK)
+
+    assert summary.uploaded == 1
+    assert cache.published[info.store_path.base_name].signatures == [good]
 
 
 async def test_thousands_of_paths_are_few_questions(store: TemporaryStore, cache: FakeCache) -> None:
