@@ -185,19 +185,19 @@ async def test_a_store_that_was_made_anew_begins_anew(store: Store, entries: Ent
     assert queued(entries) == ["new"]
 
 
-async def test_also_while_it_is_watched(store: Store, entries: Entries) -> None:
+async def test_all_of_a_store_that_is_made_anew_while_it_is_watched_is_new(store: Store, entries: Entries) -> None:
     store.add("one", "two")
     source = await begun(store, entries)
     store.lock("three")
     store.add("three")
     await source.take_in(entries)
     store.make()
-    store.add("other")
-    await source.take_in(entries)
     store.add("new")
     await source.take_in(entries)
+    store.add("newer")
+    await source.take_in(entries)
 
-    assert queued(entries) == ["new"]
+    assert queued(entries) == ["new", "newer"]
 
 
 async def test_what_no_nix_writes_is_passed_over(store: Store, entries: Entries) -> None:

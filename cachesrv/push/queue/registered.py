@@ -61,9 +61,11 @@ class Registered:
 
     def _take_in(self, entries: Entries) -> None:
         newest = self._database.newest()
-        if self._seen is None or newest < self._seen:
-            self._locked.clear()
+        if self._seen is None:
             self._seen = self._begin(entries, newest)
+        elif newest < self._seen:  # made anew while we looked on: all that it has became valid since
+            self._locked.clear()
+            self._seen = 0
         self._queue(entries, [name for name, _ in self._locked.items() if not self._is_locked(name)])
         while found := self._database.registered_after(self._seen, _BATCH):
             free = []
