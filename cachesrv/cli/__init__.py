@@ -77,9 +77,24 @@ class LazyGroup(click.Group):
         command: click.Command = import_module(f"cachesrv.cli.{cmd_name.replace('-', '_')}").command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Names the command that was meant, where one is nearly so called."""
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and (meant := _nearest(name)):
+            ctx.fail(f"there is no command {name!r}: did you mean {meant}?")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002  see above
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+
+def _nearest(name: str) -> str:
+    from difflib import get_close_matches
+
+    return next(iter(get_close_matches(name, COMMANDS, 1)), "")
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -30,7 +30,9 @@ a server; run it as the user of the server, for the files are that user's.
 Exit status: 0 right, 2 wrong.
 """
 )
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML; see config.example.toml.")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="TOML; see config.example.toml."
+)
 @click.option("--data-dir", metavar="DIR", help="Of the server.  [default: ~/.local/state/cachesrv]")
 @click.option("--probe", is_flag=True, help="Also open storage, catalog, index and key files.")
 def command(config_file: Path | None, data_dir: str | None, *, probe: bool) -> None:

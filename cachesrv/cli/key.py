@@ -46,7 +46,10 @@ name.
 )
 @click.argument("name")
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="Write the secret key to a new file that only you read."
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the secret key to a new file that only you read.",
 )
 def generate(name: str, output: Path | None) -> None:
     """Make a signing key called NAME. With --output the public key is printed, else the secret one."""
@@ -82,7 +85,7 @@ Examples:
 )
 @click.argument("file")
 def public(file: str) -> None:
-    """Print the public half of the secret key in FILE, or on standard input for -: for trusted-public-keys."""
+    """Print the public key of a secret one in FILE, or - for stdin."""
     click.echo(_secret_key(file).public.render())
 
 
@@ -93,8 +96,9 @@ Examples:
   find /srv/cache -name '*.narinfo' | cachesrv key sign --key-file cache.secret --stdin
   curl -s https://cache.example.org/HASH.narinfo | cachesrv key sign --key-file cache.secret - > HASH.narinfo
 
-Files are signed in place: a signature under the name of the key is replaced, all else stays as it is, and a file that
-is signed already is not touched. What cachesrv serves it signs by itself, with the keys in signing_key_files.
+Files are signed in place, standard input to standard output: a signature under the name of the key is replaced, all
+else stays as it is, and a file that is signed already is not touched. What cachesrv serves it signs by itself, with the
+keys in signing_key_files.
 
 \b
 Exit status: 0 done, 2 wrong usage or no such key, 3 some files were not signed and were named.
@@ -104,7 +108,7 @@ Exit status: 0 done, 2 wrong usage or no such key, 3 some files were not signed 
 @click.option("--key-file", "key_files", multiple=True, required=True, metavar="FILE", help="A secret key; repeatable.")
 @click.option("--stdin", "from_stdin", is_flag=True, help="Read more names of files from standard input, one a line.")
 def sign(narinfos: tuple[str, ...], key_files: tuple[str, ...], *, from_stdin: bool) -> int:
-    """Sign narinfo files in place; - signs standard input to standard output."""
+    """Sign narinfo files in place; - signs standard input."""
     from cachesrv.errors import CachesrvError
 
     if not narinfos and not from_stdin:

@@ -29,7 +29,9 @@ end.
 def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--config` and `--data-dir`, which say whose stores these are."""
     data_dir = click.option("--data-dir", metavar="DIR", help="Of the server.  [default: ~/.local/state/cachesrv]")
-    config = click.option("--config", "config_file", type=click.Path(path_type=Path), help="Of the server.")
+    config = click.option(
+        "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="Of the server."
+    )
     return config(data_dir(function))
 
 

@@ -65,7 +65,9 @@ Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 3 --drain has lef
     metavar="SECONDS",
     help="End when there was nothing to do for so long.  [default: 60 if started by a socket of systemd, else never]",
 )
-@click.option("--metrics", type=click.Path(path_type=Path), help="A file for node_exporter's textfile collector.")
+@click.option(
+    "--metrics", type=click.Path(path_type=Path), metavar="FILE", help="A file for node_exporter's textfile collector."
+)
 @log_level
 def run(
     *, choice: Choice, queue: str | None, drain: bool, idle: float | None, metrics: Path | None, log_level: str

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 _OPTIONS = (
     click.option("--from", "cache", metavar="URL", help="A binary cache, of whatever kind."),
     click.option(
-        "--token-file", type=click.Path(path_type=Path), help="A file that holds the token of a private cache."
+        "--token-file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="A file that holds the token of a private cache.",
     ),
     click.option(
         "--trusted-key", "trusted", multiple=True, metavar="NAME:KEY", help="One of these has to have signed."

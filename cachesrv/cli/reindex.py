@@ -42,9 +42,11 @@ refused and removed paths.
 what others wrote. Who signs vouches for it; a cache with trusted_keys signs only what one of these has signed.
 """
 )
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML; see config.example.toml.")
-@click.option("--data-dir", help="Where everything is kept.  [default: ~/.local/state/cachesrv]")
-@click.option("--cache", "caches", multiple=True, help="Only this cache; may be repeated.")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="TOML; see config.example.toml."
+)
+@click.option("--data-dir", metavar="DIR", help="Where everything is kept.  [default: ~/.local/state/cachesrv]")
+@click.option("--cache", "caches", multiple=True, metavar="NAME", help="Only this cache; repeatable.")
 @click.option("--sign", is_flag=True, help="Sign narinfos that lack a signature by a key of their cache.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, the last with the sums.")
 @click.option("--wait", default=60.0, metavar="SECONDS", help="How long to wait for who collects garbage or the like.")

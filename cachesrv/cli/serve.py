@@ -35,8 +35,10 @@ Without --config there is one public cache, `main`, at / and /main. The first st
 token in the data directory, and prints what clients need.
 """
 )
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML; see config.example.toml.")
-@click.option("--data-dir", help="Where everything is kept.  [default: ~/.local/state/cachesrv]")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="TOML; see config.example.toml."
+)
+@click.option("--data-dir", metavar="DIR", help="Where everything is kept.  [default: ~/.local/state/cachesrv]")
 @click.option("--listen", multiple=True, metavar="ADDRESS", help="HOST:PORT or unix:PATH.  [default: 127.0.0.1:5000]")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes that answer on the same port.  [default: 1]")
 @log_level

@@ -53,7 +53,9 @@ or into a netrc as the password (`cachesrv use` writes one).
     help="What; repeatable. push includes pull, admin all.",
 )
 @click.option("--expires", metavar="TIME", help='When it ends by itself, such as "30d" from now.  [default: never]')
-@click.option("--output", type=click.Path(path_type=Path), help="Write it to a new file that only you read.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write it to a new file that only you read."
+)
 @offline.server_options
 def create(
     name: str,

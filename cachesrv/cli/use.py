@@ -40,7 +40,12 @@ Nix's daemon takes these settings of a user only from trusted-users; for all oth
 @click.argument("url", required=False)
 @click.option("--write", is_flag=True, help="Put the lines where they belong.")
 @click.option("--system", is_flag=True, help="For all users of this machine; as root.")
-@click.option("--token-file", type=click.Path(path_type=Path), help="A file that holds the token of a private cache.")
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A file that holds the token of a private cache.",
+)
 @click.option("--data-dir", metavar="DIR", help="Of a server on this machine, for its push-token.")
 def command(url: str | None, token_file: Path | None, data_dir: str | None, *, write: bool, system: bool) -> None:
     """Let Nix on this machine use a cache."""

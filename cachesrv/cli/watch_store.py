@@ -32,7 +32,9 @@ where it ended. It does all that `cachesrv queue run` does, in its place; `cache
 @pushing
 @click.option("--queue", metavar="DIR", help="Where to queue.  [default: see below]")
 @click.option("--derivations", is_flag=True, help="Push derivations as well.")
-@click.option("--metrics", type=click.Path(path_type=Path), help="A file for node_exporter's textfile collector.")
+@click.option(
+    "--metrics", type=click.Path(path_type=Path), metavar="FILE", help="A file for node_exporter's textfile collector."
+)
 @log_level
 def command(*, choice: Choice, queue: str | None, derivations: bool, metrics: Path | None, log_level: str) -> None:
     """Push what becomes valid in the local store, from now on."""

@@ -14,6 +14,8 @@ from cachesrv.services.verify import FLAWS_FOUND, VERIFIED
 from cachesrv.web.site import ROUTE, SITE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from cachesrv.services.caches import ServedCache
     from cachesrv.telemetry import Gauge
     from cachesrv.web.site import Site
@@ -57,10 +59,14 @@ async def metrics(request: web.Request) -> web.Response:
 
 async def page(request: web.Request) -> web.Response:
     """What this is and how to use it."""
+    caches = [cache for cache in request.app[SITE].rules.caches.values() if cache.public]
+    return introduce(request, caches)
+
+
+def introduce(request: web.Request, caches: Iterable[ServedCache]) -> web.Response:
+    """What clients of these caches need."""
     request[ROUTE] = "page"
-    site = request.app[SITE]
-    caches = [cache for cache in site.rules.caches.values() if cache.public]
-    parts = ["cachesrv: a Nix binary cache.\n", *(_introduction(site, cache) for cache in caches)]
+    parts = ["cachesrv: a Nix binary cache.\n", *(_introduction(request.app[SITE], cache) for cache in caches)]
     return web.Response(text="\n".join(parts), headers={"Cache-Control": "no-store"})
 
 

@@ -19,7 +19,7 @@ from cachesrv.services.candidate import Candidate
 from cachesrv.services.circle import CameRound
 from cachesrv.services.delivery import Coming
 from cachesrv.storage.base import PresignedUrl, validate_key
-from cachesrv.web import bodies, objects, ranges
+from cachesrv.web import admin, bodies, objects, ranges
 from cachesrv.web.auth import token_of
 from cachesrv.web.errors import MethodNotAllowed, UnknownCoding
 from cachesrv.web.site import ROUTE, SITE, check_readable, check_writable, split
@@ -210,6 +210,9 @@ async def handle(request: web.Request) -> web.StreamResponse:
     site = request.app[SITE]
     rules = site.rules
     circle.begin(request.headers.get(circle.ASKED_BY, ""))
+    if request.method in {"GET", "HEAD"} and (whole := rules.caches.get(request.path.strip("/"))):
+        await check_readable(rules, whole, token_of(request))
+        return admin.introduce(request, [whole])
     cache, name = split(rules, request.path)
     route = next((route for route in ROUTES if route.pattern.fullmatch(name)), None)
     if route is None:

@@ -116,6 +116,7 @@ def test_a_private_cache_shows_nothing_to_strangers(builder: Nix, server: Server
         *(f"/team/nar/{sample.nar_name}" for sample in (there, absent)),
         f"/team/log/{'0' * 32}-x.drv",
         "/team/nix-cache-info",
+        "/team",
         "/api/v1/caches/team",
     ]
     for url in secrets:
@@ -127,7 +128,8 @@ def test_a_private_cache_shows_nothing_to_strangers(builder: Nix, server: Server
                 assert answer.status == status, url
                 assert ("www-authenticate" in answer.headers) == (status == 401)
                 assert answer.headers["cache-control"] == "no-store"
-    assert [server.client(READER).get(url).status for url in secrets] == [200, 404, 200, 404, 200, 404, 200, 200, 200]
+    statuses = [server.client(READER).get(url).status for url in secrets]
+    assert statuses == [200, 404, 200, 404, 200, 404, 200, 200, 200, 200]
 
 
 def test_tokens_come_as_bearer_and_as_password(server: Server) -> None:

@@ -296,6 +296,9 @@ def test_the_page_tells_what_to_do(server: Server, client: Client) -> None:
     assert f"extra-substituters = {server.main}" in text
     assert f"extra-trusted-public-keys = {server.public_key}" in text
     assert server.token not in text
+    for url in ("/main", "/main/"):  # what `serve` prints is opened in a browser
+        assert client.get(url).text == text
+    assert client.put("/main", b"").status == 404
 
 
 def _without_date(headers: object) -> dict[str, str]:

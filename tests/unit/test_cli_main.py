@@ -266,6 +266,7 @@ async def test_without_a_command_it_helps(user: User, arguments: list[str]) -> N
     ("arguments", "line"),
     [
         (["nonsense"], "cachesrv: No such command 'nonsense'. (see cachesrv --help)"),
+        (["pusch"], "cachesrv: there is no command 'pusch': did you mean push? (see cachesrv --help)"),
         (["push", "--jobs", "0", "x"], "cachesrv: Invalid value for '--jobs': 0 is not in the range 1<=x<=256."),
         (["push", "--nonsense"], "cachesrv: No such option"),
         (["push", "--level", "20", "x"], "cachesrv: Invalid value for '--level': '20' is neither a number"),
