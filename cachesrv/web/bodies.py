@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from cachesrv.errors import BadInput, TooLarge
 from cachesrv.nix.compression import content_coding, decompress
@@ -20,7 +20,7 @@ _PACE_BYTES = 16 * 1024
 
 async def chunks(request: web.Request, stall_timeout: float) -> AsyncIterator[bytes]:
     """The body as it comes. Raises BodyTooSlow, and BadInput when it breaks off."""
-    if "Expect" in request.headers and request.transport is not None:
+    if _is_waited_for(request) and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     loop = asyncio.get_running_loop()
     deadline, received = loop.time() + stall_timeout, 0
@@ -38,6 +38,11 @@ async def chunks(request: web.Request, stall_timeout: float) -> AsyncIterator[by
         received += len(chunk)
         if received >= _PACE_BYTES:
             deadline, received = loop.time() + stall_timeout, 0
+
+
+def _is_waited_for(request: web.Request) -> bool:
+    """Whether the client sends the body when it is asked to. Source: RFC 9110, 10.1.1."""
+    return request.version >= HttpVersion11 and request.headers.get("Expect", "").lower() == "100-continue"
 
 
 def coding(request: web.Request) -> str:

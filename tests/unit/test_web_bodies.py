@@ -139,6 +139,13 @@ async def test_a_body_is_asked_for_when_it_is_read() -> None:
         assert await exchange(server, too_large) == b"TooLarge", "nobody is asked for what is not taken"
 
 
+async def test_what_does_not_wait_is_not_told_to_go_on() -> None:
+    async with serving(whole) as server:
+        assert await exchange(server, put(b"body", "Expect: something")) == b"body"
+        old = put(b"body", "Expect: 100-continue").replace(b" HTTP/1.1\r\n", b" HTTP/1.0\r\n", 1)
+        assert await exchange(server, old) == b"body"
+
+
 @pytest.mark.parametrize("sent", [0, 100])
 async def test_bodies_that_do_not_come_forward(sent: int) -> None:
     async def impatient(request: web.Request) -> bytes:
