@@ -22,8 +22,9 @@ Examples:
   cachesrv pushed --reads
 
 The record is of what `cachesrv push` of this user sent in the last 30 days, with the entries of each path's
-nix-support, and lies in $XDG_STATE_HOME/cachesrv or ~/.local/state/cachesrv; $CACHESRV_PUSHED names another file.
-`cachesrv cat` and `ls` read from it before they ask a cache; --reads tells how often that was spared.
+nix-support (--json: null where the cache had the NAR of another path, so that none went by), and lies in
+$XDG_STATE_HOME/cachesrv or ~/.local/state/cachesrv; $CACHESRV_PUSHED names another file. `cachesrv cat` and `ls` read
+from it before they ask a cache; --reads tells how often that was spared.
 """
 )
 @click.argument("paths", metavar="[PATH...]", nargs=-1)
@@ -37,41 +38,41 @@ def command(paths: tuple[str, ...], *, as_json: bool, show_reads: bool) -> None:
         if show_reads:
             _show_reads(pushed.reads(), as_json=as_json)
         elif paths or as_json:
-            for output in _outputs(pushed, paths):
-                _show_output(output, as_json=as_json)
+            for path in _named(pushed, paths):
+                _show(pushed.pushes(path), pushed.find(path), as_json=as_json)
         else:
             for push in pushed.paths():
                 click.echo(_row(push))
 
 
-def _outputs(pushed: Pushed, paths: tuple[str, ...]) -> list[PushedOutput]:
+def _named(pushed: Pushed, paths: tuple[str, ...]) -> list[str]:
+    """In full; without names all that were pushed."""
     from cachesrv.errors import NotFound
     from cachesrv.push import wanted
     from cachesrv.push.store_location import locate
 
     location = locate(None, os.environ)
     if not paths:
-        found = (pushed.find(path) for path in dict.fromkeys(push.path for push in pushed.paths()))
-        return [output for output in found if output is not None]
-    outputs = []
+        return list(dict.fromkeys(push.path for push in pushed.paths()))
+    named = []
     for text in paths:
         asked = wanted.parse(text, location)
-        output = pushed.find(f"{location.store_dir}/{asked.hash_part}-{asked.name}")
-        if output is None:
+        named.append(f"{location.store_dir}/{asked.hash_part}-{asked.name}")
+        if not pushed.pushes(named[-1]):
             raise NotFound(f"{text} was not pushed from here, or too long ago")
-        outputs.append(output)
-    return outputs
+    return named
 
 
-def _show_output(output: PushedOutput, *, as_json: bool) -> None:
+def _show(pushes: list[PushedPath], output: PushedOutput | None, *, as_json: bool) -> None:
+    """`output` is None if nothing is known of what is in it."""
     from cachesrv.push.one_line import one_line
 
     if as_json:
-        click.echo(_json(_document(output)))
+        click.echo(_json(_document(pushes, output)))
         return
-    for push in output.pushes:
+    for push in pushes:
         click.echo(_row(push))
-    for file in output.files.values():
+    for file in output.files.values() if output else ():
         what = f"{file.size} bytes, sha256 {file.sha256}" if file.kind == "regular" else file.kind
         click.echo(f"  {one_line(file.name)}  {what}")
 
@@ -96,18 +97,17 @@ def _row(push: PushedPath) -> str:
     return f"{amounts.moment(push.at)}  {push.path}  {push.cache}"
 
 
-def _document(output: PushedOutput) -> dict[str, Any]:
+def _document(pushes: list[PushedPath], output: PushedOutput | None) -> dict[str, Any]:
     import msgspec
 
+    latest = pushes[0]
+    files = None if output is None else map(msgspec.to_builtins, output.files.values())
     return {
-        "path": output.path,
-        "nar_hash": output.nar_hash,
-        "nar_size": output.nar_size,
-        "pushes": [{"cache": push.cache, "at": push.at} for push in output.pushes],
-        "files": [
-            {name: value for name, value in msgspec.to_builtins(file).items() if name != "content"}
-            for file in output.files.values()
-        ],
+        "path": latest.path,
+        "nar_hash": latest.nar_hash,
+        "nar_size": latest.nar_size,
+        "pushes": [{"cache": push.cache, "at": push.at} for push in pushes],
+        "files": files and [{name: value for name, value in file.items() if name != "content"} for file in files],
     }
 
 

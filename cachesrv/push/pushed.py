@@ -58,14 +58,22 @@ class Pushed:
         self._record = record
 
     def find(self, path: str) -> PushedOutput | None:
-        """What is known of a store path (in full); None when it was not pushed from here, or too long ago."""
+        """What is known of a store path (in full) and what is in it. None when that is not on record: it was not pushed
+        from here, or too long ago, or its NAR did not go by here, since the cache had it of another path.
+        """
         if self._record is None:
             return None
         with suppress(StoreError):
             pushes = self._record.find(path)
-            if pushes:
+            if pushes and self._record.has_seen(pushes[0].nar_hash):
                 return self._output(self._record, pushes)
         return None
+
+    def pushes(self, path: str) -> list[PushedPath]:
+        """Those of a store path (in full), the latest first."""
+        with suppress(StoreError):
+            return self._record.find(path) if self._record is not None else []
+        return []
 
     def paths(self) -> list[PushedPath]:
         """All pushes on record, the latest first."""

@@ -170,6 +170,10 @@ class Record:
         rows = self._db.query("SELECT path, cache, nar_hash, nar_size, at FROM paths ORDER BY at DESC, path, cache")
         return [PushedPath(*row) for row in rows]
 
+    def has_seen(self, nar_hash: str) -> bool:
+        """Whether it is known what the NAR holds: what is not in `files` is not there."""
+        return bool(self._db.query("SELECT 1 FROM nars WHERE nar_hash = ?", nar_hash))
+
     def listing(self, nar_hash: str) -> ListingNode | None:
         """What the NAR holds, None if that is not known."""
         for (compressed,) in self._db.query("SELECT listing FROM nars WHERE nar_hash = ?", nar_hash):

@@ -186,6 +186,18 @@ def test_pushed_lists_pushes(path: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "was not pushed from here" in capsys.readouterr().err
 
 
+def test_pushed_claims_nothing_of_what_did_not_go_by(
+    environ: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = store_path("twin").full("/nix/store")
+    with closing(Record.open(Path(environ["CACHESRV_PUSHED"]))) as record:
+        record.write([], [PushedPath(full, CACHE, Hash.of("sha256", b"").nix32, 120, 1_700_000_000)])
+
+    assert out_of(capsys, "pushed", full) == f"2023-11-14 22:13:20Z  {full}  {CACHE}\n"
+    document: dict[str, Any] = json.loads(out_of(capsys, "pushed", "--json"))
+    assert (document["nar_size"], document["files"]) == (120, None)
+
+
 def test_names_of_any_kind_leave_the_terminal_alone(
     environ: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

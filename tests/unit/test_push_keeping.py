@@ -83,6 +83,22 @@ async def test_paths_with_one_nar_are_all_on_record(store: TemporaryStore, cache
         assert all((found := Pushed(record).find(path)) and found.files for path in paths)
 
 
+async def test_of_what_did_not_go_by_nothing_is_claimed(
+    store: TemporaryStore, cache: FakeCache, options: Options
+) -> None:
+    """Somebody else has pushed a path with the same NAR."""
+    other, path = add_release(store, "one"), add_release(store, "two")
+    await push([other], store, settings(cache), replace(options, record=None))
+    await push([path], store, settings(cache), options)
+
+    assert cache.count("nar") == 1
+    assert options.record is not None
+    with closing(Record.open(options.record)) as record:
+        pushed = Pushed(record)
+        assert pushed.find(path) is None
+        assert [one.cache for one in pushed.pushes(path)] == [cache.url]
+
+
 async def test_what_failed_is_not_on_record(store: TemporaryStore, cache: FakeCache, options: Options) -> None:
     good, bad = add_release(store, "good"), add_release(store, "bad")
     (store.file("bad") / "file").write_bytes(b"damaged")
