@@ -126,7 +126,7 @@ class Connection:
             await self.receive_answers([request.split(b" ", 1)[0].decode()])
         return bytes(self.received[before:])
 
-    async def ends(self, patience: float = 10) -> bool:
+    async def ends(self, patience: float = PATIENCE) -> bool:
         """Whether the server ends the connection within so many seconds."""
         until = monotonic() + patience
         while await self.receive(max(0.01, until - monotonic())):

@@ -13,6 +13,7 @@ from aiohttp.test_utils import TestServer
 
 from cachesrv.nix import narinfo
 from cachesrv.nix.signing import SecretKey
+from tests.waiting import PLENTY, let_pass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -162,6 +163,13 @@ def waiting(gate: asyncio.Event, then: Fault) -> Fault:
 async def hang(_request: web.Request) -> web.StreamResponse:
     """Nothing, ever."""
     await asyncio.sleep(3600)
+    raise AssertionError
+
+
+async def silent(_request: web.Request) -> web.StreamResponse:
+    """Nothing, until whoever waits for it has waited long enough, which is at once."""
+    let_pass(PLENTY)
+    await asyncio.sleep(10 * PLENTY)
     raise AssertionError
 
 

@@ -21,6 +21,7 @@ from cachesrv.nix.nar_writer import dump
 from cachesrv.nix.narinfo import NarInfo
 from cachesrv.nix.path_info import PathInfo, in_reference_order
 from cachesrv.nix.store_path import StorePath
+from cachesrv.push.connection import Timeouts
 from tests.fake_upstream import KEY
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 Body = TypeVar("Body")
 
 STORE_DIR = "/nix/store"
+PLENTY = Timeouts(connect=60, answer=60, stall=60, store=60)
+"""Of time, where nothing is silent on purpose: machines may be busy."""
+HURRY = Timeouts(connect=60, answer=2, stall=2, store=2)
+"""Where something is."""
 
 
 def store_path(name: str) -> StorePath:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
 from cachesrv.push.address import Address
-from cachesrv.push.connection import Timeouts
 from cachesrv.push.queue.entries import PATH, Entries, Entry
 from cachesrv.push.queue.intake import Incoming
 from cachesrv.push.queue.lock import QueueLock
@@ -19,7 +17,7 @@ from cachesrv.push.retry import Backoff
 from cachesrv.push.run import Options
 from cachesrv.push.settings import Given, Settings
 from cachesrv.push.token import TokenVariable
-from tests.push_doubles import FakeCache, TemporaryStore, store_path
+from tests.push_doubles import PLENTY, FakeCache, TemporaryStore, store_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -28,16 +26,7 @@ if TYPE_CHECKING:
     from cachesrv.push.events import Event, Summary
     from cachesrv.push.queue.outcome import Outcome
 
-QUICK = Options(
-    backoff=Backoff(attempts=2, first=0.01), timeouts=Timeouts(connect=5, answer=5, stall=0.5, store=5), jobs=2
-)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what is to come true by itself."""
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110  it is on disk, or in another process
-            await asyncio.sleep(0.01)
+QUICK = Options(backoff=Backoff(attempts=2, first=0.01), timeouts=PLENTY, jobs=2)
 
 
 def full(name: str) -> str:

@@ -18,6 +18,7 @@ from cachesrv.nix.worker_protocol import REALISATIONS, Op, Version
 from cachesrv.push.daemon import LARGEST_BATCH, DaemonStore
 from cachesrv.push.store_location import StoreLocation, locate
 from tests.fake_daemon import LAST, FakeDaemon, Peer, encode_error, encode_path_info
+from tests.waiting import PLENTY
 
 NAR_HASH = Hash.of("sha256", b"")
 
@@ -38,7 +39,7 @@ def location(daemon: FakeDaemon, *, database: bool = True) -> StoreLocation:
 async def test_every_version_is_understood(version: Version) -> None:
     features = ("delete-dead-specific-referrers", "realisation-with-path-not-hash", "of-tomorrow")
     async with FakeDaemon(version=version, features=features, infos=[info(1, 1), info(2, 1)]) as daemon:
-        store = await DaemonStore.open(location(daemon), timeout=5)
+        store = await DaemonStore.open(location(daemon), timeout=PLENTY)
         assert await store.path_info(path(2)) == info(2, 1)
         assert await store.closure([path(2)]) == [info(1, 1), info(2, 1)]
         assert store.name == f"Nix daemon{' 2.99.0' if version >= (1, 33) else ''} at {daemon.socket}"
@@ -47,7 +48,7 @@ async def test_every_version_is_understood(version: Version) -> None:
 
 async def test_a_daemon_that_takes_only_new_clients_takes_us() -> None:
     async with FakeDaemon(version=(1, 35), oldest_client=(1, 35), nix_version="2.93.0-lix", infos=[info(1)]) as daemon:
-        store = await DaemonStore.open(location(daemon), timeout=5)
+        store = await DaemonStore.open(location(daemon), timeout=PLENTY)
         assert await store.path_info(path(1)) == info(1)
         await store.close()
 
@@ -56,13 +57,13 @@ async def test_too_old_a_daemon_is_refused() -> None:
     async with FakeDaemon(version=(1, 21)) as daemon:
         expected = f"the Nix daemon at {daemon.socket}: it speaks protocol 1.21, at least 1.32 is needed"
         with pytest.raises(DaemonError, match=re.escape(expected)):
-            await DaemonStore.open(location(daemon), timeout=5)
+            await DaemonStore.open(location(daemon), timeout=PLENTY)
 
 
 async def test_a_closure_is_complete_and_asks_for_each_path_once() -> None:
     infos = [info(number, *range(max(0, number - 5), number + (number % 3 == 0))) for number in range(500)]
     async with FakeDaemon(infos=infos) as daemon:
-        store = await DaemonStore.open(location(daemon), timeout=5)
+        store = await DaemonStore.open(location(daemon), timeout=PLENTY)
         assert await store.closure([path(499), path(3)]) == in_reference_order(infos)
         assert len(daemon.asked) == 500
         assert daemon.connections == 1  # waves of five are not worth a second one
@@ -72,7 +73,7 @@ async def test_a_closure_is_complete_and_asks_for_each_path_once() -> None:
 async def test_many_paths_at_once_are_asked_for_over_all_connections_but_no_more() -> None:
     infos = [info(number) for number in range(10 * LARGEST_BATCH)]
     async with FakeDaemon(infos=infos) as daemon:
-        store = await DaemonStore.open(location(daemon), connections=3, timeout=5)
+        store = await DaemonStore.open(location(daemon), connections=3, timeout=PLENTY)
         assert len(await store.closure(entry.store_path for entry in infos)) == len(infos)
         assert daemon.most_open == daemon.connections == 3
         await store.close()
@@ -80,7 +81,7 @@ async def test_many_paths_at_once_are_asked_for_over_all_connections_but_no_more
 
 async def test_a_path_that_is_not_valid_is_named_and_the_connection_kept() -> None:
     async with FakeDaemon(infos=[info(1)]) as daemon:
-        store = await DaemonStore.open(location(daemon), timeout=5)
+        store = await DaemonStore.open(location(daemon), timeout=PLENTY)
         for _ in range(3):
             with pytest.raises(NotFound, match=f"^/nix/store/{path(2)} is not valid: .* {daemon.socket} "):
                 await store.closure([path(1), path(2), path(3)])
@@ -102,7 +103,7 @@ async def test_an_error_of_one_operation_is_told_and_the_connection_kept() -> No
                 await peer.write(LAST, encode_u64(0))
 
         daemon.answers[Op.QUERY_PATH_INFO] = fail_for_one
-        store = await DaemonStore.open(location(daemon), timeout=5)
+        store = await DaemonStore.open(location(daemon), timeout=PLENTY)
         expected = f"the Nix daemon at {daemon.socket}: database disk image is malformed (while asking)"
         for _ in range(3):
             with pytest.raises(OperationFailed, match=f"^{re.escape(expected)}$"):
@@ -123,7 +124,7 @@ async def test_what_the_daemon_tells_on_the_way_does_not_matter() -> None:
             await daemon.path_info(peer)
 
         daemon.answers[Op.QUERY_PATH_INFO] = wordy
-        store = await DaemonStore.open(location(daemon), timeout=5)
+        store = await DaemonStore.open(location(daemon), timeout=PLENTY)
         assert await store.path_info(path(1)) == info(1)
         await store.close()
 
@@ -138,7 +139,7 @@ async def test_an_answer_that_comes_byte_by_byte_is_read() -> None:
                 await asyncio.sleep(0)
 
         daemon.answers[Op.QUERY_PATH_INFO] = dribble
-        store = await DaemonStore.open(location(daemon), timeout=5)
+        store = await DaemonStore.open(location(daemon), timeout=PLENTY)
         assert await store.path_info(path(1)) == info(1, 1)
         await store.close()
 
@@ -146,7 +147,7 @@ async def test_an_answer_that_comes_byte_by_byte_is_read() -> None:
 async def test_another_store_directory() -> None:
     async with FakeDaemon(infos=[info(1, 1)], store_dir="/opt/store") as daemon:
         where = locate(f"unix://{daemon.socket}?store=/opt/store", {})
-        store = await DaemonStore.open(where, timeout=5)
+        store = await DaemonStore.open(where, timeout=PLENTY)
         assert await store.path_info(path(1)) == info(1, 1)
         assert daemon.asked == [f"/opt/store/{path(1)}"]
         await store.close()
@@ -155,7 +156,7 @@ async def test_another_store_directory() -> None:
 async def test_an_answer_from_another_store_directory_is_an_error() -> None:
     async with FakeDaemon(infos=[info(1, 1)], store_dir="/opt/store") as daemon:
         daemon.infos = {f"/nix/store/{path(1)}": info(1, 1)}
-        store = await DaemonStore.open(location(daemon), timeout=5)
+        store = await DaemonStore.open(location(daemon), timeout=PLENTY)
         with pytest.raises(
             DaemonError, match=f"{daemon.socket} does not keep to the protocol: '/opt/store/.* is not in"
         ):
@@ -198,7 +199,7 @@ async def test_realisations_are_asked_for_by_derivation() -> None:
 
     async with FakeDaemon(features=[REALISATIONS], infos=infos) as daemon:
         daemon.answers[Op.QUERY_REALISATION] = answer
-        store = await DaemonStore.open(location(daemon, database=False), timeout=5)
+        store = await DaemonStore.open(location(daemon, database=False), timeout=PLENTY)
         found = await store.realisations([one.store_path for one in infos])
         await store.close()
 
@@ -212,7 +213,7 @@ async def test_realisations_are_asked_for_by_derivation() -> None:
 @pytest.mark.parametrize(("version", "features"), [((1, 37), [REALISATIONS]), ((1, 38), ["of-tomorrow"])])
 async def test_a_daemon_that_cannot_be_asked_for_realisations_is_named(version: Version, features: list[str]) -> None:
     async with FakeDaemon(version=version, features=features, infos=[output(1)]) as daemon:
-        store = await DaemonStore.open(location(daemon, database=False), timeout=5)
+        store = await DaemonStore.open(location(daemon, database=False), timeout=PLENTY)
         with pytest.raises(NotAllowed, match=r"does not tell them, and this user may not read .*db.sqlite"):
             await store.realisations([path(1)])
         await store.close()

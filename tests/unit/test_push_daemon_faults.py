@@ -20,6 +20,7 @@ from cachesrv.nix.worker_protocol import DAEMON_MAGIC, Op
 from cachesrv.push.daemon import LARGEST_BATCH, DaemonStore
 from cachesrv.push.store_location import StoreLocation, locate
 from tests.fake_daemon import LAST, Answer, FakeDaemon, Peer, encode_error, encode_path_info
+from tests.waiting import PLENTY, until
 
 INFOS = [PathInfo(StorePath(f"{number:032d}", "x"), Hash.of("sha256", b""), 120) for number in range(4 * LARGEST_BATCH)]
 PATHS = [info.store_path for info in INFOS]
@@ -31,8 +32,8 @@ def location(socket_file: Path) -> StoreLocation:
 
 
 async def error_of(work: Awaitable[Any]) -> str:
-    """The message of the DaemonError that `work` raises, within a time that is far from a hang."""
-    async with asyncio.timeout(5):
+    """The message of the DaemonError that `work` raises."""
+    async with asyncio.timeout(PLENTY):
         with pytest.raises(DaemonError) as caught:
             await work
     return str(caught.value)
@@ -77,7 +78,8 @@ WELCOME = encode_u64(DAEMON_MAGIC) + encode_u64(0x0122)
 )
 async def test_a_daemon_that_fails_in_the_handshake(greeting: Answer, expected: str) -> None:
     async with FakeDaemon(greeting=greeting) as daemon:
-        message = await error_of(DaemonStore.open(location(daemon.socket), timeout=PATIENCE))
+        patience = PATIENCE if "no answer" in expected else PLENTY
+        message = await error_of(DaemonStore.open(location(daemon.socket), timeout=patience))
         assert re.search(f"^the Nix daemon at {daemon.socket}{expected}", message), message
 
 
@@ -119,7 +121,10 @@ async def test_a_name_that_is_too_long_for_a_socket() -> None:
 @pytest.mark.parametrize("count", [1, 3])
 async def test_a_daemon_that_fails_in_an_operation(answer: Answer, expected: str, count: int) -> None:
     async with FakeDaemon(infos=INFOS) as daemon:
-        store = await DaemonStore.open(location(daemon.socket), timeout=PATIENCE)
+        store = await DaemonStore.open(location(daemon.socket), timeout=PLENTY)
+        if "no answer" in expected:  # on this connection, that shook hands in time
+            for connection in store._pool._open:
+                connection._timeout = PATIENCE
         daemon.answers[Op.QUERY_PATH_INFO] = answer
         message = await error_of(store.closure(PATHS[:count]))
         assert re.search(f"^the Nix daemon at {daemon.socket}{expected}", message), message
@@ -131,7 +136,7 @@ async def test_a_daemon_that_fails_in_an_operation(answer: Answer, expected: str
 
 async def test_running_out_of_memory_among_many_questions_is_what_is_reported() -> None:
     async with FakeDaemon(infos=INFOS) as daemon:
-        store = await DaemonStore.open(location(daemon.socket), timeout=5)
+        store = await DaemonStore.open(location(daemon.socket), timeout=PLENTY)
         asked = 0
 
         async def fail_at_the_third(peer: Peer) -> None:
@@ -149,7 +154,7 @@ async def test_running_out_of_memory_among_many_questions_is_what_is_reported() 
 
 async def test_when_one_of_many_batches_fails_the_others_are_given_up() -> None:
     async with FakeDaemon(infos=INFOS) as daemon:
-        store = await DaemonStore.open(location(daemon.socket), timeout=5)
+        store = await DaemonStore.open(location(daemon.socket), timeout=PLENTY)
 
         async def fail_or_wait(peer: Peer) -> None:
             if await peer.string() >= f"/nix/store/{PATHS[-LARGEST_BATCH]}":
@@ -168,7 +173,7 @@ async def test_when_one_of_many_batches_fails_the_others_are_given_up() -> None:
 
 async def test_a_daemon_that_was_restarted_between_questions_is_not_noticed() -> None:
     async with FakeDaemon(infos=INFOS) as daemon:
-        store = await DaemonStore.open(location(daemon.socket), timeout=5)
+        store = await DaemonStore.open(location(daemon.socket), timeout=PLENTY)
 
         async def answer_and_die(peer: Peer) -> None:
             await daemon.path_info(peer)
@@ -177,15 +182,14 @@ async def test_a_daemon_that_was_restarted_between_questions_is_not_noticed() ->
         daemon.answers[Op.QUERY_PATH_INFO] = answer_and_die
         for number in range(3):
             assert await store.path_info(PATHS[number]) == INFOS[number]
-            await asyncio.sleep(0.02)  # until the end of the connection is seen here
-            assert not daemon.open
+            await until(lambda: not (store._pool._open or daemon.open))
         assert daemon.connections == 3
         await store.close()
 
 
 async def test_a_connection_on_which_more_came_than_was_asked_for_is_given_up() -> None:
     async with FakeDaemon(infos=INFOS) as daemon:
-        store = await DaemonStore.open(location(daemon.socket), timeout=5)
+        store = await DaemonStore.open(location(daemon.socket), timeout=PLENTY)
 
         async def say_too_much(peer: Peer) -> None:
             await daemon.path_info(peer)
@@ -194,7 +198,7 @@ async def test_a_connection_on_which_more_came_than_was_asked_for_is_given_up() 
         daemon.answers[Op.QUERY_PATH_INFO] = say_too_much
         for number in range(3):
             assert await store.path_info(PATHS[number]) == INFOS[number]
-            await asyncio.sleep(0.01)
+            await until(lambda: not any(connection.reusable for connection in store._pool._idle))
         assert daemon.connections == 3
         await store.close()
 
@@ -211,7 +215,7 @@ async def test_a_daemon_too_busy_to_accept_is_waited_for_but_not_forever() -> No
             message = await error_of(DaemonStore.open(location(crowded), timeout=PATIENCE))
             assert message == f"the Nix daemon at {crowded} accepts no connection for 0.3 seconds"
 
-            opening = asyncio.ensure_future(DaemonStore.open(location(crowded), timeout=5))
+            opening = asyncio.ensure_future(DaemonStore.open(location(crowded), timeout=PLENTY))
             await asyncio.sleep(0.1)
             server = await asyncio.start_unix_server(daemon._accept, sock=listener.dup())
             store = await opening

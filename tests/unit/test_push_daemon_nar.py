@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 import pytest
@@ -14,8 +15,10 @@ from cachesrv.nix.store_path import StorePath
 from cachesrv.nix.wire import encode_string
 from cachesrv.nix.worker_protocol import Op
 from cachesrv.push.daemon import DaemonStore
+from cachesrv.push.daemon_connection import Connection
 from cachesrv.push.store_location import StoreLocation, locate
 from tests.fake_daemon import LAST, Answer, FakeDaemon, Peer, encode_error
+from tests.waiting import PLENTY
 
 PATH = StorePath("1" * 32, "file")
 
@@ -49,7 +52,7 @@ def sends(*data: bytes, hang_up: bool = True) -> Answer:
 
 
 async def read(store: DaemonStore, wanted: PathInfo) -> bytes:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PLENTY):
         return b"".join([chunk async for chunk in store.nar(wanted)])
 
 
@@ -57,7 +60,7 @@ async def read(store: DaemonStore, wanted: PathInfo) -> bytes:
 async def test_a_nar_arrives_whole_and_the_connection_stays(nar: bytes) -> None:
     async with FakeDaemon(infos=[info(nar)]) as daemon:
         daemon.nars[PATH.base_name] = nar
-        store = await DaemonStore.open(location(daemon), timeout=5)
+        store = await DaemonStore.open(location(daemon), timeout=PLENTY)
         for _ in range(3):
             assert await read(store, info(nar)) == nar
             assert await store.path_info(PATH) == info(nar)
@@ -78,7 +81,7 @@ async def test_chunks_are_small_and_the_daemon_is_held_back_by_a_slow_reader() -
 
     async with FakeDaemon() as daemon:
         daemon.answers[Op.NAR_FROM_PATH] = endless
-        store = await DaemonStore.open(location(daemon), timeout=5)
+        store = await DaemonStore.open(location(daemon), timeout=PLENTY)
         async with aclosing(store.nar(PathInfo(PATH, Hash.of("sha256", b""), 1 << 40))) as chunks:
             received = 0
             async for chunk in chunks:
@@ -94,7 +97,7 @@ async def test_chunks_are_small_and_the_daemon_is_held_back_by_a_slow_reader() -
 async def test_a_reader_that_leaves_early_gives_the_connection_up() -> None:
     async with FakeDaemon(infos=[info(LARGE)]) as daemon:
         daemon.nars[PATH.base_name] = LARGE
-        store = await DaemonStore.open(location(daemon), connections=1, timeout=5)
+        store = await DaemonStore.open(location(daemon), connections=1, timeout=PLENTY)
         async with aclosing(store.nar(info(LARGE))) as chunks:
             await anext(chunks)
         assert await store.path_info(PATH) == info(LARGE)
@@ -104,10 +107,16 @@ async def test_a_reader_that_leaves_early_gives_the_connection_up() -> None:
 
 async def test_a_reader_that_is_cancelled_gives_the_connection_up() -> None:
     async with FakeDaemon(infos=[info(LARGE)]) as daemon:
-        daemon.answers[Op.NAR_FROM_PATH] = sends(LARGE[:1000], hang_up=False)
-        store = await DaemonStore.open(location(daemon), connections=1, timeout=5)
+        begin, begun = sends(LARGE[:1000], hang_up=False), asyncio.Event()
+
+        async def answer(peer: Peer) -> None:
+            begun.set()
+            await begin(peer)
+
+        daemon.answers[Op.NAR_FROM_PATH] = answer
+        store = await DaemonStore.open(location(daemon), connections=1, timeout=PLENTY)
         reading = asyncio.ensure_future(read(store, info(LARGE)))
-        await asyncio.sleep(0.05)
+        await begun.wait()
         reading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reading
@@ -138,7 +147,7 @@ FAILURE = encode_error("reading from file '\x1b[35;1m/nix/store/x\x1b[0m': Input
 async def test_a_nar_that_does_not_come_whole(nar: bytes, sent: bytes, expected: str | None) -> None:
     async with FakeDaemon(infos=[info(nar)]) as daemon:
         daemon.answers[Op.NAR_FROM_PATH] = sends(sent)
-        store = await DaemonStore.open(location(daemon), timeout=5)
+        store = await DaemonStore.open(location(daemon), timeout=PLENTY)
         if expected is None:
             assert await read(store, info(nar)) == nar
         else:
@@ -157,7 +166,7 @@ async def test_a_refused_nar_is_an_error_of_one_operation() -> None:
 
     async with FakeDaemon(infos=[info(SMALL)]) as daemon:
         daemon.answers[Op.NAR_FROM_PATH] = refuse
-        store = await DaemonStore.open(location(daemon), timeout=5)
+        store = await DaemonStore.open(location(daemon), timeout=PLENTY)
         with pytest.raises(OperationFailed, match="not allowed"):
             await read(store, info(SMALL))
         assert await store.path_info(PATH) == info(SMALL)
@@ -166,24 +175,33 @@ async def test_a_refused_nar_is_an_error_of_one_operation() -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", LARGE[:1000], SMALL[:-8] + b"12345678"], ids=["none", "some", "no end"])
-async def test_silence_in_the_middle_of_a_nar_ends_in_time(sent: bytes) -> None:
+async def test_silence_in_the_middle_of_a_nar_ends_in_time(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    truly = Connection.nar
+
+    def in_a_hurry(connection: Connection, size: int) -> AsyncGenerator[bytes, None]:
+        connection._timeout = 0.2
+        return truly(connection, size)
+
+    monkeypatch.setattr(Connection, "nar", in_a_hurry)
     async with FakeDaemon() as daemon:
         daemon.answers[Op.NAR_FROM_PATH] = sends(sent, hang_up=False)
-        store = await DaemonStore.open(location(daemon), timeout=0.2)
+        store = await DaemonStore.open(location(daemon), timeout=PLENTY)
         wanted = info(SMALL) if len(sent) == len(SMALL) else info(LARGE)
         with pytest.raises(DaemonError, match=r"no answer within 0\.2 seconds after|not a whole NAR"):
             await read(store, wanted)
         await store.close()
 
 
-async def test_time_that_the_reader_takes_does_not_count() -> None:
+async def test_time_that_the_reader_takes_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    clock, later = loop.time, 0.0
+    monkeypatch.setattr(loop, "time", lambda: clock() + later)
     async with FakeDaemon(infos=[info(LARGE)]) as daemon:
         daemon.nars[PATH.base_name] = LARGE
-        store = await DaemonStore.open(location(daemon), timeout=0.3)
+        store = await DaemonStore.open(location(daemon), timeout=PLENTY)
         received = b""
         async for chunk in store.nar(info(LARGE)):
-            if not received:
-                await asyncio.sleep(0.5)
+            later += 2 * PLENTY
             received += chunk
         assert received == LARGE
         await store.close()
@@ -191,7 +209,7 @@ async def test_time_that_the_reader_takes_does_not_count() -> None:
 
 async def test_a_nar_of_unknown_size_is_not_asked_for() -> None:
     async with FakeDaemon() as daemon:
-        store = await DaemonStore.open(location(daemon), timeout=5)
+        store = await DaemonStore.open(location(daemon), timeout=PLENTY)
         with pytest.raises(DaemonError, match=f"does not know the size of /nix/store/{PATH}"):
             await read(store, PathInfo(PATH, Hash.of("sha256", b""), 0))
         assert daemon.asked == []

@@ -11,13 +11,12 @@ from aiohttp import web
 
 from cachesrv.push import elsewhere, events
 from cachesrv.push.address import Address
-from cachesrv.push.connection import Timeouts
 from cachesrv.push.retry import Backoff
 from cachesrv.push.run import Options, push
 from cachesrv.push.settings import Settings
 from cachesrv.push.token import TokenVariable
 from cachesrv.push.traffic import Traffic
-from tests.push_doubles import FakeCache, TemporaryStore, answer, drop, store_path
+from tests.push_doubles import PLENTY, FakeCache, TemporaryStore, answer, drop, store_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 LARGE = random.Random(6).randbytes(20 * MIB)
-QUICK = Options(backoff=Backoff(attempts=4, first=0.01), timeouts=Timeouts(connect=20, answer=20, stall=20, store=20))
+QUICK = Options(backoff=Backoff(attempts=4, first=0.01), timeouts=PLENTY)
 REFUSED = answer(400, "<Error><Code>InvalidRequest</Code><Message>not\nso</Message></Error>")
 EXPIRED = answer(403, "<Error><Code>AccessDenied</Code><Message>Request has\nexpired</Message></Error>")
 

@@ -14,7 +14,6 @@ import pytest
 from cachesrv.errors import ConfigError, ServerError
 from cachesrv.nix.hashes import Hash
 from cachesrv.push.address import Address
-from cachesrv.push.connection import Timeouts
 from cachesrv.push.events import Retrying
 from cachesrv.push.retry import Backoff, TryAgain, Unreachable
 from cachesrv.push.run import Options, push
@@ -22,7 +21,7 @@ from cachesrv.push.server import connect
 from cachesrv.push.settings import Settings
 from cachesrv.push.token import TokenVariable
 from tests.certificate import contexts
-from tests.push_doubles import FakeCache, TemporaryStore, answer, store_path
+from tests.push_doubles import PLENTY, FakeCache, TemporaryStore, answer, store_path
 from tests.tcp_proxy import TcpProxy
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ async def test_an_address_that_does_not_answer_beside_one_that_does(
 
             environment.setattr(asyncio.get_running_loop(), "getaddrinfo", both)
             url = cache.url.replace("127.0.0.1", "cache.example")
-            async with talking(url, timeouts=Timeouts(connect=5)) as server:
+            async with talking(url, timeouts=PLENTY) as server:
                 assert (await server.describe()).name == "main"
 
 

@@ -17,7 +17,6 @@ from cachesrv.errors import ServerError
 from cachesrv.nix.nar_writer import dump
 from cachesrv.push import events
 from cachesrv.push.address import Address
-from cachesrv.push.connection import Timeouts
 from cachesrv.push.packing import Packing
 from cachesrv.push.pipeline import Pipeline
 from cachesrv.push.plan import Nar
@@ -26,7 +25,7 @@ from cachesrv.push.run import Options, push
 from cachesrv.push.server import connect
 from cachesrv.push.settings import Settings
 from cachesrv.push.token import TokenVariable
-from tests.push_doubles import FakeCache, TemporaryStore, answer, drop, hang, path_info, store_path
+from tests.push_doubles import HURRY, PLENTY, FakeCache, TemporaryStore, answer, drop, hang, path_info, store_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Iterable
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from cachesrv.push.nar_source import NarSource
     from tests.push_doubles import Handler
 
-QUICK = Options(backoff=Backoff(attempts=3, first=0.01), timeouts=Timeouts(connect=5, answer=0.5, stall=0.5, store=0.5))
+QUICK = Options(backoff=Backoff(attempts=3, first=0.01), timeouts=PLENTY)
 NUMBER = 40
 
 
@@ -217,7 +216,7 @@ async def test_a_server_that_takes_no_pack_after_all(store: TemporaryStore, cach
 async def test_what_passes_is_tried_again(store: TemporaryStore, cache: FakeCache, fault: Handler) -> None:
     cache.fail("pack", fault)
     told: list[events.Event] = []
-    summary = await pushed(store, cache, told=told)
+    summary = await pushed(store, cache, told=told, timeouts=HURRY if fault is hang else PLENTY)
 
     check_all_there(store, cache)
     assert summary.failed == 0

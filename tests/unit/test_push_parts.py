@@ -15,7 +15,6 @@ from cachesrv.errors import ServerError
 from cachesrv.nix.nar_writer import dump
 from cachesrv.push import events, in_parts
 from cachesrv.push.address import Address
-from cachesrv.push.connection import Timeouts
 from cachesrv.push.frame import FRAME_SIZE, recipe
 from cachesrv.push.in_parts import part_memory
 from cachesrv.push.level import DEFAULT_LEVEL, Level
@@ -26,7 +25,7 @@ from cachesrv.push.retry import Backoff
 from cachesrv.push.run import Options, push
 from cachesrv.push.settings import Settings
 from cachesrv.push.token import TokenVariable
-from tests.push_doubles import FakeCache, TemporaryStore, answer, drop, hang, path_info, store_path
+from tests.push_doubles import HURRY, PLENTY, FakeCache, TemporaryStore, answer, drop, hang, path_info, store_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -34,11 +33,12 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
+    from cachesrv.push.connection import Timeouts
     from cachesrv.push.part_memory import Share
     from tests.push_doubles import Handler
 
 MIB = 2**20
-QUICK = Options(backoff=Backoff(attempts=3, first=0.01), timeouts=Timeouts(connect=5, answer=5, stall=0.5, store=0.5))
+QUICK = Options(backoff=Backoff(attempts=3, first=0.01))
 LARGE = random.Random(5).randbytes(7 * MIB)
 
 pytestmark = pytest.mark.usefixtures("no_pauses")
@@ -62,11 +62,13 @@ async def pushed(
     *names: str,
     told: list[events.Event] | None = None,
     level: Level | None = None,
+    timeouts: Timeouts = PLENTY,
 ) -> events.Summary:
     """What becomes of paths, by default of the large one."""
     settings = Settings(Address.parse(cache.url), TokenVariable.of("CACHESRV_TOKEN", "secret"))
     paths = [store_path(name).full("/nix/store") for name in names or ["large"]]
-    return await push(paths, store, settings, replace(QUICK, level=level), (told if told is not None else []).append)
+    options = replace(QUICK, level=level, timeouts=timeouts)
+    return await push(paths, store, settings, options, (told if told is not None else []).append)
 
 
 def arrived(store: TemporaryStore, cache: FakeCache, name: str = "large") -> bool:
@@ -189,7 +191,7 @@ async def test_a_server_that_does_not_say_what_was_begun(store: TemporaryStore, 
 )
 async def test_one_part_is_sent_again_and_no_other(store: TemporaryStore, cache: FakeCache, fault: Handler) -> None:
     cache.fail("part", fault)
-    summary = await pushed(store, cache)
+    summary = await pushed(store, cache, timeouts=HURRY if fault is hang else PLENTY)
 
     assert arrived(store, cache)
     assert summary.failed == 0
@@ -218,7 +220,7 @@ async def test_who_is_interrupted_while_the_server_checks_asks_again(store: Temp
 async def test_a_server_that_does_not_come_to_an_end_is_given_up(store: TemporaryStore, cache: FakeCache) -> None:
     cache.slow = 10**9
     told: list[events.Event] = []
-    summary = await pushed(store, cache, told=told)
+    summary = await pushed(store, cache, told=told, timeouts=HURRY)
 
     assert summary.failed == 1
     assert cache.count("part") == 8

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 
 from cachesrv.errors import BadInput, CachesrvError, ServerError
 from cachesrv.push.address import Address
-from cachesrv.push.connection import Timeouts, may_need_proxy
+from cachesrv.push.connection import may_need_proxy
 from cachesrv.push.questions import Questions, Said, _Answer
 from cachesrv.push.retry import Broken, Unreachable
+from tests.push_doubles import HURRY, PLENTY
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
 LIMIT = 1000
-HURRY = Timeouts(connect=5, answer=0.3)
 
 
 @asynccontextmanager
@@ -59,7 +59,7 @@ async def saying(pieces: Sequence[bytes], *, then_wait: bool = False) -> AsyncIt
 
 async def ask(*pieces: bytes, body: bytes = b"", then_wait: bool = False) -> Said:
     async with saying(pieces, then_wait=then_wait) as (address, _):
-        questions = Questions(address, HURRY, limit=LIMIT)
+        questions = Questions(address, HURRY if then_wait else PLENTY, limit=LIMIT)
         return await questions.ask("POST", address.api("missing"), {"Accept": "application/json"}, body)
 
 
@@ -133,7 +133,7 @@ def test_any_bytes_have_an_outcome(noise: bytes, position: int) -> None:
 
 async def test_the_question_as_it_goes_over_the_wire() -> None:
     async with saying([b"HTTP/1.1 204 Done\r\n\r\n"]) as (address, asked):
-        questions = Questions(address, HURRY, limit=LIMIT)
+        questions = Questions(address, PLENTY, limit=LIMIT)
         await questions.ask("GET", address.api(), {"Authorization": "Bearer x"}, b"")
         await questions.ask("POST", address.api("missing"), {"Content-Type": "text/plain"}, b"body")
         host = address.base.removeprefix("http://").encode()
@@ -149,7 +149,7 @@ async def test_nobody_there() -> None:
     async with saying([]) as (address, _):
         pass
     with pytest.raises(Unreachable, match="cannot be reached: Connection refused"):
-        await Questions(address, HURRY, limit=LIMIT).ask("GET", address.api(), {}, b"")
+        await Questions(address, PLENTY, limit=LIMIT).ask("GET", address.api(), {}, b"")
 
 
 def test_proxies_are_for_the_library() -> None:

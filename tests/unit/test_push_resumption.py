@@ -15,7 +15,6 @@ import zstandard
 from cachesrv.nix.nar_writer import dump
 from cachesrv.push import events
 from cachesrv.push.address import Address
-from cachesrv.push.connection import Timeouts
 from cachesrv.push.frame import Compressors, Frame
 from cachesrv.push.journal import Journal
 from cachesrv.push.record import Record
@@ -23,7 +22,7 @@ from cachesrv.push.retry import Backoff
 from cachesrv.push.run import Options, push
 from cachesrv.push.settings import Settings
 from cachesrv.push.token import TokenVariable
-from tests.push_doubles import FakeCache, TemporaryStore, hang, store_path
+from tests.push_doubles import PLENTY, FakeCache, TemporaryStore, hang, store_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -47,7 +46,7 @@ def options(tmp_path: Path) -> Options:
         journal=tmp_path / "state" / "transfers.sqlite",
         record=tmp_path / "state" / "pushed.sqlite",
         backoff=Backoff(attempts=3, first=0.01),
-        timeouts=Timeouts(connect=5, answer=5, stall=5, store=5),
+        timeouts=PLENTY,
     )
 
 

@@ -17,21 +17,20 @@ from cachesrv.nix.nar_writer import dump
 from cachesrv.nix.signing import SecretKey
 from cachesrv.push import events
 from cachesrv.push.address import Address
-from cachesrv.push.connection import Timeouts
 from cachesrv.push.retry import Backoff
 from cachesrv.push.run import Options, push
 from cachesrv.push.settings import Settings
 from cachesrv.push.token import TokenVariable
 from cachesrv.push.upstreams import Upstream
 from tests.fake_upstream import KEY, FakeUpstream
-from tests.push_doubles import FakeCache, TemporaryStore, answer, drop, hang, signed_narinfo, store_path
+from tests.push_doubles import HURRY, PLENTY, FakeCache, TemporaryStore, answer, drop, hang, signed_narinfo, store_path
 
 if TYPE_CHECKING:
     from aiohttp import web
 
     from tests.push_doubles import Handler
 
-QUICK = Options(backoff=Backoff(attempts=3, first=0.01), timeouts=Timeouts(connect=5, answer=5, stall=0.5, store=5))
+QUICK = Options(backoff=Backoff(attempts=3, first=0.01), timeouts=PLENTY)
 
 
 def settings(cache: FakeCache, token: str = "secret") -> Settings:
@@ -238,7 +237,8 @@ async def test_what_passes_is_tried_again(store: TemporaryStore, cache: FakeCach
     cache.fail("nar", fault)
     told: list[events.Event] = []
 
-    summary = await push(full("large"), store, settings(cache), QUICK, told.append)
+    options = replace(QUICK, timeouts=HURRY) if fault is hang else QUICK
+    summary = await push(full("large"), store, settings(cache), options, told.append)
 
     assert [event.attempt for event in told if isinstance(event, events.Retrying)] == [1]
     assert info.store_path.base_name in cache.published

@@ -13,21 +13,18 @@ import pytest
 from cachesrv.errors import ServerError
 from cachesrv.push import events, run
 from cachesrv.push.address import Address
-from cachesrv.push.connection import Timeouts
 from cachesrv.push.retry import Backoff, Overloaded, TryAgain, Unreachable
 from cachesrv.push.run import Options, push
 from cachesrv.push.settings import Settings
 from cachesrv.push.token import TokenVariable
 from cachesrv.push.traffic import Traffic
-from tests.push_doubles import FakeCache, TemporaryStore, answer, drop, store_path
+from tests.push_doubles import PLENTY, FakeCache, TemporaryStore, answer, drop, store_path
 
 if TYPE_CHECKING:
     from aiohttp import web
 
 MIB = 2**20
-QUICK = Options(
-    jobs=12, backoff=Backoff(attempts=12, first=0.01), timeouts=Timeouts(connect=5, answer=5, stall=5, store=5)
-)
+QUICK = Options(jobs=12, backoff=Backoff(attempts=12, first=0.01), timeouts=PLENTY)
 
 
 def settings(cache: FakeCache) -> Settings:

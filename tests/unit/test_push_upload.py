@@ -6,6 +6,7 @@ import asyncio
 import ssl
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from email.utils import formatdate
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,6 @@ from cachesrv.errors import (
 )
 from cachesrv.nix.hashes import Hash
 from cachesrv.push.address import Address
-from cachesrv.push.connection import Timeouts
 from cachesrv.push.events import Event, Retrying
 from cachesrv.push.foremost import foremost
 from cachesrv.push.refusal import refusal, said_in, seconds_until
@@ -35,19 +35,19 @@ from cachesrv.push.retry import Backoff, TryAgain, Unreachable, retry
 from cachesrv.push.server import Server, connect
 from cachesrv.push.token import FirstToken, TokenFile, TokenVariable
 from cachesrv.push.upload import concerns_all
-from tests.push_doubles import FakeCache, answer, drop, hang
+from tests.push_doubles import HURRY, PLENTY, FakeCache, answer, drop, hang
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator
     from pathlib import Path
 
+    from cachesrv.push.connection import Timeouts
     from tests.push_doubles import Handler
 
 ADDRESS = Address.parse("http://cache.example.org/main")
 NO_TOKEN = FirstToken(list)
 TOKEN = TokenVariable.of("CACHESRV_TOKEN", "secret")
 NAR = Hash.of("sha256", b"nar")
-HURRY = Timeouts(connect=5, answer=0.3, stall=0.3, store=0.3)
 
 
 @asynccontextmanager
@@ -206,7 +206,7 @@ async def test_other_failures_are_not_tried_again(cache: FakeCache) -> None:
 async def test_questions_survive_what_passes(cache: FakeCache, fault: Handler) -> None:
     told: list[Event] = []
     cache.fail("missing", fault)
-    async with talking(cache, timeouts=HURRY, told=told) as server:
+    async with talking(cache, timeouts=HURRY if fault is hang else PLENTY, told=told) as server:
         assert [answer.missing for answer in await server.missing(wanted("a"))] == [["a"]]
 
     assert len(told) == 1
@@ -364,12 +364,9 @@ async def _certificate(directory: Path) -> tuple[Path, Path]:
 
 async def test_a_nar_that_the_server_does_not_take_is_given_up(cache: FakeCache) -> None:
     cache.fail("nar", hang)
-    async with talking(cache, timeouts=HURRY) as server:
-        started = time.monotonic()
+    async with talking(cache, timeouts=HURRY) as server, asyncio.timeout(60):
         with pytest.raises(TryAgain, match="gone silent"):
             await stream(server, _endless())
-
-    assert time.monotonic() - started < 5
 
 
 async def test_a_server_that_never_answers_for_a_nar_is_given_up(cache: FakeCache) -> None:
@@ -390,7 +387,7 @@ async def test_our_own_slowness_is_not_held_against_the_server(cache: FakeCache)
             yield chunk
 
     cache.fail("nar", answer(201))
-    async with talking(cache, timeouts=HURRY) as server:
+    async with talking(cache, timeouts=replace(PLENTY, stall=0.3)) as server:
         await stream(server, slow())
 
 
@@ -423,7 +420,7 @@ async def test_chunks_that_fail_end_the_request(cache: FakeCache) -> None:
     async with talking(cache) as server:
         with pytest.raises(TryAgain):
             await stream(server, fail())
-        await asyncio.wait_for(broken.wait(), 5)
+        await asyncio.wait_for(broken.wait(), 60)
 
     assert cache.nars == {}
 

@@ -22,7 +22,8 @@ from cachesrv.push.queue.runner import Service, drain
 from cachesrv.push.queue.status import read_status, status_lines
 from cachesrv.push.retry import Backoff, TryAgain
 from tests.push_doubles import FakeCache, answer
-from tests.queue_doubles import FakeQueue, full, until
+from tests.queue_doubles import FakeQueue, full
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

@@ -17,7 +17,8 @@ from cachesrv.push.queue.figures import write_figures
 from cachesrv.push.queue.spool import put
 from cachesrv.push.queue.work import AGAIN, CannotPush
 from tests.push_doubles import FakeCache, answer
-from tests.queue_doubles import FakeQueue, full, until
+from tests.queue_doubles import FakeQueue, full
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -238,6 +239,7 @@ async def test_a_push_that_is_cut_off_loses_nothing(queue: FakeQueue, cache: Fak
 
     assert queue.entries.counts().pushing == 0
     assert len(queue.waiting()) == 2
+    cache.faults.clear()
     assert await everything(queue) == 1
 
 

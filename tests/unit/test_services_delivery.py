@@ -36,6 +36,7 @@ from cachesrv.storage.no_cache import NoCache
 from tests.fake_upstream import KEY, FakeUpstream, cut, drop, sent, status, unsized, waiting
 from tests.samples import Sample
 from tests.service_site import open_site, served_cache
+from tests.waiting import PLENTY
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -130,14 +131,14 @@ async def far_site(
     kept: ObjectCache = cache if disk_cache else NoCache()
     storage = None if local else KeepingStore(bucket, kept, lambda key: "/nar/" in key)
     async with FakeUpstream() as upstream, aiohttp.ClientSession() as session:
-        reader = HttpReader(session, upstream.url, timeout=0.5)
+        reader = HttpReader(session, upstream.url, timeout=PLENTY)
         up = Upstream("up", reader, {KEY.name: KEY.public}, Breaker())
-        upstreams = Upstreams(lambda _: [up], patience=0.5)
+        upstreams = Upstreams(lambda _: [up], patience=PLENTY)
         async with open_site(folder, storage=storage, cache=PULLING, upstreams=upstreams) as site:
-            lookup = Lookup(site.index, [upstreams], negative_ttl=60, timeout=1)
+            lookup = Lookup(site.index, [upstreams], negative_ttl=60, timeout=PLENTY)
             fetches = Fetches(kept)
             origin = PullThrough(upstreams, site.ingest, site.publish, keep=not local, forget=lookup.forget)
-            far_away = FarAway(kept, fetches, origin, storage_is_local=local, redirect=redirect, patience=0.5)
+            far_away = FarAway(kept, fetches, origin, storage_is_local=local, redirect=redirect, patience=PLENTY)
             yield Far(site, bucket, kept, Delivery(site.storage, site.catalog, site.ingest, far_away), upstream)
             await fetches.close()
     await cache.close()

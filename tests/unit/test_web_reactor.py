@@ -40,6 +40,7 @@ from tests.front_site import (
     no_more_files,
     open_site,
 )
+from tests.waiting import PLENTY, Pace, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -71,11 +72,7 @@ class Served:
 
     async def until(self, *, reactor: int, fronts: int) -> None:
         """Wait until so many connections are here and there."""
-        for _ in range(2000):
-            if (len(self.reactor), len(self.fronts)) == (reactor, fronts):
-                return
-            await asyncio.sleep(0.01)
-        raise AssertionError(f"{len(self.reactor)} connections are in the reactor, {len(self.fronts)} in fronts")
+        await until(lambda: (len(self.reactor), len(self.fronts)) == (reactor, fronts))
 
 
 @asynccontextmanager
@@ -269,11 +266,7 @@ async def test_what_is_not_plain_leaves(served: Served, request_: bytes) -> None
     connection = await served.connect()
     assert await answers_to(connection, get(f"/main/{PRESENT[0]}.narinfo")) == [(OK, narinfo(0))]
     await connection.send(request_)
-    for _ in range(2000):
-        if not len(served.reactor):
-            return
-        await asyncio.sleep(0.01)
-    pytest.fail("the connection stays in the reactor")
+    await until(lambda: not len(served.reactor))
 
 
 async def test_a_connection_that_left_is_answered_all_the_same(served: Served) -> None:
@@ -339,16 +332,23 @@ async def sent_until_held_up(connection: Connection, request: bytes) -> int:
 
 
 async def test_idle_connections_are_closed_and_others_are_not(tmp_path: Path) -> None:
-    async with serving(tmp_path, idle_timeout=1) as served:
-        idle, silent, busy = await served.connect(), await served.connect(), await served.connect()
-        assert await answers_to(idle, get(f"/main/{PRESENT[0]}.narinfo")) == [(OK, narinfo(0))]
-        for _ in range(15):
-            assert await answers_to(busy, get(f"/main/{PRESENT[0]}.narinfo")) == [(OK, narinfo(0))]
-            await asyncio.sleep(0.15)
-        await served.until(reactor=1, fronts=0)
-        for connection in (idle, silent):
-            assert not await connection.receive(5)
-            assert connection.ended
+    asked = get(f"/main/{PRESENT[0]}.narinfo")
+    for _ in range(Pace.TRIES):
+        async with serving(tmp_path, idle_timeout=1) as served:
+            idle, silent, busy = await served.connect(), await served.connect(), await served.connect()
+            assert await answers_to(idle, asked) == [(OK, narinfo(0))]
+            pace = Pace(0.9)
+            async with asyncio.timeout(PLENTY):
+                while len(served.reactor) > 1:
+                    await busy.ask(asked)
+                    await asyncio.sleep(0.15)
+                    pace.step()
+            for connection in (idle, silent):
+                assert not await connection.receive(PLENTY)
+                assert connection.ended
+            if pace.kept:
+                assert not busy.ended
+                break
 
 
 async def test_the_end_closes_what_is_idle_and_finishes_what_is_sent(tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ async def test_the_end_closes_what_is_idle_and_finishes_what_is_sent(tmp_path: P
         await slow.receive_answers(["GET"])
         assert bytes(slow.received).endswith(nar(LARGE))
         await closing
-        assert not await idle.receive(5)
+        assert not await idle.receive(PLENTY)
 
 
 @pytest.mark.parametrize("size", [SMALL, MEDIUM])
@@ -427,8 +427,11 @@ async def test_a_defect_loses_no_request_but_its_own(served: Served, monkeypatch
     before = [len(connection.received) for connection in connections]
     for connection in connections:
         connection.sock.send(other)
-    for connection in connections:
-        await connection.receive(1)
+    receiving = [asyncio.create_task(connection.receive(PLENTY)) for connection in connections]
+    await until(lambda: sum(task.done() for task in receiving) >= 2)
+    for task in receiving:
+        task.cancel()
+    await asyncio.gather(*receiving, return_exceptions=True)
     answered = [len(connection.received) > start for connection, start in zip(connections, before, strict=True)]
     assert sorted(answered) == [False, True, True]
     assert [type(error) for error in told] == [ZeroDivisionError]
