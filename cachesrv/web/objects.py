@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
@@ -59,9 +60,13 @@ async def send(
 
 
 def opened(file: LocalFile) -> FileBody | None:
-    """A file to be sent, and closed; None when it has gone meanwhile. Raises StoreError."""
+    """A file to be sent, and closed; None when it has gone meanwhile. Raises StoreError.
+
+    It has the size of what is opened: it may have been replaced since it was looked at.
+    """
     try:
-        return FileBody(Path(file.path).open("rb"), file.size)
+        found = Path(file.path).open("rb")
+        return FileBody(found, os.fstat(found.fileno()).st_size)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from cachesrv.storage.base import ByteRange, FilePart
+from cachesrv.storage.base import ByteRange, FilePart, LocalFile
 from cachesrv.web import objects
 from tests.certificate import contexts
 
@@ -98,3 +98,13 @@ async def test_a_file_that_has_become_shorter_is_no_whole_answer(
             with pytest.raises(aiohttp.ClientPayloadError):
                 await response.read()
         assert pieces.open_files == 0
+
+
+def test_a_file_that_was_replaced_has_the_size_that_it_has(tmp_path: Path) -> None:
+    seen = LocalFile(str(tmp_path / "file"), 4)
+    assert objects.opened(seen) is None
+    (tmp_path / "file").write_bytes(b"replaced")
+    file = objects.opened(seen)
+    assert file
+    with file:
+        assert file.size == 8
