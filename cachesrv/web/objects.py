@@ -65,8 +65,7 @@ def opened(file: LocalFile) -> FileBody | None:
     It has the size of what is opened: it may have been replaced since it was looked at.
     """
     try:
-        found = Path(file.path).open("rb")
-        return FileBody(found, os.fstat(found.fileno()).st_size)
+        return FileBody(Path(file.path).open("rb"))
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -106,9 +105,9 @@ class SizeOnly:
 class FileBody:
     """A context manager, that closes the file."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self.size = size
+        self.size = os.fstat(file.fileno()).st_size
 
     def __enter__(self) -> Self:
         return self
