@@ -55,19 +55,21 @@ class Source(Protocol):
 
 
 class CatalogSource:
-    """What was published, by this process or another one."""
+    """What was published, by this process or another one; but where others write to storage, who may delete it too."""
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
 
     async def narinfo(self, cache: ServedCache, hash_part: str) -> bytes | None:
         """See Source."""
+        if cache.bucket_is_authority:
+            return None
         record = await self._catalog.path(cache.name, hash_part)
         return record.narinfo if record else None
 
     def lacks(self, cache: ServedCache, hash_part: str) -> bool:
         """See Source."""
-        return self._catalog.lacks(cache.name, hash_part)
+        return cache.bucket_is_authority or self._catalog.lacks(cache.name, hash_part)
 
 
 @dataclass(frozen=True, slots=True)

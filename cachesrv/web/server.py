@@ -19,6 +19,7 @@ from aiohttp.http_exceptions import BadHttpMessage
 from cachesrv import systemd
 from cachesrv.errors import CachesrvError, ConfigError, StoreError
 from cachesrv.services.finishing import keep_finishing
+from cachesrv.services.relearning import keep_forgetting
 from cachesrv.services.removing import Removing
 from cachesrv.web.accepting import Accepting
 from cachesrv.web.app import create_app
@@ -141,7 +142,13 @@ async def listening(
     reactor = Reactor(answers, fronts, idle_timeout=idle_timeout)
     reactor.start(direct)
     fronts.start()
-    works = (site.services.usage.run(), _sweep(site.services), _finish(site), _warm(site.services.index))
+    works = (
+        site.services.usage.run(),
+        _sweep(site.services),
+        _finish(site),
+        keep_forgetting(site.services.index, lambda: site.rules.caches),
+        _warm(site.services.index),
+    )
     chores = [asyncio.create_task(work) for work in works]
     try:
         yield fronts, reactor

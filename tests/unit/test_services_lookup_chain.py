@@ -124,8 +124,15 @@ async def test_each_source_in_its_turn_and_once(chain: Chain) -> None:
 
 async def test_what_another_node_published_is_found_in_the_catalog(chain: Chain) -> None:
     chain.site.index.delete([("main", PUSHED.path.hash_part)])
-    assert await chain.find(PUSHED.path.hash_part)
+    assert await chain.lookup.find(served_cache(pull_through=True), PUSHED.path.hash_part)
     assert chain.asked == (0, 0)
+
+
+async def test_what_others_have_deleted_is_not_found_in_the_catalog(chain: Chain) -> None:
+    await chain.bucket.delete([f"main/{PUSHED.path.hash_part}.narinfo"])
+    assert await chain.find(PUSHED.path.hash_part)
+    chain.site.index.delete([("main", PUSHED.path.hash_part)])
+    assert await chain.find(PUSHED.path.hash_part) is None
 
 
 async def test_nothing_is_certain_that_others_may_have(chain: Chain) -> None:
@@ -288,4 +295,4 @@ async def test_there_is_nothing_to_forget_in_an_index_that_cannot_be_read(chain:
     sources = [CatalogSource(chain.site.catalog)]
     lookup = Lookup(UnusableIndex("it is damaged"), sources, negative_ttl=1, timeout=PLENTY)
     await lookup.forget(CACHE, UPSTREAM.path.hash_part, UPSTREAM.nar_name)
-    assert await lookup.find(CACHE, PUSHED.path.hash_part)
+    assert await lookup.find(served_cache(), PUSHED.path.hash_part)
