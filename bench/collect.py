@@ -80,7 +80,7 @@ async def measure(file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--paths", type=int, default=1_000_000)
     parser.add_argument("--references", type=int, default=10)
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp"))

@@ -358,7 +358,7 @@ def arguments(text: str) -> argparse.ArgumentParser:
         help="where the caches lie that are measured; made once; on a disk",
     )
     parser.add_argument("--rounds", type=int, default=7, help="how often each is measured")
-    parser.add_argument("--seconds", type=float, default=5, help="how long each measurement takes")
+    parser.add_argument("--seconds", type=int, default=5, help="how long each measurement takes")
     parser.add_argument("--server-core", default="0", help="where servers run, as taskset(1) takes it")
     parser.add_argument("--load-core", default="1", help="where the load generator runs")
     parser.add_argument(

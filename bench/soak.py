@@ -116,7 +116,7 @@ def lines(counts: Counter[str]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--s3", action="store_true", help="keep objects in a bucket of Ceph's gateway")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))

@@ -473,6 +473,8 @@ def _contradictions_of_server(server: Server) -> Iterator[str]:
 def _contradictions_of_storage(storage: Storage) -> Iterator[str]:
     if storage.kind == "s3" and storage.bucket is None:
         yield 'storage.bucket: is required for kind = "s3"'
+    if storage.kind != "s3" and storage.bucket is not None:
+        yield f'storage.bucket = {storage.bucket!r}: kind = "filesystem" puts nothing into a bucket, "s3" does'
 
 
 def _contradictions_of_caches(caches: tuple[Cache, ...]) -> Iterator[str]:

@@ -207,8 +207,8 @@ or from another one, with the token in {token_file}:
     if names:
         parts.append(
             f"""
-Nix trusts one key of a name: clients that another server with a key called {" or ".join(names)} has too need one of
-another name here (`cachesrv key generate --help`)."""
+Nix trusts one key of each name. Where clients use another server with a key called {" or ".join(names)} as well, this
+one needs a key of another name (`cachesrv key generate --help`)."""
         )
     return "\n".join(parts)
 

@@ -112,7 +112,8 @@ def trouble_text(event: Failed | Retrying | Noted) -> str:
     if isinstance(event, Noted):
         return f"note: {one_line(event.text, _LONGEST_ERROR)}"
     if isinstance(event, Failed):
-        return f"failed {one_line(event.path)}: {one_line(event.error, _LONGEST_ERROR)}"
+        error = event.error.removeprefix(f"{event.path} ")  # a server's line names the path itself
+        return f"failed {one_line(event.path)}: {one_line(error, _LONGEST_ERROR)}"
     return f"{event.error}; trying again in {event.delay:.1f} s ({event.what}, attempt {event.attempt})"
 
 

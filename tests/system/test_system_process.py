@@ -57,7 +57,9 @@ def test_the_first_start_says_all_that_is_needed(make_server: StartServer, build
     assert len(commands) == 2
     assert server.token not in server.greeting
     assert str(server.token_file) in server.greeting
-    assert "a key called main-1 has too need one of another name here" in " ".join(server.greeting.split())
+    assert "another server with a key called main-1 as well, this one needs a key of another name" in " ".join(
+        server.greeting.split()
+    )
     (program,) = builder.build(CHAIN, "program")
     (builder.folder / "result").symlink_to(program)
     local, remote = (command.split() for command in commands)

@@ -38,7 +38,7 @@ STORY: list[Event] = [
     Planned(path=f"{C}-three", decision="upstream", reason="signed", nar_size=5),
     Planned(path=f"{C}-four", decision="conflict", reason="otherwise", nar_size=5),
     PlanMade(paths=4, upload=1, publish=0, present=1, upstream=1, conflict=1, nars=1, nar_bytes=10 * MIB),
-    Failed(f"{C}-four", "otherwise"),
+    Failed(f"{C}-four", f"{C}-four otherwise"),
     Sending(f"{A}-one", 10 * MIB),
     Sent(f"{A}-one", 4 * MIB, MIB),
     Retrying(f"sending {A}-one", 1, 0.5, "the connection broke"),
