@@ -19,7 +19,7 @@ from cachesrv.errors import BadInput, Mismatch, NotFound, StoreError, TooLarge
 from cachesrv.storage import incoming
 from cachesrv.storage.base import MAX_KEY_LENGTH, LocalFile, ObjectInfo, is_segment, validate_key, validate_prefix
 from cachesrv.storage.incoming import IncomingFile, Together, sync
-from cachesrv.storage.syncing import Syncing
+from cachesrv.storage.syncing import sync_together
 from cachesrv.storage.threads import Threads, in_words, to_its_end
 from cachesrv.storage.tree import Tree, split
 from cachesrv.storage.warm import WarmFiles
@@ -50,7 +50,6 @@ class FilesystemStore:
             self._tree = Tree(Path(root))
         self._warm = WarmFiles(self._tree.descriptor)
         self._threads = Threads(threads, name="objects")
-        self._syncing = Syncing(self._tree.descriptor)
         self._open: set[IncomingFile | Together] = set()
 
     def writer(self, key: str, *, size: int | None = None) -> AbstractAsyncContextManager[ObjectWriter]:
@@ -97,7 +96,7 @@ class FilesystemStore:
         return created
 
     async def _sync(self, files: Sequence[IncomingFile]) -> None:
-        if await self._threads.run("write objects", self._syncing.together, len(files)):
+        if await self._threads.run("write objects", sync_together, [file.descriptor for file in files]):
             return
         shares = (files[first::_PUT_THREADS] for first in range(min(_PUT_THREADS, len(files))))
         # All are waited for, also when one fails: their files are closed next.

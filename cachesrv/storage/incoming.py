@@ -49,6 +49,11 @@ class IncomingFile:
         self._end = 0
         self._begun = 0
 
+    @property
+    def descriptor(self) -> int:
+        """Of the file, once it was created."""
+        return self._file
+
     def create(self, size: int | None, folder: int | None = None) -> None:
         """Make the file, and reserve `size` bytes for it if that is known; `folder` is a descriptor of the one that it
         is in, where there is one already. Raises StoreFull.

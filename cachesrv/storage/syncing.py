@@ -4,6 +4,9 @@ syncfs(2) writes all that a file system has in memory. For a hundred new files t
 but it waits for what others have written there as well, and not everywhere is it a promise. So it is used where it
 tells of errors (Linux 5.8), on file systems whose sync_fs is as good as an fsync, and while little else is waiting to
 be written on this machine; in all other cases each file is to be synced by itself.
+
+Of an error it tells once for each description of an open file, and only if that was opened before: who asks by one that
+others ask by too may never hear that what they wrote was lost. So each asks by a file of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +14,10 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 LEAST_FILES = 8
 """Fewer are not worth the look at what else is waiting."""
@@ -33,21 +40,20 @@ _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _STATFS_SIZE = 256  # more than any struct statfs; its first field is the type, a long
 
 
-class Syncing:
-    """For the file system that a descriptor is on, which stays open."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._trusted = _release() >= _TELLS_OF_ERRORS and _type_of(descriptor) in TRUSTED
-
-    def together(self, files: int) -> bool:
-        """Have all on disk that was written before, if that is a good way for so many files; whether it was. Raises
-        OSError.
-        """
-        if not self._trusted or files < LEAST_FILES or waiting() > MOST_WAITING:
-            return False
-        syncfs(self._descriptor)
-        return True
+def sync_together(files: Sequence[int]) -> bool:
+    """Have files on disk, if this is a good way for so many; whether it was. Their descriptors are in the order in
+    which they were opened, each before anything was written to it or to those after it. Raises OSError.
+    """
+    if _release() < _TELLS_OF_ERRORS or len(files) < LEAST_FILES or waiting() > MOST_WAITING:
+        return False
+    first: dict[int, int] = {}
+    for descriptor in files:
+        first.setdefault(os.fstat(descriptor).st_dev, descriptor)
+    if not all(_type_of(descriptor) in TRUSTED for descriptor in first.values()):
+        return False
+    for descriptor in first.values():
+        syncfs(descriptor)
+    return True
 
 
 def syncfs(descriptor: int) -> None:

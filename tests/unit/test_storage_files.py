@@ -8,6 +8,7 @@ import fcntl
 import os
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,6 +208,33 @@ async def test_many_objects_are_synced_together_and_appear_in_order(
     before = [("sync", "everything")] if together else [("sync", "a file")] * 20
     links = [("link", key.removeprefix("main/")) for group in groups for key in group]
     assert trace.calls == [*before, *links, ("sync", "main")]
+
+
+async def test_each_asks_by_a_file_of_its_own_what_became_of_its_files(
+    store: FilesystemStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an error, syncfs tells the first who asks by an open file, and nobody who asks by it after that."""
+    asked: list[Path] = []
+    monkeypatch.setattr(syncing, "syncfs", lambda file: asked.append(Path(f"/proc/self/fd/{file}").readlink()))
+    monkeypatch.setattr(syncing, "waiting", lambda: 0)
+    await asyncio.gather(*(store.put_many({f"{of}/{number}": b"" for number in range(20)}) for of in ("a", "b")))
+    assert sorted(file.parent.name for file in asked) == ["a", "b"]
+    assert all(file.name.startswith(".incoming-") for file in asked)
+
+
+def test_each_of_several_file_systems_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(syncing, "syncfs", asked.append)
+    monkeypatch.setattr(syncing, "waiting", lambda: 0)
+    with ExitStack() as stack:
+        here = [stack.enter_context((tmp_path / str(number)).open("wb")).fileno() for number in range(10)]
+        elsewhere = stack.enter_context(open(os.memfd_create("elsewhere"), "wb")).fileno()  # noqa: PTH123  a descriptor
+        monkeypatch.setattr(syncing, "TRUSTED", {syncing._type_of(at): "" for at in (here[0], elsewhere)})
+        assert syncing.sync_together([*here, elsewhere])
+        assert asked == [here[0], elsewhere]
+        monkeypatch.setattr(syncing, "TRUSTED", {})
+        assert not syncing.sync_together([*here, elsewhere])
+    assert len(asked) == 2
 
 
 async def test_a_disk_that_fails_is_told(store: FilesystemStore, monkeypatch: pytest.MonkeyPatch) -> None:
