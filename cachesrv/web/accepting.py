@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from cachesrv.web.listen import BACKLOG
+
 if TYPE_CHECKING:
     import socket
     import ssl
@@ -21,14 +23,15 @@ _log = structlog.get_logger()
 
 PAUSE = 1.0
 """Seconds without new connections, when there is no descriptor or memory left for one."""
-_AT_ONCE = 64
+AT_ONCE = 64
+"""Connections that are taken in before others have their turn."""
+_GRACE = 1.0
+"""Seconds that the server waits for those who are just coming in when it stops."""
 
 
-def waiting(listening: socket.socket) -> Iterator[socket.socket]:
-    """Some of the connections that wait at a socket. Raises OSError when there is no descriptor or memory left for the
-    next one.
-    """
-    for _ in range(_AT_ONCE):
+def waiting(listening: socket.socket, most: int = AT_ONCE) -> Iterator[socket.socket]:
+    """Connections that wait at a socket. Raises OSError when there is no descriptor or memory left for the next one."""
+    for _ in range(most):
         try:
             sock, _address = listening.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -59,15 +62,17 @@ class Accepting:
         self._listening = sockets
         self._listen()
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Take in what waits, and no more; the sockets are closed."""
         for sock in self._listening:
-            self._accept(sock)
+            self._accept(sock, BACKLOG)
         self._listen_no_more()
         if self._pause:
             self._pause.cancel()
         for sock in self._listening:
             sock.close()
+        if self._coming:
+            await asyncio.wait(self._coming, timeout=_GRACE)
 
     def _listen(self) -> None:
         self._pause = None
@@ -78,12 +83,12 @@ class Accepting:
         for sock in self._listening:
             asyncio.get_running_loop().remove_reader(sock)
 
-    def _accept(self, listening: socket.socket) -> None:
+    def _accept(self, listening: socket.socket, most: int = AT_ONCE) -> None:
         if self._pause:
             return
         loop = asyncio.get_running_loop()
         try:
-            for sock in waiting(listening):
+            for sock in waiting(listening, most):
                 task = loop.create_task(self._welcome(sock))
                 self._coming.add(task)
                 task.add_done_callback(self._coming.discard)

@@ -239,6 +239,8 @@ class Fronts:
             task.cancel()
         loop = asyncio.get_running_loop()
         begun = loop.time()
+        # What has come on connections that are idle is read first.
+        await asyncio.sleep(_STOP_INTERVAL)
         while under_way := [front for front in self._open if not front.idle or front.head_begun]:
             waited = loop.time() - begun
             if waited > timeout or (waited > _HEAD_GRACE and all(front.idle for front in under_way)):

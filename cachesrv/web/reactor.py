@@ -28,8 +28,9 @@ import time
 from typing import TYPE_CHECKING
 
 from cachesrv.errors import StoreError
-from cachesrv.web.accepting import PAUSE, no_room, waiting
+from cachesrv.web.accepting import AT_ONCE, PAUSE, no_room, waiting
 from cachesrv.web.known import Known
+from cachesrv.web.listen import BACKLOG
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -121,7 +122,7 @@ class Reactor:
             return
         if self._accepting:
             for sock in self._listening.values():
-                self._accept(sock)
+                self._accept(sock, BACKLOG)
         self._listen_no_more()
         for sock in self._listening.values():
             sock.close()
@@ -359,9 +360,9 @@ class Reactor:
         else:
             self._end(connection)
 
-    def _accept(self, listening: socket.socket) -> None:
+    def _accept(self, listening: socket.socket, most: int = AT_ONCE) -> None:
         try:
-            for sock in waiting(listening):
+            for sock in waiting(listening, most):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._epoll.register(sock.fileno(), _REQUESTS)
                 self._connections[sock.fileno()] = _Connection(sock)

@@ -156,7 +156,7 @@ async def listening(
         for chore in chores:
             chore.cancel()
         await asyncio.wait(chores)
-        accepting.stop()
+        await accepting.stop()
         await reactor.stop_answering()
         await asyncio.gather(fronts.stop(shutdown_timeout), reactor.close(shutdown_timeout))
         answers.close()

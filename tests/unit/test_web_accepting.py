@@ -87,7 +87,7 @@ async def test_what_does_not_fit_among_the_open_files_waits(
     for client in clients:
         assert await asked(client) == b"hello"
         client.close()
-    door.stop()
+    await door.stop()
     await turns()
 
 
@@ -97,7 +97,7 @@ async def test_the_end_comes_also_while_no_connections_are_accepted(path: str, t
     client = connected(path)
     with no_more_files():
         await turns()
-        door.stop()
+        await door.stop()
     with pytest.raises(ConnectionError):
         await asked(client)
     client.close()
@@ -109,7 +109,7 @@ async def test_who_came_before_the_end_is_let_in(path: str, told: list[object]) 
     door = Accepting(Echo, None)
     door.start([listening(path, told)])
     client = connected(path)
-    door.stop()
+    await door.stop()
     assert await asked(client) == b"hello"
     client.close()
     await turns()
@@ -124,7 +124,7 @@ async def test_who_does_not_speak_tls_is_no_defect(path: str, told: list[object]
     assert not (await asked(plain)).startswith(b"hello")
     plain.close()
     assert await echo_under_tls(path, trusting) == b"hello"
-    door.stop()
+    await door.stop()
     await turns()
 
 

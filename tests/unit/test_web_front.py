@@ -523,6 +523,18 @@ class TestTheEnd:
             assert b"HTTP/1.1 " in connection.received
             connection.close()
 
+    async def test_a_request_that_waits_to_be_let_in_is_answered(self, site: Site, by_reactor: bool) -> None:
+        async with front_server(site, by_reactor=by_reactor, shutdown_timeout=30) as served:
+            waiting = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(200)]
+            for number, sock in enumerate(waiting):
+                sock.sendall(request("/" if number % 9 == 0 else HIT))
+        for sock in waiting:
+            sock.setblocking(False)
+            connection = Connection(sock)
+            assert await connection.ends()
+            assert connection.received.startswith(b"HTTP/1.1 200 OK\r\n")
+            connection.close()
+
     async def test_nobody_holds_up_the_end(self, site: Site, by_reactor: bool) -> None:
         async with front_server(site, by_reactor=by_reactor, shutdown_timeout=0.3) as served:
             stuck = await Connection.open(served.port, receive_buffer=SMALL_SOCKET)
