@@ -96,8 +96,16 @@ class Ingest:
         record = await self._catalog.nar(cache.key(f"nar/{name}"))
         return record if record and await self._storage.head(record.key) else None
 
-    async def receive(self, cache: ServedCache, name: str, chunks: AsyncIterable[bytes], size: int | None) -> NarRecord:
-        """Store a NAR that comes in as `chunks`, `size` bytes in all if that was said.
+    async def receive(
+        self,
+        cache: ServedCache,
+        name: str,
+        chunks: AsyncIterable[bytes],
+        size: int | None,
+        *,
+        nar_size: int | None = None,
+    ) -> NarRecord:
+        """Store a NAR that comes in as `chunks`, `size` bytes in all if that was said, and `nar_size` uncompressed.
 
         A NAR that is there already is left as it is; the new bytes are checked all the same, and thrown away.
         Raises BadInput (and its kin) for what is not what it says, and StoreError; then nothing has changed. Where
@@ -109,9 +117,9 @@ class Ingest:
         key = cache.key(f"nar/{name}")
         async with self._slots:
             if size is not None and size <= _SMALL:
-                put = await self._put_small(parsed, key, chunks, size)
+                put = await self._put_small(parsed, key, chunks, size, nar_size)
             else:
-                put = await self._put_streaming(parsed, key, chunks, size)
+                put = await self._put_streaming(parsed, key, chunks, size, nar_size)
         # What was there already may have to be read, which takes a turn of its own.
         record = await self._stored(cache, key, put)
         self._metrics.add("nars_stored")
@@ -210,23 +218,32 @@ class Ingest:
         """Let go of the threads."""
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-    async def _verified(self, compression: str, chunks: AsyncIterator[bytes]) -> VerifiedNar:
-        return await consumed(
-            self._executor, lambda pieces: verify(compression, pieces, nar_limit=self._max_nar_size), chunks
-        )
+    async def _verified(
+        self, compression: str, chunks: AsyncIterator[bytes], nar_size: int | None = None
+    ) -> VerifiedNar:
+        limit = self._limit(nar_size)
+        return await consumed(self._executor, lambda pieces: verify(compression, pieces, nar_limit=limit), chunks)
 
-    async def _put_small(self, name: NarName, key: str, chunks: AsyncIterable[bytes], size: int) -> _Put:
+    def _limit(self, nar_size: int | None) -> int:
+        """Bytes that a NAR may have, 0 for any number; of what is said to have fewer, no more are decompressed."""
+        return min(filter(None, (self._max_nar_size, nar_size)), default=0)
+
+    async def _put_small(
+        self, name: NarName, key: str, chunks: AsyncIterable[bytes], size: int, nar_size: int | None
+    ) -> _Put:
         body = b"".join([chunk async for chunk in chunks])
         _check_length(len(body), size)
         compression = name.compression or _guess(body)
         verified = await asyncio.get_running_loop().run_in_executor(
-            self._executor, lambda: verify(compression, [body], nar_limit=self._max_nar_size)
+            self._executor, lambda: verify(compression, [body], nar_limit=self._limit(nar_size))
         )
         _check_name(name, verified)
         fence = await self._catalog.fence([key])
         return _Put(compression, verified, fence, created=await self._storage.put(key, body))
 
-    async def _put_streaming(self, name: NarName, key: str, chunks: AsyncIterable[bytes], size: int | None) -> _Put:
+    async def _put_streaming(
+        self, name: NarName, key: str, chunks: AsyncIterable[bytes], size: int | None, nar_size: int | None
+    ) -> _Put:
         # Where there is no room, no body is asked for.
         async with self._storage.writer(key, size=size) as writer:
             pieces = coalesced(chunks)
@@ -249,7 +266,7 @@ class Ingest:
                 if size is not None:
                     _check_length(received, size)
 
-            verified = await self._verified(compression, written())
+            verified = await self._verified(compression, written(), nar_size)
             _check_name(name, verified)
             fence = await self._catalog.fence([key])
             return _Put(compression, verified, fence, created=await writer.commit())

@@ -79,7 +79,7 @@ class PullThrough:
         self, cache: ServedCache, info: NarInfo, name: str, size: int | None, chunks: AsyncIterator[bytes]
     ) -> None:
         """Store a NAR as it comes, and publish its path. Raises BadInput for a NAR that is not what was promised."""
-        record = await self._ingest.receive(cache, name, chunks, size)
+        record = await self._ingest.receive(cache, name, chunks, size, nar_size=info.nar_size)
         if record.nar_hash != info.nar_hash.nix32:
             raise Mismatch(f"{name} came with the NAR hash {record.nar_hash}, not {info.nar_hash.nix32}")
         ours = replace(info, url=f"nar/{name}", file_hash=None, file_size=None)

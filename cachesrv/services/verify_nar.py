@@ -46,7 +46,7 @@ def verify(compression: str, chunks: Iterable[bytes], *, nar_limit: int = 0) -> 
     for piece in decompressed(compression, file.passing(chunks)):
         nar.update(piece)
         if nar_limit and nar.size > nar_limit:
-            raise TooLarge(f"the NAR has more than {nar_limit} bytes, which is what this server takes at most")
+            raise TooLarge(f"the NAR has more than the {nar_limit} bytes that are taken at most")
         reader.feed(piece)
     reader.finish()
     rendered = listing.render(reader.root) if reader.root is not None else b""

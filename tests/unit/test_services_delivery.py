@@ -396,6 +396,17 @@ async def test_a_nar_of_another_path_is_not_published_as_this_one(local: Far) ->
     assert await local.site.published() == set()
 
 
+async def test_no_more_is_decompressed_than_the_upstream_signed(local: Far) -> None:
+    """What says where the NAR lies, how it is packed and how large its file is, is not signed."""
+    bomb = Sample("bomb", bytes(2**26), compression="zstd")
+    info = bomb.info
+    local.upstream.add(LARGE, url=info.url, compression="zstd", file_hash=info.file_hash, file_size=info.file_size)
+    local.upstream.objects[info.url] = bomb.file
+    _, error = await as_far_as_it_came(await local.delivery.open(PULLING, bomb.nar_name, LARGE.path.hash_part))
+    assert f"more than the {len(LARGE.nar)} bytes" in str(error)
+    assert await local.site.storage.head(f"main/{info.url}") is None
+
+
 async def test_where_nothing_can_be_stored_that_is_told_before_the_first_byte(local: Far) -> None:
     local.upstream.add(HUGE)
     with pytest.raises(StoreFull, match="larger than the disk cache"):
