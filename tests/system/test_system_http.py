@@ -13,7 +13,7 @@ import pytest
 
 from tests.samples import Sample
 from tests.system.client import receive
-from tests.system.server import Server
+from tests.system.server import PATIENCE, Server
 from tests.system.stored import Bucket
 
 if TYPE_CHECKING:
@@ -190,14 +190,16 @@ def test_head_and_body_come_in_one_segment(server: Server, client: Client, path:
 
 
 def test_requests_are_answered_without_delay(client: Client) -> None:
-    """A hundred times 40 ms would be 4 seconds."""
+    """By none of 40 ms, that is: it would come with each of them, while a busy machine is quick from time to time."""
     requests = [f"GET {path} HTTP/1.1\r\n{NIX}\r\n".encode() for path in (SMALL.narinfo_url, SMALL.nar_url)]
+    quickest = [PATIENCE, PATIENCE]
     with client.connect() as connection:
-        started = time.monotonic()
         for number in range(100):
+            begun = time.monotonic()
             connection.sendall(requests[number % 2])
             assert receive(connection).status == 200
-        assert time.monotonic() - started < 3
+            quickest[number % 2] = min(quickest[number % 2], time.monotonic() - begun)
+    assert max(quickest) < 0.03
 
 
 @pytest.mark.parametrize("path", [SMALL.narinfo_url, SMALL.nar_url, f"/main/log/{'0' * 32}-x.drv"])

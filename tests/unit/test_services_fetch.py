@@ -16,6 +16,7 @@ from cachesrv.services.alone import read_alone
 from cachesrv.services.fetch import Fetches
 from cachesrv.storage.base import ByteRange
 from cachesrv.storage.disk_cache import DiskCache, Incoming
+from tests.waiting import PLENTY
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -243,7 +244,7 @@ async def test_clients_do_not_wait_for_the_disk(
     monkeypatch.setattr(Incoming, "commit", slow)
     source = Source()
     fetch = fetches.start(source)
-    assert await asyncio.wait_for(whole(fetch), 5) == DATA
+    assert await asyncio.wait_for(whole(fetch), PLENTY) == DATA
     assert fetches.start(source) is fetch
     assert await cache.get(source.key) is None
     on_disk.set()
@@ -411,7 +412,7 @@ async def test_a_slow_client_holds_up_nobody(fetches: Fetches, cache: DiskCache)
     fetch = fetches.start(source)
     slow = fetch.read(ALL)
     data = await anext(slow)
-    await asyncio.wait_for(fetch.done(), 5)
+    await asyncio.wait_for(fetch.done(), PLENTY)
     assert fetches.under_way(source.key) is None
     assert await cache.get(source.key)
     await cache.discard(source.key)
@@ -434,7 +435,7 @@ async def test_as_many_at_a_time_as_it_should_be(cache: DiskCache) -> None:
     assert second.asked_from == []
     gate.set()
     # Who reads slowly does not take the turn of others.
-    assert await asyncio.wait_for(waits, 5) == DATA
+    assert await asyncio.wait_for(waits, PLENTY) == DATA
     await slow.aclose()
     await fetches.close()
 

@@ -12,6 +12,7 @@ from aiohttp.test_utils import TestServer
 from cachesrv.errors import PeerError, PeerUnavailable
 from cachesrv.services.http_reader import HttpReader
 from tests.certificate import contexts
+from tests.waiting import PLENTY
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,18 +30,18 @@ async def test_a_certificate_that_does_not_hold_may_hold_another_time(tmp_path: 
     await server.start_server(ssl=ours)
     try:
         async with aiohttp.ClientSession() as session:
-            reader = HttpReader(session, str(server.make_url("/")), timeout=5)
+            reader = HttpReader(session, str(server.make_url("/")), timeout=PLENTY)
             with pytest.raises(PeerUnavailable, match="certificate"):
                 await reader.get("a", 10)
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=trusting)) as session:
-            assert await HttpReader(session, str(server.make_url("/")), timeout=5).get("a", 10) == b"text"
+            assert await HttpReader(session, str(server.make_url("/")), timeout=PLENTY).get("a", 10) == b"text"
     finally:
         await server.close()
 
 
 async def test_an_address_that_is_none_will_not_be_one_later() -> None:
     async with aiohttp.ClientSession() as session:
-        reader = HttpReader(session, "http://127.0.0.1:1", timeout=5)
+        reader = HttpReader(session, "http://127.0.0.1:1", timeout=PLENTY)
         for name in ("file:///etc/passwd", "http://[", "http://:x/a"):
             with pytest.raises(PeerError, match="its address cannot be used") as failure:
                 await reader.get(name, 10)

@@ -19,7 +19,7 @@ from cachesrv.services.http_reader import HttpReader
 from cachesrv.services.store_reader import StoreReader
 from cachesrv.services.upstream import Upstream, Upstreams, our_name
 from cachesrv.storage.memory import MemoryStore
-from tests.fake_upstream import KEY, FakeUpstream, cut, drop, hang, sent, silent, status, unsized, waiting
+from tests.fake_upstream import KEY, FakeUpstream, cut, drop, sent, silent, status, unsized, waiting
 from tests.samples import Sample
 from tests.service_site import KEY as OWN_KEY
 from tests.service_site import served_cache
@@ -243,8 +243,9 @@ async def test_what_may_pass_is_told_before_what_does_not(
 
 
 async def test_one_that_hangs_is_soon_not_waited_for(server: FakeUpstream, session: aiohttp.ClientSession) -> None:
-    server.fail(NARINFO, *[hang] * 100)
-    upstreams = of_main(upstream_at(server, session), patience=breaking.SLOW_SECONDS + 0.1)
+    server.fail(NARINFO, *[silent] * 100)
+    loop = asyncio.get_running_loop()
+    upstreams = of_main(upstream_at(server, session, breaker=Breaker(lambda: loop.time())))  # noqa: PLW0108  it is another one later
     for _ in range(breaking.FAILURES):
         with pytest.raises(PeerUnavailable, match="did not answer within"):
             await upstreams.find(PULLING, HASH_PART)

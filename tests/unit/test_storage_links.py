@@ -10,6 +10,7 @@ import pytest
 
 from cachesrv.errors import NotFound, StoreError
 from cachesrv.storage.filesystem import FilesystemStore
+from tests.waiting import PLENTY
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -131,7 +132,7 @@ async def test_what_is_no_file_is_no_object(store: FilesystemStore, root: Path, 
     os.mkfifo(root / "main" / "pipe")
     for key in ("main/pipe", "main/nar"):
         try:
-            found = await asyncio.wait_for(call(store, key), 5)
+            found = await asyncio.wait_for(call(store, key), PLENTY)
         except NotFound:
             found = None
         assert found is None

@@ -6,7 +6,7 @@ import asyncio
 import re
 import ssl
 import subprocess
-import time
+import threading
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -22,6 +22,7 @@ from cachesrv.storage.base import ObjectInfo, PresignedUrl
 from cachesrv.storage.decorators import Direct
 from cachesrv.storage.s3 import S3Store
 from cachesrv.storage.s3_client import S3Client
+from tests.waiting import PLENTY, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -51,12 +52,12 @@ async def test_what_makes_a_write_what_it_is_is_signed() -> None:
 async def test_credentials_are_renewed_without_blocking() -> None:
     """The SDK renews them by a call that blocks, in the middle of signing."""
     core = botocore.session.Session()
-    renewed = 0
+    renewed, ticked = 0, threading.Event()
 
     def renew() -> dict[str, str]:
         nonlocal renewed
         renewed += 1
-        time.sleep(0.3)
+        assert ticked.wait(PLENTY)
         later = datetime.now(UTC) + timedelta(hours=1)
         return {"access_key": "new", "secret_key": "s", "token": "t", "expiry_time": later.isoformat()}
 
@@ -64,13 +65,10 @@ async def test_credentials_are_renewed_without_blocking() -> None:
         "old", "s", "t", datetime.now(UTC) + timedelta(seconds=30), renew, "test"
     )
     store = S3Store("bkt", requests=Direct(), endpoint="http://s3.test", session=core)
-    ticks = 0
 
     async def tick() -> None:
-        nonlocal ticks
-        while True:
-            await asyncio.sleep(0.01)
-            ticks += 1
+        await until(lambda: renewed > 0)
+        ticked.set()
 
     ticking = asyncio.create_task(tick())
     for _ in range(3):
@@ -78,8 +76,7 @@ async def test_credentials_are_renewed_without_blocking() -> None:
         assert isinstance(delivery, PresignedUrl)
         assert "X-Amz-Credential=new" in delivery.url
     assert renewed == 1
-    assert ticks > 10
-    ticking.cancel()
+    await ticking
     await store.close()
 
 

@@ -28,20 +28,21 @@ async def test_errors_of_the_system_are_told_in_words() -> None:
 
 async def test_a_cancelled_caller_goes_on_only_when_its_work_has_ended() -> None:
     threads = Threads(1, name="test")
-    begun, ended = threading.Event(), threading.Event()
+    begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
 
     def work() -> None:
         begun.set()
-        time.sleep(0.05)
+        go_on.wait()
         ended.set()
         raise OSError(errno.EIO, "unheard")
 
     task = asyncio.create_task(threads.run("work", work))
-    assert await asyncio.to_thread(begun.wait, 5)
+    await asyncio.to_thread(begun.wait)
     for _ in range(3):
         task.cancel()
         await asyncio.sleep(0.001)
         assert not task.done()
+    go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert ended.is_set()

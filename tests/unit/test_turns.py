@@ -106,8 +106,8 @@ async def test_while_the_service_rests_nobody_is_let_in_but_those_inside_may_end
             entered.append(loop.time())
 
     async with turns.turn(), turns.turn() as turn:
-        turn.leave_alone(0.2)
         until = loop.time() + 0.2
+        turn.leave_alone(0.2)
         waiting = [asyncio.create_task(come()) for _ in range(5)]
         waiting[0].cancel()
         await asyncio.sleep(0)

@@ -15,6 +15,7 @@ from aiohttp.test_utils import make_mocked_request
 from cachesrv.errors import BadInput
 from cachesrv.web import bodies
 from cachesrv.web.errors import BodyTooSlow, UnknownCoding
+from tests.waiting import let_pass, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     Address = tuple[str, int]
 
 LIMIT = 1000
-PATIENT = 10.0
+PATIENT = 60.0
 
 
 @asynccontextmanager
@@ -158,16 +159,19 @@ async def test_bodies_that_do_not_come_forward(sent: int) -> None:
 async def test_slow_but_steady_bodies_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """The time-out is for each part of the body, not for the whole."""
     monkeypatch.setattr(bodies, "_PACE_BYTES", 10)
+    received = bytearray()
 
     async def read(request: web.Request) -> bytes:
-        return b"".join([chunk async for chunk in bodies.chunks(request, 1.0)])
+        async for chunk in bodies.chunks(request, PATIENT / 2):
+            received.extend(chunk)
+        return bytes(received)
 
     async with serving(read) as server, connected(server) as (reader, writer):
         writer.write(put(b"", length=150))
-        for _ in range(15):
+        for number in range(15):
             writer.write(b"0123456789")
-            await writer.drain()
-            await asyncio.sleep(0.1)
+            await until(lambda: len(received) == 10 * (number + 1))  # noqa: B023  it does not outlive the round
+            let_pass(PATIENT / 20)
         assert await answer(reader) == b"0123456789" * 15
 
 
