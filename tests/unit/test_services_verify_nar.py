@@ -56,7 +56,7 @@ def test_the_limit_is_that_of_the_contents() -> None:
     file = COMPRESSORS["zstd"](NAR)
     assert len(file) < 1000
     assert verify("zstd", [file], nar_limit=len(NAR)).nar_size == len(NAR)
-    with pytest.raises(TooLarge, match=f"more than {len(NAR) - 1} bytes"):
+    with pytest.raises(TooLarge, match=f"more than the {len(NAR) - 1} bytes"):
         verify("zstd", [file], nar_limit=len(NAR) - 1)
 
 
