@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 from cachesrv.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterable, Callable, Mapping
+
+    Body = Callable[[], AsyncIterable["Chunk"]]
+    """What is sent, each time from the start."""
 
 Chunk = bytes | memoryview
 

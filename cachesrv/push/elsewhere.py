@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
     import aiohttp
 
-    from cachesrv.push.connection import Timeouts
-    from cachesrv.push.transport import Body
+    from cachesrv.push.connection import Body, Timeouts
     from cachesrv.turns import Turn
 
 _SAID = re.compile(r"<(Code|Message)>([^<]*)</")

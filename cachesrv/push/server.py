@@ -37,11 +37,10 @@ if TYPE_CHECKING:
     from cachesrv.nix.hashes import Hash
     from cachesrv.push.address import Address
     from cachesrv.push.body_limit import BodyLimit
-    from cachesrv.push.connection import Chunk
+    from cachesrv.push.connection import Body, Chunk
     from cachesrv.push.elsewhere import Elsewhere
     from cachesrv.push.events import Emit
     from cachesrv.push.token import TokenSource
-    from cachesrv.push.transport import Body
 
     SendNar = Callable[[Hash, AsyncIterable[Chunk]], Awaitable[None]]
 

@@ -1,45 +1,29 @@
-"""Requests to one server and its answers, over HTTP: who asks, how many at once, how large they are.
-
-Redirects are not followed: a body cannot be sent twice, and the token belongs to nobody else.
-"""
+"""When requests go to a server, how many at once, and how large they are."""
 
 from __future__ import annotations
 
-import asyncio
-import os
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, NoReturn
 
 import zstandard
 
-from cachesrv.api import MAX_REQUEST_SIZE
-from cachesrv.errors import CachesrvError, NotAuthenticated, ServerError, TooLarge
+from cachesrv.errors import CachesrvError, TooLarge
 from cachesrv.push.body_limit import BodyLimit, BodyTooLarge, LengthWanted
-from cachesrv.push.connection import MAX_ERROR_SIZE, may_need_proxy
 from cachesrv.push.events import Noted
-from cachesrv.push.questions import Questions
-from cachesrv.push.refusal import refusal, said_in, seconds_until
-from cachesrv.push.retry import Away, Broken, TryAgain, Unreachable
+from cachesrv.push.requests import Requests
+from cachesrv.push.retry import Away, Broken, Unreachable
 from cachesrv.push.traffic import Traffic
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
 
-    import aiohttp
-
     from cachesrv.push.address import Address
-    from cachesrv.push.connection import Chunk, Timeouts
+    from cachesrv.push.connection import Body, Chunk, Timeouts
     from cachesrv.push.events import Emit
-    from cachesrv.push.reuse import Connections, Sending
     from cachesrv.push.token import TokenSource
 
     Exchange = Callable[[str, str, AsyncIterable[Chunk], Mapping[str, str]], Awaitable[bytes]]
     """What is answered to a request: method, URL, body, headers."""
-
-    Body = Callable[[], AsyncIterable[Chunk]]
-    """The bytes of one, each time from the start."""
-
-    Send = Callable[[aiohttp.ClientSession, Sending], Awaitable[bytes]]
 
 _COMPRESS_FROM = 1024
 
@@ -63,21 +47,13 @@ class Transport:
     ) -> None:
         self.bodies = BodyLimit()
         self._address = address
-        self._tokens = tokens
-        self._token = tokens.read()
-        self._most = connections + 1
-        self._timeouts = timeouts
+        self._requests = Requests(address, tokens, connections=connections + 1, timeouts=timeouts)
         self._emit = emit
         self._traffic = Traffic(connections, patience=patience)
-        self._questions = Questions(address, timeouts, limit=MAX_REQUEST_SIZE)
-        self._connections: Connections | None = None
-        self._in_doubt = False
-        """Whether the last that was heard is that the server may be away."""
 
     async def close(self) -> None:
         """End all connections."""
-        if self._connections is not None:
-            await self._connections.close()
+        await self._requests.close()
 
     @asynccontextmanager
     async def streaming(self) -> AsyncIterator[Exchange]:
@@ -88,13 +64,10 @@ class Transport:
 
     async def send(self, method: str, url: str, body: Body, size: int, headers: Mapping[str, str]) -> bytes:
         """What is answered to a body of which all `size` bytes are here."""
-        from cachesrv.push.session import our_errors  # noqa: PLC0415  brings the library with it
-
         await self._be_sure()
         headers = {**headers, "Content-Length": str(size)}
         async with self._body(size), self._traffic.request():
-            with our_errors(self._address):
-                return await self._opened().send(self._exchange(method, url, body, headers))
+            return await self._requests.send(method, url, body, headers)
 
     async def ask(self, method: str, url: str, body: bytes) -> bytes:
         """What is answered to JSON, or to nothing."""
@@ -105,7 +78,7 @@ class Transport:
         """Raise Unreachable when the server is away for those as well who ask for little. That comes before what is
         tried again: so a request at which the server ends counts as a try each time, and an outage of any length once.
         """
-        if not self._in_doubt:
+        if not self._requests.in_doubt:
             return
         try:
             await self._ask("GET", self._address.api(), b"")
@@ -113,7 +86,7 @@ class Transport:
             raise Unreachable(str(error), error.retry_after) from error
         except CachesrvError:
             pass  # an answer as well: what it means is found out by who asked for more
-        self._in_doubt = False
+        self._requests.in_doubt = False
 
     async def _ask(self, method: str, url: str, body: bytes) -> bytes:
         headers = {"Accept": "application/json"}
@@ -123,12 +96,7 @@ class Transport:
             headers["Content-Encoding"] = "zstd"
             body = zstandard.ZstdCompressor().compress(body)
         async with self._body(len(body)), self._traffic.request():
-            if self._connections is None and not may_need_proxy(os.environ):
-                token = self._token
-                said = await self._questions.ask(method, url, {**_authorization(token), **headers}, body)
-                self._check(said.status, said.headers, said.body, token)
-                return said.body
-            return await self._ask_in_session(method, url, headers, body)
+            return await self._requests.ask(method, url, body, headers)
 
     @asynccontextmanager
     async def _body(self, size: int) -> AsyncIterator[None]:
@@ -147,8 +115,6 @@ class Transport:
         self.bodies.taken(size)
 
     async def _stream(self, method: str, url: str, chunks: AsyncIterable[Chunk], headers: Mapping[str, str]) -> bytes:
-        from cachesrv.push.session import our_errors  # noqa: PLC0415  brings the library with it
-
         size, failed, begun = 0, False, self.bodies.begun()
 
         async def counted() -> AsyncIterator[Chunk]:
@@ -162,8 +128,7 @@ class Transport:
                 raise
 
         try:
-            with our_errors(self._address):
-                answered = await self._opened().send_once(self._exchange(method, url, counted, headers))
+            answered = await self._requests.send_once(method, url, counted, headers)
         except BodyTooLarge as error:
             self._refused(size, error)
         except LengthWanted:
@@ -200,98 +165,3 @@ class Transport:
         except CachesrvError:
             return False
         return True
-
-    def _exchange(self, method: str, url: str, body: Body, headers: Mapping[str, str]) -> Send:
-        """Sends a body that may take its time; what is answered."""
-        from cachesrv.push.session import for_nars, watched  # noqa: PLC0415  brings the library with it
-
-        token = self._token
-
-        async def exchange(session: aiohttp.ClientSession, sending: Sending) -> bytes:
-            async with (
-                asyncio.timeout(None) as deadline,
-                session.request(
-                    method,
-                    url,
-                    data=watched(body(), deadline, self._timeouts),
-                    headers={**_authorization(token), **headers},
-                    allow_redirects=False,
-                    timeout=for_nars(self._timeouts),
-                    trace_request_ctx=sending,
-                ) as response,
-            ):
-                deadline.reschedule(asyncio.get_running_loop().time() + self._timeouts.answer)
-                return await self._answered(response, token)
-
-        return exchange
-
-    async def _ask_in_session(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> bytes:
-        from cachesrv.push.session import for_answers, our_errors  # noqa: PLC0415  brings the library with it
-
-        token = self._token
-
-        async def ask(session: aiohttp.ClientSession, sending: Sending) -> bytes:
-            async with session.request(
-                method,
-                url,
-                data=body or None,
-                headers={**_authorization(token), **headers},
-                allow_redirects=False,
-                timeout=for_answers(self._timeouts),
-                trace_request_ctx=sending,
-            ) as response:
-                return await self._answered(response, token)
-
-        with our_errors(self._address):
-            return await self._opened().send(ask)
-
-    def _opened(self) -> Connections:
-        """From the first time on that something is sent."""
-        from cachesrv.push.reuse import Connections  # noqa: PLC0415  brings the library with it
-
-        if self._connections is None:
-            self._connections = Connections(self._address.base, self._most)
-        return self._connections
-
-    async def _answered(self, response: aiohttp.ClientResponse, token: str | None) -> bytes:
-        from cachesrv.push.session import error_body  # noqa: PLC0415  brings the library with it
-
-        if 200 <= response.status < 300:
-            return await _read(response, MAX_REQUEST_SIZE)
-        headers = {name.lower(): value for name, value in response.headers.items()}
-        self._check(response.status, headers, await error_body(response), token)
-        raise ServerError(f"{self._address} answers with status {response.status}")
-
-    def _check(self, status: int, headers: Mapping[str, str], body: bytes, token: str | None) -> None:
-        """Raise what an answer without success means to a request with this token. One that was renewed meanwhile is
-        worth another try.
-        """
-        if 200 <= status < 300:
-            return
-        error = refusal(
-            status,
-            said_in(body[:MAX_ERROR_SIZE], headers.get("content-type", "").partition(";")[0].strip().lower()),
-            self._address,
-            self._tokens,
-            location=headers.get("location", ""),
-            retry_after=seconds_until(headers),
-        )
-        if isinstance(error, NotAuthenticated):
-            self._token = self._tokens.read()
-            if token != self._token:
-                raise TryAgain(f"the token from {self._tokens} has been renewed")
-        self._in_doubt |= isinstance(error, Away | Broken)
-        raise error
-
-
-def _authorization(token: str | None) -> dict[str, str]:
-    return {} if token is None else {"Authorization": f"Bearer {token}"}
-
-
-async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
-    body = bytearray()
-    async for chunk in response.content.iter_any():
-        body += chunk
-        if len(body) > limit:
-            raise ServerError(f"an answer of more than {limit} bytes")
-    return bytes(body)
