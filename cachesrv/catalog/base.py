@@ -149,6 +149,9 @@ class Catalog(Retention, Protocol):
     async def present(self, cache: str, hash_parts: Collection[str]) -> set[str]:
         """Those of them that are published."""
 
+    async def nar_hashes(self, cache: str, hash_parts: Collection[str]) -> dict[str, str]:
+        """The NAR hashes (`sha256:<nix32>`) of those of them that are published, by hash part."""
+
     def scan(self, cache: str, after: str = "") -> AsyncIterator[PathRecord]:
         """All published paths by hash part, beyond `after`, in bounded memory and short transactions."""
 

@@ -22,6 +22,7 @@ _IN_CACHE = paths.c.cache == bindparam("cache")
 _LISTED = paths.c.hash_part.in_(bindparam("hash_parts", expanding=True))
 
 _PRESENT = select(paths.c.hash_part).where(_IN_CACHE, _LISTED)
+_NAR_HASHES = select(paths.c.hash_part, paths.c.nar_hash).where(_IN_CACHE, _LISTED)
 _COUNT = select(func.count(), func.coalesce(func.sum(paths.c.nar_size), 0)).where(_IN_CACHE)
 _RECORDS = (
     select(paths, names.c.name, narinfos.c.content.label("narinfo"))
@@ -77,6 +78,15 @@ def present(connection: Connection, cache: str, hash_parts: Collection[str]) -> 
     found: set[str] = set()
     for some in batches(hash_parts):
         found.update(connection.scalars(_PRESENT, {"cache": cache, "hash_parts": some}))
+    return found
+
+
+def nar_hashes(connection: Connection, cache: str, hash_parts: Collection[str]) -> dict[str, str]:
+    """See `Catalog.nar_hashes`."""
+    found: dict[str, str] = {}
+    for some in batches(hash_parts):
+        rows = connection.execute(_NAR_HASHES, {"cache": cache, "hash_parts": some})
+        found.update((hash_part, nar_hash) for hash_part, nar_hash in rows)
     return found
 
 

@@ -56,6 +56,9 @@ class SqlCatalog(SqlRetention):
     async def present(self, cache: str, hash_parts: Collection[str]) -> set[str]:
         return await self._database.read(paths.present, cache, hash_parts)
 
+    async def nar_hashes(self, cache: str, hash_parts: Collection[str]) -> dict[str, str]:
+        return await self._database.read(paths.nar_hashes, cache, hash_parts)
+
     def lacks(self, cache: str, hash_part: str) -> bool:
         return self._glance.lacks(cache, hash_part)
 

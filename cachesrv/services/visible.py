@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from cachesrv.index.base import IndexEntry, Present
 from cachesrv.services.answer import present
+from cachesrv.services.unhurried import unhurried
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from cachesrv.catalog.base import Catalog, PathRecord
+    from cachesrv.catalog.base import Catalog
     from cachesrv.index.base import Index
     from cachesrv.services.caches import ServedCache
 
@@ -23,19 +24,20 @@ _TRIES = 5
 """How often the catalog is asked while paths are being deleted; each deletion may have been one of these."""
 
 
-async def published(
-    catalog: Catalog, index: Index, cache: ServedCache, hash_parts: Collection[str]
-) -> dict[str, PathRecord]:
-    """Those of them that are published, by hash part; the index answers for them when this returns."""
-    records: dict[str, PathRecord] = {}
+async def nar_hashes(catalog: Catalog, index: Index, cache: ServedCache, hash_parts: Collection[str]) -> dict[str, str]:
+    """The NAR hashes (`sha256:<nix32>`) of those of them that are published, by hash part; the index answers for these
+    when this returns.
+    """
+    found: dict[str, str] = {}
     for _ in range(_TRIES):
         epoch = index.epoch()
-        records = await catalog.paths(cache.name, hash_parts)
-        hidden = [
-            IndexEntry(cache.name, hash_part, present(record.narinfo))
-            for hash_part, record in records.items()
-            if not isinstance(index.get(cache.name, hash_part), Present)
-        ]
-        if not hidden or await asyncio.to_thread(index.put, hidden, replace=False, epoch=epoch):
+        found = await catalog.nar_hashes(cache.name, hash_parts)
+        hidden = [one async for one in unhurried(found) if not isinstance(index.get(cache.name, one), Present)]
+        if not hidden:
             break
-    return records
+        records = await catalog.paths(cache.name, hidden)
+        entries = [IndexEntry(cache.name, one, present(record.narinfo)) for one, record in records.items()]
+        shown = await asyncio.to_thread(index.put, entries, replace=False, epoch=epoch)
+        if shown and len(records) == len(hidden):
+            break
+    return found

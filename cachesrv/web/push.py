@@ -79,17 +79,20 @@ async def missing(request: web.Request) -> web.Response:
     wanted = {StorePath.parse(path.path): Hash.parse(path.nar_hash).nix32 async for path in unhurried(asked.paths)}
     await services.leases.grant(cache, {path.hash_part for path in wanted}, set(wanted.values()))
     hash_parts = {path.hash_part for path in wanted}
-    published = await visible.published(services.catalog, services.index, cache, hash_parts)
+    published = await visible.nar_hashes(services.catalog, services.index, cache, hash_parts)
     if taken := await services.taking.take(cache, hash_parts - published.keys()):
-        published |= await visible.published(services.catalog, services.index, cache, taken)
+        published |= await visible.nar_hashes(services.catalog, services.index, cache, taken)
     absent = {path: nar_hash for path, nar_hash in wanted.items() if path.hash_part not in published}
     stored = await services.catalog.nars_by_hash(cache.prefix, set(absent.values()))
     conflicts = {
-        path: published[path.hash_part].nar_hash
+        path: published[path.hash_part]
         for path, nar_hash in wanted.items()
-        if path not in absent and published[path.hash_part].nar_hash != nar_hash
+        if path not in absent and published[path.hash_part] != nar_hash
     }
-    await services.publish.remember_conflicts([(published[one.hash_part], wanted[one]) for one in conflicts], pusher)
+    if conflicts:
+        records = await services.catalog.paths(cache.name, {path.hash_part for path in conflicts})
+        refused = [(records[one.hash_part], wanted[one]) for one in conflicts if one.hash_part in records]
+        await services.publish.remember_conflicts(refused, pusher)
     return json_answer(
         api.MissingAnswer(
             missing=[path.base_name for path in absent],

@@ -114,6 +114,7 @@ class PublishContract(Fixtures):
         assert await catalog.path("main", hash_part(1)) == record
         assert await catalog.paths("main", [hash_part(1), hash_part(2)]) == {hash_part(1): record}
         assert await catalog.present("main", [hash_part(1), hash_part(2)]) == {hash_part(1)}
+        assert await catalog.nar_hashes("main", [hash_part(1), hash_part(2)]) == {hash_part(1): record.nar_hash}
         assert await scanned(catalog) == [record]
         assert await catalog.count("main") == (1, 1001)
 
@@ -208,6 +209,7 @@ class PublishContract(Fixtures):
         await catalog.remove_nars([])
         assert await catalog.paths("main", []) == {}
         assert await catalog.present("main", []) == set()
+        assert await catalog.nar_hashes("main", []) == {}
         assert await catalog.nars_by_hash("main", []) == {}
 
     async def test_removed_paths_are_gone_and_may_come_back_different(self, catalog: Catalog) -> None:
@@ -237,6 +239,7 @@ class LookupContract(Fixtures):
         await catalog.publish(records)
         asked = [hash_part(number) for number in range(1, 20_000, 2)]
         assert await catalog.present("main", asked) == {record.hash_part for record in records[::2]}
+        assert await catalog.nar_hashes("main", asked) == {one.hash_part: one.nar_hash for one in records[::2]}
         assert await catalog.paths("main", asked) == {record.hash_part: record for record in records[::2]}
         assert await scanned(catalog) == records
         assert len(await catalog.referrers("main", hash_part(0))) == 2_500

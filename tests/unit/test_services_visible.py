@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -10,13 +10,14 @@ from cachesrv.index.base import IndexEntry, Present
 from cachesrv.index.lmdb import LmdbIndex
 from cachesrv.index.memory import MemoryIndex
 from cachesrv.services.answer import present
-from cachesrv.services.visible import published
+from cachesrv.services.visible import nar_hashes
 from tests.samples import Sample
 from tests.service_site import open_site
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from cachesrv.catalog.base import PathRecord
     from cachesrv.index.base import Index
 
 THERE, HIDDEN, UNKNOWN, ABSENT = (Sample(name, name.encode()) for name in ("there", "hidden", "unknown", "absent"))
@@ -33,10 +34,11 @@ async def test_an_absence_from_before_does_not_hide_it(tmp_path: Path, kind: str
         index.delete([("main", PARTS[1]), ("main", PARTS[2])])
         index.put_absent([("main", PARTS[1]), ("main", PARTS[3])], FOR_LONG)
         before = index.get("main", PARTS[0])
-        found = await published(site.catalog, index, site.cache, PARTS)
-        assert set(found) == set(PARTS[:3])
+        found = await nar_hashes(site.catalog, index, site.cache, PARTS)
+        records = await site.catalog.paths("main", PARTS)
+        assert found == {hash_part: records[hash_part].nar_hash for hash_part in PARTS[:3]}
         for hash_part in PARTS[:3]:
-            assert index.get("main", hash_part) == present(found[hash_part].narinfo)
+            assert index.get("main", hash_part) == present(records[hash_part].narinfo)
         assert index.get("main", PARTS[0]) == before
         assert not isinstance(index.get("main", PARTS[3]), Present)
     index.close()
@@ -65,7 +67,7 @@ async def test_deletions_meanwhile(tmp_path: Path, times: int) -> None:
         await site.add(HIDDEN)
         index.delete([("main", PARTS[1])])
         index.times = times
-        assert set(await published(site.catalog, index, site.cache, PARTS)) == {PARTS[1]}
+        assert set(await nar_hashes(site.catalog, index, site.cache, PARTS)) == {PARTS[1]}
         assert isinstance(index.get("main", PARTS[1]), Present) == (times < 1000)
 
 
@@ -75,5 +77,21 @@ async def test_a_newer_answer_stays(tmp_path: Path) -> None:
         await site.add(THERE)
         newer = present(THERE.narinfo())
         site.index.put([IndexEntry("main", PARTS[0], newer)])
-        await published(site.catalog, site.index, site.cache, PARTS)
+        await nar_hashes(site.catalog, site.index, site.cache, PARTS)
         assert site.index.get("main", PARTS[0]) == newer
+
+
+async def test_what_is_deleted_before_it_is_shown_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_site(tmp_path) as site:
+        await site.send(HIDDEN)
+        await site.add(HIDDEN)
+        site.index.delete([("main", PARTS[1])])
+        paths = site.catalog.paths
+
+        async def deleted(*asked: Any) -> dict[str, PathRecord]:
+            await site.catalog.remove("main", [PARTS[1]])
+            return await paths(*asked)
+
+        monkeypatch.setattr(site.catalog, "paths", deleted)
+        assert await nar_hashes(site.catalog, site.index, site.cache, PARTS) == {}
+        assert not isinstance(site.index.get("main", PARTS[1]), Present)
