@@ -10,6 +10,8 @@ import os
 import socket
 from typing import TYPE_CHECKING
 
+from cachesrv.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
@@ -17,8 +19,20 @@ _FIRST_FD = 3
 
 
 def inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
-    """The listening sockets that were passed by socket activation: see `inherited_descriptors`."""
-    return [socket.socket(fileno=fd) for fd in inherited_descriptors(environ)]
+    """The listening sockets that were passed by socket activation: see `inherited_descriptors`. Raises ConfigError for
+    what is none.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        sockets += (socket.socket(fileno=fd) for fd in inherited_descriptors(environ))
+        listening = all(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for sock in sockets)
+    except OSError:
+        listening = False
+    if not listening:
+        for sock in sockets:
+            sock.close()
+        raise ConfigError("what systemd passed cannot be connected to: the socket unit needs ListenStream=, Accept=no")
+    return sockets
 
 
 def inherited_descriptors(environ: MutableMapping[str, str]) -> list[int]:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from cachesrv import systemd
+from cachesrv.errors import ConfigError
 from cachesrv.systemd import inherited_sockets, notify, watchdog_interval
 
 ME = str(os.getpid())
@@ -40,6 +42,22 @@ def test_sockets_are_taken_over() -> None:
             text=True,
         )
     assert done.stdout.splitlines() == [f"{ports[0]} {ports[1]}", "False False", "[]"]
+
+
+@pytest.mark.parametrize("kind", ["no socket", "a datagram", "a connection", "nothing"])
+def test_what_nobody_can_connect_to_is_told(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    connection, other = socket.socketpair()
+    datagram = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    reading, writing = os.pipe()
+    passed = {"no socket": reading, "a datagram": datagram.fileno(), "a connection": connection.fileno()}
+    descriptor = os.dup(passed.get(kind, reading))
+    if kind == "nothing":
+        os.close(descriptor)
+    monkeypatch.setattr(systemd, "_FIRST_FD", descriptor)
+    with connection, other, datagram, pytest.raises(ConfigError, match="needs ListenStream=, Accept=no"):
+        inherited_sockets({"LISTEN_PID": ME, "LISTEN_FDS": "1"})
+    os.close(reading)
+    os.close(writing)
 
 
 @pytest.mark.parametrize(
