@@ -244,6 +244,7 @@ class Ingest:
     async def _put_streaming(
         self, name: NarName, key: str, chunks: AsyncIterable[bytes], size: int | None, nar_size: int | None
     ) -> _Put:
+        most = self._limit(_most_compressed(nar_size))
         # Where there is no room, no body is asked for.
         async with self._storage.writer(key, size=size) as writer:
             pieces = coalesced(chunks)
@@ -258,8 +259,8 @@ class Ingest:
                     if size is None and received - looked_at >= _LOOKED_AT_AGAIN:
                         looked_at = received
                         await self._room.for_nar()
-                    if self._max_nar_size and received > self._max_nar_size:
-                        raise TooLarge(f"more than the {self._max_nar_size} bytes that this server takes in one NAR")
+                    if most and received > most:
+                        raise TooLarge(f"more than the {most} bytes that are taken of this NAR at most")
                     await writer.write(piece)
                     yield piece
                     piece = await anext(pieces, b"")
@@ -302,6 +303,11 @@ async def _preceded(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[b
         yield first
     async for chunk in rest:
         yield chunk
+
+
+def _most_compressed(nar_size: int | None) -> int | None:
+    """Bytes that the file of such a NAR may have: some formats have room for any number of them that mean nothing."""
+    return None if nar_size is None else nar_size + nar_size // 8 + _SMALL
 
 
 def _guess(start: bytes) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from cachesrv.errors import (
     CachesrvError,
@@ -405,6 +406,29 @@ async def test_no_more_is_decompressed_than_the_upstream_signed(local: Far) -> N
     _, error = await as_far_as_it_came(await local.delivery.open(PULLING, bomb.nar_name, LARGE.path.hash_part))
     assert f"more than the {len(LARGE.nar)} bytes" in str(error)
     assert await local.site.storage.head(f"main/{info.url}") is None
+
+
+async def test_a_body_that_does_not_end_is_not_taken_for_ever(local: Far) -> None:
+    """Where nobody says how long it is, and none of it is of the NAR: frames to be skipped (RFC 8878, 3.1.2)."""
+    frame = (0x184D2A50).to_bytes(4, "little") + (2**16).to_bytes(4, "little") + bytes(2**16)
+    frames = 0
+
+    async def endless(request: web.Request) -> web.StreamResponse:
+        nonlocal frames
+        response = web.StreamResponse()
+        response.enable_chunked_encoding()
+        await response.prepare(request)
+        while frames < 2**14:
+            await response.write(frame)
+            frames += 1
+        return response
+
+    name = f"{LARGE.nar_hash.bare_nix32}.nar.zst"
+    local.upstream.add(LARGE, url=f"nar/{name}", compression="zstd", file_hash=None, file_size=None)
+    local.upstream.fail(f"nar/{name}", status(405), *[endless] * 9)
+    with pytest.raises(PeerError, match="taken of this NAR at most"):
+        await local.delivery.open(PULLING, name, LARGE.path.hash_part)
+    assert frames < 2**10
 
 
 async def test_where_nothing_can_be_stored_that_is_told_before_the_first_byte(local: Far) -> None:
