@@ -1,5 +1,5 @@
-"""Both ends of a push, for all tests that need them as they are; a test that needs more has a fixture of the same name
-that asks for these, or makes its own.
+"""Both ends of a push, and stores at a time that is moved by hand, for all tests that need them as they are; a test
+that needs more has a fixture of the same name that asks for these, or makes its own.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from cachesrv.push import nar_upload
+from tests.collecting import Clock, Process, Stores, open_stores
 from tests.push_doubles import FakeCache, TemporaryStore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
 
@@ -35,3 +36,26 @@ async def cache() -> AsyncIterator[FakeCache]:
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """A NAR that is refused, or whose connection breaks, is sent again at once."""
     monkeypatch.setattr(nar_upload, "_PAUSE", 0.01)
+
+
+@pytest.fixture
+def clock() -> Iterator[Clock]:
+    """The time, for the whole process."""
+    clock = Clock()
+    with clock.in_force():
+        yield clock
+
+
+@pytest.fixture
+async def stores(clock: Clock) -> AsyncIterator[Stores]:
+    """Stores with nothing in them."""
+    async with open_stores() as stores:
+        yield stores
+
+
+@pytest.fixture
+async def process(stores: Stores) -> AsyncIterator[Process]:
+    """The services of a process on these stores."""
+    process = Process(stores)
+    yield process
+    await process.end()

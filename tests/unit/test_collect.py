@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 from cachesrv.catalog.retention import MAINTENANCE, RemovalRecord
@@ -31,8 +29,6 @@ from tests.collecting import (
 from tests.contracts.catalog_contract import base_name, path
 from tests.samples import Sample
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
 MAIN = cache()
 CACHES = {"main": MAIN}
 LIBRARY = Sample("library", b"library")
@@ -40,26 +36,6 @@ TOOL = Sample("tool", b"tool", (LIBRARY.path,))
 PROGRAM = Sample("program", b"program", (LIBRARY.path, TOOL.path))
 OTHER = Sample("other", b"other")
 MONTH = {"main": policy(max_age=30 * DAY)}
-
-
-@pytest.fixture
-def clock() -> Iterator[Clock]:
-    clock = Clock()
-    with clock.in_force():
-        yield clock
-
-
-@pytest.fixture
-async def stores(clock: Clock) -> AsyncIterator[Stores]:
-    async with open_stores() as stores:
-        yield stores
-
-
-@pytest.fixture
-async def process(stores: Stores) -> AsyncIterator[Process]:
-    process = Process(stores)
-    yield process
-    await process.end()
 
 
 async def use(stores: Stores, sample: Sample, at: float) -> None:

@@ -27,13 +27,12 @@ from tests.collecting import (
     check_consistency,
     die,
     names_in,
-    open_stores,
     policy,
 )
 from tests.samples import Sample
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable
 
     Action = Callable[[Stores], Awaitable[set[str]]]
     Prepare = Callable[[Stores, Clock], Awaitable[None]]
@@ -48,19 +47,6 @@ TOOL = Sample("tool", b"tool", (LIBRARY.path,))
 PROGRAM = Sample("program", b"program", (LIBRARY.path,))
 TWIN = Sample("twin", b"library")
 MOST_WRITES = 40
-
-
-@pytest.fixture
-def clock() -> Iterator[Clock]:
-    clock = Clock()
-    with clock.in_force():
-        yield clock
-
-
-@pytest.fixture
-async def stores(clock: Clock) -> AsyncIterator[Stores]:
-    async with open_stores() as stores:
-        yield stores
 
 
 async def acting(stores: Stores, act: Callable[[Process], Awaitable[object]]) -> bool:

@@ -10,12 +10,10 @@ import pytest
 from cachesrv.catalog.base import ConflictRecord, RefusalRecord
 from cachesrv.services.marking import Marking
 from cachesrv.services.why import Why
-from tests.collecting import DAY, HOUR, START, Clock, Process, Stores, cache, open_stores, policy
+from tests.collecting import DAY, HOUR, START, Clock, Process, Stores, cache, policy
 from tests.samples import Sample, path_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-
     from cachesrv.services.marking import Policy
     from cachesrv.services.why import Explanation
 
@@ -25,26 +23,6 @@ MONTH = policy(max_age=30 * DAY)
 LIBRARY = Sample("library", b"library")
 TOOL = Sample("tool", b"tool", (LIBRARY.path,))
 PROGRAM = Sample("program", b"program", (TOOL.path, LIBRARY.path))
-
-
-@pytest.fixture
-def clock() -> Iterator[Clock]:
-    clock = Clock()
-    with clock.in_force():
-        yield clock
-
-
-@pytest.fixture
-async def stores(clock: Clock) -> AsyncIterator[Stores]:
-    async with open_stores() as stores:
-        yield stores
-
-
-@pytest.fixture
-async def process(stores: Stores) -> AsyncIterator[Process]:
-    process = Process(stores)
-    yield process
-    await process.end()
 
 
 async def why(stores: Stores, sample: Sample, policy: Policy | None = MONTH) -> Explanation:
