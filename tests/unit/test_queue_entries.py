@@ -140,7 +140,7 @@ def test_it_survives_a_process_that_is_killed(tmp_path: Path) -> None:
         "import os, sys; from cachesrv.push.queue.entries import *\n"
         "entries = Entries.open(sys.argv[1])\n"
         "entries.add([Entry('/a', queued=1), Entry('/b', queued=2)]); entries.claim([Entry('/a')])\n"
-        "entries._db.execute('BEGIN IMMEDIATE'); entries._db.execute('DELETE FROM entries')\n"
+        "entries._file._db.execute('BEGIN IMMEDIATE'); entries._file._db.execute('DELETE FROM entries')\n"
         "os.kill(os.getpid(), 9)"
     )
     root = str(Path(__file__).parents[2])
@@ -193,14 +193,28 @@ def test_what_is_no_queue_is_told(tmp_path: Path) -> None:
         Entries.open(str(tmp_path / "nowhere"))
 
 
+def test_a_damaged_queue_is_done_without_once_it_is_moved_away(tmp_path: Path, entries: Entries) -> None:
+    entries.add([Entry("/a", queued=1)])
+    for suffix in ("", "-wal", "-shm"):
+        (tmp_path / f"queue.sqlite{suffix}").write_text("what is this? " * 10_000)
+    with pytest.raises(StoreError, match=r"cannot be used: .*: move it away"):
+        entries.add([Entry("/b", queued=2)])
+
+    (tmp_path / "queue.sqlite").rename(tmp_path / "away")
+    entries.add([Entry("/c", queued=3)])
+    assert those_due(entries) == ["/c"]
+    with closing(Entries.open(str(tmp_path))) as again:
+        assert those_due(again) == ["/c"]
+
+
 def test_no_room_is_told_and_changes_nothing(entries: Entries) -> None:
     entries.add([Entry("/a", queued=1)])
-    [pages] = entries._db.execute("PRAGMA page_count").fetchone()
-    entries._db.execute(f"PRAGMA max_page_count = {pages}")
+    [pages] = entries._file._db.execute("PRAGMA page_count").fetchone()
+    entries._file._db.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(StoreFull, match="there is no room for the queue"):
         entries.add(Entry(f"/{number}" * 100, queued=1) for number in range(1000))
 
-    entries._db.execute("PRAGMA max_page_count = 1000000")
+    entries._file._db.execute("PRAGMA max_page_count = 1000000")
     assert those_due(entries) == ["/a"]
     entries.add([Entry("/b", queued=2)])
     assert those_due(entries) == ["/a", "/b"]

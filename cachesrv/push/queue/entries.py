@@ -8,52 +8,26 @@ Times are seconds since 1970.
 from __future__ import annotations
 
 import json
-import os
-import sqlite3
-import threading
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from cachesrv.errors import StoreError, StoreFull
-from cachesrv.push.queue.directory import give_to_owner
+from cachesrv.push.queue.queue_file import QueueFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
-
-FILE = "queue.sqlite"
+    import sqlite3
+    from collections.abc import Iterable, Mapping
 
 PATH, OUTPUTS = "path", "outputs"
 """Kinds of entries: the path itself, or the outputs of the derivation that it is."""
 
-_VERSION = 1
-_SCHEMA = f"""
-CREATE TABLE entries (
-    path TEXT NOT NULL,
-    kind TEXT NOT NULL,
-    deriver TEXT,
-    queued REAL NOT NULL,
-    pushing INTEGER NOT NULL DEFAULT 0,
-    attempts INTEGER NOT NULL DEFAULT 0,
-    next_try REAL NOT NULL DEFAULT 0,
-    reason TEXT,
-    PRIMARY KEY (path, kind)
-) STRICT;
-CREATE INDEX entries_by_age ON entries (kind, queued, path);
-CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-PRAGMA user_version = {_VERSION};
-"""
 TROUBLE = "trouble"
 """Fact: why nothing can be pushed at present, in JSON."""
 
 LONGEST_DELAY = 6 * 3600.0
 """Seconds after which what has failed is tried again, at the latest."""
 
-_LOCK_PATIENCE = 30.0
-_LOCK_PAUSE = 0.02
 _LONGEST_REASON = 1000
-_DAMAGED = ("SQLITE_NOTADB", "SQLITE_CORRUPT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,42 +59,28 @@ class Counts:
 class Entries:
     """The entries of one queue. Methods block, may be called by any thread, and raise StoreError."""
 
-    def __init__(self, file: str, database: sqlite3.Connection) -> None:
+    def __init__(self, file: QueueFile) -> None:
         self._file = file
-        self._db = database
-        self._one = threading.Lock()
 
     @classmethod
     def open(cls, queue: str) -> Self:
         """Made if there are none. Raises StoreError."""
-        file = f"{queue}/{FILE}"
-        try:
-            _create(file)
-            database = sqlite3.connect(file, timeout=_LOCK_PATIENCE, isolation_level=None, check_same_thread=False)
-            _set_wal(database)
-            database.execute("PRAGMA synchronous = FULL")
-            entries = cls(file, database)
-            entries._prepare()
-        except OSError as error:
-            raise StoreError(f"the queue {file} cannot be made: {error.strerror}") from error
-        except sqlite3.Error as error:
-            raise _explain(file, error) from error
-        return entries
+        return cls(QueueFile(queue))
 
     def close(self) -> None:
         """To be called once."""
-        self._db.close()
+        self._file.close()
 
     def add(self, entries: Iterable[Entry]) -> None:
         """One that is there already stays as it is, but that it is not being pushed any more: see `gone`."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             _insert(db, entries)
 
     def due(self, kind: str, most: int, *, again: bool, now: float) -> list[Entry]:
         """The oldest that wait, or of those that failed and are to be tried again by `now`. Those that would have to
         wait longer than anything has to were noted by a clock that was wrong, and count as well.
         """
-        with self._reading() as db:
+        with self._file.reading() as db:
             if again:
                 which = "kind = ? AND attempts > 0 AND (next_try <= ? OR next_try > ?)"
                 return _select(db, which, kind, now, time.time() + LONGEST_DELAY, most=most)
@@ -130,7 +90,7 @@ class Entries:
         """These are being pushed, and no others: there is one process that pushes, and what it does not push (any
         more) waits or has failed.
         """
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             db.execute("UPDATE entries SET pushing = 0 WHERE pushing = 1")
             db.executemany(
                 "UPDATE entries SET pushing = 1 WHERE path = ? AND kind = ?", [(e.path, e.kind) for e in entries]
@@ -138,27 +98,27 @@ class Entries:
 
     def done(self, entries: Iterable[Entry]) -> None:
         """They are in the cache, or will never be: forget them."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             _delete(db, entries)
 
     def gone(self, entries: Iterable[Entry]) -> list[Entry]:
         """The store has them no more: forget them, but not those that were queued again since they were claimed, for
         which it may have them by now. Returns the former.
         """
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             delete = "DELETE FROM entries WHERE path = ? AND kind = ? AND pushing = 1"
             return [entry for entry in entries if db.execute(delete, (entry.path, entry.kind)).rowcount]
 
     def replace(self, others: Mapping[Entry, Iterable[Entry]]) -> None:
         """Others in the place of each."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             _delete(db, others)
             for entries in others.values():
                 _insert(db, entries)
 
     def failed(self, failures: Mapping[Entry, tuple[str, float]]) -> None:
         """For this reason; each is to be tried again at that time."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             db.executemany(
                 "UPDATE entries SET attempts = attempts + 1, reason = ?, next_try = ? WHERE path = ? AND kind = ?",
                 [(why[:_LONGEST_REASON], when, entry.path, entry.kind) for entry, (why, when) in failures.items()],
@@ -167,7 +127,7 @@ class Entries:
     def retry(self, paths: Iterable[str] | None = None) -> int:
         """Let what has failed be tried again at once: these paths, or all. How many that are."""
         names = None if paths is None else json.dumps(list(paths))
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             db.execute("DELETE FROM facts WHERE name = ?", (TROUBLE,))
             return db.execute(
                 "UPDATE entries SET next_try = 0 WHERE attempts > 0"
@@ -177,7 +137,7 @@ class Entries:
 
     def forget(self, paths: Iterable[str]) -> int:
         """Those of these paths that have failed, and are not being tried again just now. How many that are."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             return db.execute(
                 "DELETE FROM entries WHERE attempts > 0 AND pushing = 0 AND path IN (SELECT value FROM json_each(?))",
                 (json.dumps(list(paths)),),
@@ -185,7 +145,7 @@ class Entries:
 
     def counts(self) -> Counts:
         """As of now."""
-        with self._reading() as db:
+        with self._file.reading() as db:
             row = db.execute(
                 "SELECT total(NOT pushing AND attempts = 0), total(pushing), total(NOT pushing AND attempts > 0),"
                 " min(queued), min(next_try) FILTER (WHERE NOT pushing AND attempts > 0) FROM entries"
@@ -194,7 +154,7 @@ class Entries:
 
     def unknown(self, entries: Iterable[Entry]) -> int:
         """How many of these are not there."""
-        with self._reading() as db:
+        with self._file.reading() as db:
             row: tuple[int] = db.execute(
                 "SELECT count(*) FROM json_each(?) WHERE NOT EXISTS (SELECT 1 FROM entries"
                 " WHERE path = json_extract(value, '$[0]') AND kind = json_extract(value, '$[1]'))",
@@ -204,56 +164,27 @@ class Entries:
 
     def those_claimed(self) -> list[Entry]:
         """The oldest first."""
-        with self._reading() as db:
+        with self._file.reading() as db:
             return _select(db, "pushing = 1")
 
     def those_failed(self) -> list[Entry]:
         """The oldest first."""
-        with self._reading() as db:
+        with self._file.reading() as db:
             return _select(db, "pushing = 0 AND attempts > 0")
 
     def fact(self, name: str) -> str | None:
         """What was noted under this name."""
-        with self._reading() as db:
+        with self._file.reading() as db:
             row = db.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
             return row[0] if row else None
 
     def note(self, name: str, value: str | None, also: Iterable[Entry] = ()) -> None:
         """Note something, or forget it, and in the same moment add entries."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             db.execute("DELETE FROM facts WHERE name = ?", (name,))
             if value is not None:
                 db.execute("INSERT INTO facts VALUES (?, ?)", (name, value))
             _insert(db, also)
-
-    def _prepare(self) -> None:
-        with self._transaction() as db:
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                for statement in _SCHEMA.split(";"):
-                    db.execute(statement)
-            elif version != _VERSION:
-                raise StoreError(f"{self._file} is of another version of cachesrv: update it, or move the file away")
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._reading() as db:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._one:
-            try:
-                yield self._db
-            except sqlite3.Error as error:
-                raise _explain(self._file, error) from error
 
 
 def _insert(db: sqlite3.Connection, entries: Iterable[Entry]) -> None:
@@ -271,42 +202,3 @@ def _select(db: sqlite3.Connection, which: str, *values: object, most: int = -1)
     columns = "path, kind, deriver, queued, attempts, next_try, reason"
     query = f"SELECT {columns} FROM entries WHERE {which} ORDER BY queued, path LIMIT ?"  # noqa: S608  words of ours
     return [Entry(*row) for row in db.execute(query, (*values, most))]
-
-
-def _create(file: str) -> None:
-    """Private from the start; SQLite gives its other files the same mode and owner."""
-    try:
-        made = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        return
-    directory = os.open(os.path.dirname(file), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # noqa: PTH120  as text
-    try:
-        give_to_owner(made, directory)
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-        os.close(made)
-
-
-def _set_wal(database: sqlite3.Connection) -> None:
-    """The mode is kept in the file. Of several processes that set it at once, SQLite fails all but one, without
-    waiting.
-    """
-    deadline = time.monotonic() + _LOCK_PATIENCE
-    while True:
-        try:
-            database.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(_LOCK_PAUSE)
-        else:
-            return
-
-
-def _explain(file: str, error: sqlite3.Error) -> StoreError:
-    name = getattr(error, "sqlite_errorname", "")
-    if name.startswith("SQLITE_FULL"):
-        return StoreFull(f"there is no room for the queue {file}")
-    remedy = ": move it away, and push again what it may have held" if name.startswith(_DAMAGED) else ""
-    return StoreError(f"the queue {file} cannot be used: {error}{remedy}")

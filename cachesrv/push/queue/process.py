@@ -18,9 +18,10 @@ from cachesrv import systemd
 from cachesrv.errors import PeerError, StoreError
 from cachesrv.push.changes import DELETED, MODIFIED, WRITER_GONE, Changes
 from cachesrv.push.queue.directory import INCOMING
-from cachesrv.push.queue.entries import FILE, TROUBLE, Entries
+from cachesrv.push.queue.entries import TROUBLE, Entries
 from cachesrv.push.queue.intake import Incoming, written
 from cachesrv.push.queue.lock import QueueLock, holder
+from cachesrv.push.queue.queue_file import FILE
 from cachesrv.push.queue.runner import Service, Trouble, drain
 from cachesrv.push.queue.spool import put
 from cachesrv.push.queue.work import Work

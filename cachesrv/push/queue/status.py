@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cachesrv.errors import StoreError
-from cachesrv.push.queue.entries import FILE, TROUBLE, Entries
+from cachesrv.push.queue.entries import TROUBLE, Entries
 from cachesrv.push.queue.intake import BATCH, number_written, written
 from cachesrv.push.queue.lock import holder
+from cachesrv.push.queue.queue_file import FILE
 from cachesrv.push.queue.runner import Trouble
 from cachesrv.services import amounts
 
