@@ -222,9 +222,8 @@ def abandoned(tree: Tree, *, older_than: float, remove: bool) -> Generator[Objec
 
 def _if_abandoned(found: Found, older_than: float, *, remove: bool) -> ObjectInfo | None:
     name = found.entry.name
-    try:
-        descriptor = os.open(name, os.O_RDWR | os.O_NOFOLLOW, dir_fd=found.folder)
-    except FileNotFoundError:
+    descriptor = _opened(found)
+    if descriptor is None:
         return None
     try:
         about = os.fstat(descriptor)
@@ -232,11 +231,24 @@ def _if_abandoned(found: Found, older_than: float, *, remove: bool) -> ObjectInf
             return None
         if remove:
             os.unlink(name, dir_fd=found.folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         return None
     finally:
         os.close(descriptor)
     return ObjectInfo(found.key, about.st_size, about.st_mtime)
+
+
+def _opened(found: Found) -> int | None:
+    """A descriptor to lock it by; None where it has gone, or is somebody else's: it must not keep all others from being
+    swept.
+    """
+    for way in (os.O_RDWR, os.O_RDONLY):  # locks that a network keeps are for who may write
+        with suppress(PermissionError):
+            try:
+                return os.open(found.entry.name, way | os.O_NOFOLLOW, dir_fd=found.folder)
+            except FileNotFoundError:
+                return None
+    return None
 
 
 def _lock(descriptor: int) -> bool:

@@ -455,6 +455,31 @@ async def test_sweep_goes_by_age_where_there_are_no_locks(
     assert await store.sweep(older_than=50) == 1
 
 
+async def test_what_is_somebody_elses_keeps_nothing_from_being_swept(
+    store: FilesystemStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As what was begun as root, once, by mistake."""
+    names = ["closed", "read-only", "sticky", "ours"]
+    for name in names:
+        plant(root / f".incoming-{name}", age=100)
+    real_open, real_unlink = os.open, os.unlink
+
+    def open_(path: str, flags: int, *args: Any, **kwargs: Any) -> int:
+        if path == ".incoming-closed" or (path == ".incoming-read-only" and flags & os.O_RDWR):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real_open(path, flags, *args, **kwargs)
+
+    def unlink(path: str, **kwargs: Any) -> None:
+        if path == ".incoming-sticky":
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        real_unlink(path, **kwargs)
+
+    monkeypatch.setattr(os, "open", open_)
+    monkeypatch.setattr(os, "unlink", unlink)
+    assert await store.sweep(older_than=50) == 2
+    assert files(root) == [".incoming-closed", ".incoming-sticky"]
+
+
 def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
