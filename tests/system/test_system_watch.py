@@ -135,6 +135,20 @@ def test_nobody_reads_what_is_told(nix: Nix, server: Server) -> None:
     assert names(server) == {"new"}
 
 
+def test_a_command_may_remove_all_that_is_temporary(nix: Nix, server: Server) -> None:
+    nix.add("before", "before")
+    (nix.folder / "new").write_text("new")
+    queue = Queue(nix, server)
+    queue.environment["TMPDIR"] = str(nix.folder / "temporary")
+    (nix.folder / "temporary").mkdir()
+    script = f"rm -r {nix.folder}/temporary; nix-store --store {nix.store} --add {nix.folder}/new; exit 3"
+
+    done = watch_exec(queue, "sh", "-c", script)
+
+    assert done.returncode == 3, done.stderr
+    assert names(server) == {"new"}
+
+
 def test_commands_that_cannot_be_started(nix: Nix, server: Server) -> None:
     nix.add("before", "before")
     queue = Queue(nix, server)

@@ -117,9 +117,13 @@ class Execution:
             self._print("pushing what was built; once more to end at once")
 
     def _tell_what_is_left(self, entries: Entries) -> None:
-        with suppress(StoreError):
-            asyncio.run(self._source.take_in(entries))
-        left = [*entries.due(PATH, -1, again=False, now=0), *entries.those_failed()]
+        try:
+            with suppress(StoreError):  # what is new may be unknown, what is queued is not
+                asyncio.run(self._source.take_in(entries))
+            left = [*entries.due(PATH, -1, again=False, now=0), *entries.those_failed()]
+        except StoreError as error:
+            self._print(f"it is not known what was not pushed: {error}")
+            return
         for entry in left:
             self._print(f"not pushed: {entry.path}{f': {entry.reason}' if entry.reason else ''}")
 

@@ -66,7 +66,8 @@ class QueueFile:
     def reading(self) -> Iterator[sqlite3.Connection]:
         """For one thread at a time."""
         with self._one, _our_errors(self._file):
-            if _identity(self._file) != self._identity:
+            # without its directory there can be no other one: a command may remove all that is temporary
+            if _identity(self._file) != self._identity and os.path.isdir(os.path.dirname(self._file)):  # noqa: PTH112, PTH120  as text
                 self._db.close()  # before there is another: it removes the log beside the file
                 self._db = _connect(self._file)
                 self._identity = _identity(self._file)
