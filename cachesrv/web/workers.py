@@ -103,7 +103,13 @@ class Supervisor:
 
     def _start(self, number: int) -> None:
         supervisor = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            # The others go on answering.
+            _log.error("a worker cannot be started at present", worker=number, error=str(error))
+            self._to_start[number] = time.monotonic() + _PAUSE
+            return
         if pid:
             self._workers[pid] = _Worker(number, time.monotonic())
             return
