@@ -6,20 +6,18 @@ are there, and push what refers to them.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from functools import partial
 from typing import TYPE_CHECKING
 
 from cachesrv.errors import BadInput, TooLarge
-from cachesrv.index.base import IndexEntry
 from cachesrv.nix import narinfo
-from cachesrv.services.answer import present
 from cachesrv.services.caches import ReferencePolicy
 from cachesrv.services.findings import Listed
 from cachesrv.services.flaws import Kind
 from cachesrv.services.judging import flawed, judge, record_of, with_nar
 from cachesrv.services.several import several
+from cachesrv.services.visible import nar_hashes
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -90,12 +88,7 @@ class Taking:
             gone = {record.hash_part for record, info in zip(records, there, strict=True) if info is None}
             await self._catalog.remove(cache.name, gone - otherwise.keys())
             records = [record for record in records if record.hash_part not in gone]
-        entries = [
-            IndexEntry(cache.name, record.hash_part, present(record.narinfo))
-            for record in records
-            if record.hash_part not in otherwise
-        ]
-        await asyncio.to_thread(self._index.put, entries, replace=False)
+        await nar_hashes(self._catalog, self._index, cache, [record.hash_part for record in records])
 
 
 def _drop_incomplete(paths: dict[str, FoundPath], known: Collection[str]) -> None:

@@ -193,6 +193,23 @@ class TestTaking:
         await site.storage.put(key_of(LIBRARY), text)
         assert await taking.take(BUCKET, parts(LIBRARY)) == set()
 
+    async def test_what_is_withdrawn_meanwhile_is_not_visible(
+        self, site: Site, taking: Taking, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whoever withdrew it had the index forget it before it came there."""
+        await lay(site, LIBRARY)
+        restore = site.catalog.restore
+
+        async def restore_in_vain(*given: Any, **more: Any) -> Any:
+            otherwise = await restore(*given, **more)
+            await site.catalog.remove("main", parts(LIBRARY))
+            site.index.delete([("main", LIBRARY.path.hash_part)])
+            return otherwise
+
+        monkeypatch.setattr(site.catalog, "restore", restore_in_vain)
+        assert await taking.take(BUCKET, parts(LIBRARY)) == set()
+        assert site.index.get("main", LIBRARY.path.hash_part) is None
+
     async def test_what_is_published_stays_as_it_is(self, site: Site, taking: Taking) -> None:
         await site.send(LIBRARY)
         await site.add(LIBRARY)
