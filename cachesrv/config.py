@@ -324,7 +324,8 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        # Most are those of tomllib; numbers of thousands of digits and the deepest of arrays break it.
         raise ConfigError(f"{path}: not TOML: {error}") from error
 
 

@@ -134,6 +134,9 @@ class _Latest:
         except CachesrvError as error:
             structlog.get_logger().error("the configuration stays as it was", error=str(error))
             return False
+        except Exception:  # noqa: BLE001  a defect, whatever it is, must not end all workers
+            structlog.get_logger().exception("defect: the configuration stays as it was")
+            return False
         return True
 
 

@@ -203,7 +203,8 @@ def _reload(site: Site, reload: Callable[[], Rules], looking: set[asyncio.Task[N
         task = asyncio.get_running_loop().create_task(_find_out(site))
         looking.add(task)
         task.add_done_callback(looking.discard)
-    systemd.notify("READY=1", os.environ)
+    finally:
+        systemd.notify("READY=1", os.environ)
 
 
 async def _find_out(site: Site) -> None:

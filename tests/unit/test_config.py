@@ -250,6 +250,13 @@ def test_no_file_no_toml(file: Path, tmp_path: Path) -> None:
         load(file, DATA, {})
 
 
+@pytest.mark.parametrize("value", ["[" * 100_000, "{a=" * 100_000, "9" * 5000], ids=["arrays", "tables", "digits"])
+def test_what_breaks_the_parser(file: Path, value: str) -> None:
+    file.write_text(f"x = {value}")
+    with pytest.raises(ConfigError, match="not TOML"):
+        load(file, DATA, {})
+
+
 def test_environment_wins_over_the_file(file: Path) -> None:
     file.write_text(f"[server]\nworkers = 2\n[[cache]]\nname = 'a'\n[[token]]\nname = 't'\nsha256 = '{DIGEST}'\n")
     environ = {
