@@ -135,7 +135,7 @@ def test_which_addresses_are_this_machine(host: str, *, loopback: bool) -> None:
 
 
 def test_nothing_said_and_nothing_there_says_what_to_do(home: Home) -> None:
-    with pytest.raises(ConfigError, match="--to URL, set CACHESRV_URL"):
+    with pytest.raises(ConfigError, match=r"--to for pushes.*set CACHESRV_URL"):
         home.found()
 
 
