@@ -333,8 +333,10 @@ async def sent_until_held_up(connection: Connection, request: bytes) -> int:
 
 async def test_idle_connections_are_closed_and_others_are_not(tmp_path: Path) -> None:
     asked = get(f"/main/{PRESENT[0]}.narinfo")
-    for _ in range(Pace.TRIES):
-        async with serving(tmp_path, idle_timeout=1) as served:
+    for number in range(Pace.TRIES):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        async with serving(folder, idle_timeout=1) as served:
             idle, silent, busy = await served.connect(), await served.connect(), await served.connect()
             assert await answers_to(idle, asked) == [(OK, narinfo(0))]
             pace = Pace(0.9)
