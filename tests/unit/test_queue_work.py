@@ -21,7 +21,7 @@ from tests.queue_doubles import FakeQueue, full
 from tests.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from aiohttp import web
 
@@ -241,6 +241,26 @@ async def test_a_push_that_is_cut_off_loses_nothing(queue: FakeQueue, cache: Fak
     assert len(queue.waiting()) == 2
     cache.faults.clear()
     assert await everything(queue) == 1
+
+
+async def test_a_push_is_told_also_by_one_who_is_stopped_then(
+    queue: FakeQueue, cache: FakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the moment in which the queue forgets what was pushed."""
+    queue.built("one")
+    loop, truly = asyncio.get_running_loop(), queue.entries.done
+
+    def done(entries: Iterable[Entry]) -> None:
+        truly(entries)
+        loop.call_soon_threadsafe(task.cancel)
+
+    monkeypatch.setattr(queue.entries, "done", done)
+    task = asyncio.create_task(everything(queue))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert [summary.paths for summary in queue.told.summaries] == [1]
+    assert queue.work.figures.pushed == 1
 
 
 async def test_meanwhile_the_queue_is_up_to_date(

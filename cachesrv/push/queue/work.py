@@ -137,15 +137,16 @@ class Work:
             for entry in outcome.unsettled:
                 outcome.fail(entry, "the push ended without it")
         done = outcome.settled if complete else outcome.published
+        # Told first: whoever is stopped from here on has pushed all the same.
+        self.figures.count_push(len(done), outcome.summary)
+        if outcome.summary.paths:
+            self.report.pushed(len(entries), outcome.summary)
         await asyncio.to_thread(self.entries.done, done)
         gone = await asyncio.to_thread(self.entries.gone, outcome.gone)
         await asyncio.to_thread(self.entries.claim, ())
         await self._keep(outcome.failures)
         for entry in gone:
             self._drop(entry, "the store has it no more")
-        self.figures.count_push(len(done), outcome.summary)
-        if outcome.summary.paths:
-            self.report.pushed(len(entries), outcome.summary)
 
     def _break_off(self, outcome: Outcome) -> None:
         """Also when it was cancelled. What cannot be noted here is found to be in the cache by the next push."""
