@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 _log = structlog.get_logger()
 
 _STOP = (signal.SIGTERM, signal.SIGINT)
-_WAITED_FOR = {*_STOP, signal.SIGHUP, signal.SIGCHLD}
+_WAITED_FOR = {*_STOP, signal.SIGHUP, signal.SIGCHLD, signal.SIGALRM}
+_SHORTEST = 0.001
+"""Seconds; a timer of none would never go off."""
 _SHORT_LIFE = 5.0
 """Seconds. A worker that dies sooner is not replaced at once: a new one will hardly do better."""
 _PAUSE = 1.0
@@ -61,9 +63,11 @@ class Supervisor:
         while self._workers or not self._stopping:
             self._start_due()
             systemd.notify("WATCHDOG=1", os.environ)
-            received = signal.sigtimedwait(_WAITED_FOR, self._patience(watchdog))
-            if received is not None:
-                self._handle(received.si_signo)
+            # By a timer, and not by sigtimedwait: of a process that was stopped meanwhile, and went on when the time
+            # was over, CPython makes a signal out of memory that nobody has written to.
+            signal.setitimer(signal.ITIMER_REAL, max(_SHORTEST, self._patience(watchdog)))
+            self._handle(signal.sigwaitinfo(_WAITED_FOR).si_signo)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _patience(self, watchdog: float | None) -> float:
         """Seconds until there is something to do even without a signal."""
@@ -71,6 +75,8 @@ class Supervisor:
         return min(max(0.0, due - time.monotonic()), watchdog or 3600)
 
     def _handle(self, number: int) -> None:
+        if number == signal.SIGALRM:
+            return
         if number == signal.SIGCHLD:
             self._reap()
             return

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
 
 SCARCE = """
 import os, signal
@@ -41,3 +47,48 @@ def test_a_worker_that_cannot_be_started_is_started_later() -> None:
     # The first one is started when there is room, and ends them all when the second one is there.
     assert done.stdout.splitlines() == ["worker 1", "worker 0", "the end"]
     assert "a worker cannot be started at present" in done.stderr
+
+
+STOPPED = """
+import signal
+from cachesrv.web.workers import Supervisor
+
+def work(number):
+    print("works", flush=True)
+    signal.pause()
+
+def reload():
+    print("reloads", flush=True)
+    return False
+
+Supervisor(1, work, reload).run()
+"""
+
+INTERVAL = 0.05
+"""Seconds between two signs of life to systemd, for which it wakes up."""
+
+
+def state(pid: int) -> str:
+    """Source: proc(5), /proc/pid/stat."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_one_that_is_stopped_for_a_while_goes_on() -> None:
+    """As by Ctrl-Z and `fg`: the time that it was waiting for is over then, and no signal has come."""
+    environment = {**os.environ, "WATCHDOG_USEC": str(int(2_000_000 * INTERVAL))}
+    command = (sys.executable, "-c", STOPPED)
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "works\n"
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout.readline() == "reloads\n"
+        for _ in range(5):
+            process.send_signal(signal.SIGSTOP)
+            while state(process.pid) != "T":
+                time.sleep(0.001)
+            time.sleep(2 * INTERVAL)
+            process.send_signal(signal.SIGCONT)
+            time.sleep(INTERVAL / 2)
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.read() == ""
+        assert process.wait() == 0
