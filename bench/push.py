@@ -230,7 +230,8 @@ def hook(options: argparse.Namespace) -> list[tuple[str, ...]]:
     if "hook" not in COMMANDS:
         return []
     store = stores.small(options.data, 1)
-    store.nix.environment |= {"OUT_PATHS": " ".join(store.paths), "DRV_PATH": ""}
+    queue = str(store.nix.folder / "queue")  # not that of this machine, which would be pushed
+    store.nix.environment |= {"OUT_PATHS": " ".join(store.paths), "DRV_PATH": "", "CACHESRV_QUEUE_DIR": queue}
     bare = [sys.executable, "-c", "pass"]
     ways = {"cachesrv hook": lambda: run(store, [*CACHESRV, "hook"]), "pass": lambda: run(store, bare)}
     return ask("hook", 3 * options.rounds, ways)

@@ -113,6 +113,13 @@ def command(
     """Look whether everything is there, whole and signed."""
     from cachesrv.cli.verify_output import JsonLines, Lines
 
+    context = click.get_current_context()
+    if origin and not (repair or determinism):
+        raise click.UsageError("--from is for --repair and --determinism", context)
+    if forced and not repair:
+        raise click.UsageError("--force is for --repair", context)
+    if determinism and not names:
+        raise click.UsageError("--determinism: which paths?", context)
     config = offline.load(config_file, data_dir)
     if scheduled:
         offline.with_services(config, lambda services: _run_scheduled(config, services))

@@ -270,6 +270,9 @@ async def test_without_a_command_it_helps(user: User, arguments: list[str]) -> N
         (["push", "--jobs", "0", "x"], "cachesrv: Invalid value for '--jobs': 0 is not in the range 1<=x<=256."),
         (["push", "--nonsense"], "cachesrv: No such option"),
         (["push", "--level", "20", "x"], "cachesrv: Invalid value for '--level': '20' is neither a number"),
+        (["verify", "--from", "x"], "cachesrv: --from is for --repair and --determinism (see cachesrv verify --help)"),
+        (["verify", "--force"], "cachesrv: --force is for --repair (see cachesrv verify --help)"),
+        (["verify", "--determinism"], "cachesrv: --determinism: which paths? (see cachesrv verify --help)"),
         (["push", "--level", "²", "x"], "cachesrv: Invalid value for '--level': '²' is neither a number"),
     ],
 )
