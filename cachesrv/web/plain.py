@@ -22,8 +22,13 @@ _HOST = re.compile(rb"[0-9A-Za-z.:_\[\]-]+")
 _WITHOUT_EFFECT = frozenset(
     {
         *(b"accept", b"accept-encoding", b"accept-language", b"cache-control", b"pragma", b"user-agent"),
-        *(b"forwarded", b"via", b"x-amzn-trace-id", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-port"),
-        *(b"x-forwarded-proto", b"x-real-ip", b"x-request-id"),
+        *(b"forwarded", b"via", b"x-client-ip", b"x-cluster-client-ip", b"x-forwarded-for", b"x-forwarded-host"),
+        *(b"x-forwarded-port", b"x-forwarded-prefix", b"x-forwarded-proto", b"x-forwarded-scheme"),
+        *(b"x-forwarded-server", b"x-forwarded-ssl", b"x-original-forwarded-for", b"x-real-ip", b"x-scheme"),
+        *(b"traceparent", b"tracestate", b"x-amzn-trace-id", b"x-cloud-trace-context", b"x-request-id"),
+        *(b"x-envoy-attempt-count", b"x-envoy-expected-rq-timeout-ms", b"x-envoy-external-address"),
+        *(b"cdn-loop", b"cf-connecting-ip", b"cf-ipcountry", b"cf-ray", b"cf-visitor", b"true-client-ip"),
+        *(b"fastly-client-ip", b"fastly-ff", b"x-varnish"),
     }
 )
 """Fields that change nothing in the answer: those of clients and of the proxies before us."""
