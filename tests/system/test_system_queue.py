@@ -221,10 +221,14 @@ def test_a_drain_without_a_server_fails_and_keeps_all(nix: Nix, server: Server) 
 
 def test_an_interrupted_service_ends_at_once(nix: Nix, server: Server) -> None:
     queue = Queue(nix, server)
-    with queue.runs() as service:
-        until(lambda: queue.is_pushed_by(service), "it does not start")
-        service.process.send_signal(signal.SIGINT)
-        assert service.process.wait(PATIENCE) == 130
+    name = f"cachesrv-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(f"\0{name}")
+        systemd.settimeout(PATIENCE)
+        with queue.runs(NOTIFY_SOCKET=f"@{name}") as service:
+            assert systemd.recv(1000) == b"READY=1"
+            service.process.send_signal(signal.SIGINT)
+            assert service.process.wait(PATIENCE) == 130
 
 
 def test_a_queue_that_is_not_there_is_empty(nix: Nix, server: Server) -> None:
