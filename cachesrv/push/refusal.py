@@ -34,7 +34,7 @@ _WILL_NOT_PASS = frozenset({501, 505})
 _OF_BODIES: dict[int, tuple[type[CachesrvError], str]] = {
     411: (LengthWanted, "{} or a proxy before it takes no NAR whose length is not known"),
     413: (BodyTooLarge, "too large for {} or a proxy before it"),
-    507: (ServerError, "{} has no room left"),
+    507: (ServerError, "{} takes no more (507 Insufficient Storage)"),
 }
 
 

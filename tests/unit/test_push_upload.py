@@ -88,7 +88,7 @@ def wanted(*names: str) -> list[api.WantedPath]:
         (502, TryAgain, "said"),
         (503, TryAgain, "said"),
         (505, ServerError, "said"),
-        (507, ServerError, "no room left: said"),
+        (507, ServerError, r"takes no more \(507 Insufficient Storage\): said"),
     ],
 )
 def test_what_a_status_means(status: int, kind: type[CachesrvError], text: str) -> None:
