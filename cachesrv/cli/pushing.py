@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cachesrv.push.level import STRONGEST
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -20,16 +22,13 @@ if TYPE_CHECKING:
     from cachesrv.push.upstreams import Upstream
 
 
-_HIGHEST = 19
-
-
 def _level(context: click.Context, option: click.Parameter, value: str | None) -> Level | None:
     if value is None:
         return None
     if value == "auto":
         return "auto"
-    if value not in map(str, range(1, _HIGHEST + 1)):
-        raise click.BadParameter(f"{value!r} is neither a number from 1 to {_HIGHEST} nor `auto`", context, option)
+    if value not in map(str, range(1, STRONGEST + 1)):
+        raise click.BadParameter(f"{value!r} is neither a number from 1 to {STRONGEST} nor `auto`", context, option)
     return int(value)
 
 
@@ -45,7 +44,7 @@ _OPTIONS = (
         "--level",
         callback=_level,
         metavar="LEVEL",
-        help=f"Of the zstd compression: 1 to {_HIGHEST}, or `auto`: higher while NARs wait for the link, lower while "
+        help=f"Of the zstd compression: 1 to {STRONGEST}, or `auto`: higher while NARs wait for the link, lower while "
         "it waits for them.  [default: 3, or `level` in client.toml]",
     ),
     click.option(

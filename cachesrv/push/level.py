@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Level = int | Literal["auto"]
-"""A level of zstd from 1 to 19, or `auto`."""
+"""A level of zstd from 1 to STRONGEST, or `auto`."""
+
+STRONGEST = 19
+"""Beyond are levels that take more memory to decompress."""
 
 AUTO: Literal["auto"] = "auto"
 DEFAULT_LEVEL = 3

@@ -10,14 +10,16 @@ not hold up the others; what concerns all of them is raised.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cachesrv.api import MAX_BATCH
-from cachesrv.errors import ConfigError
+from cachesrv.errors import BadInput, ConfigError
 from cachesrv.push.connection import Timeouts
 from cachesrv.push.events import Failed, PlanMade, Planned, ignore
 from cachesrv.push.failure import CONFLICT
+from cachesrv.push.level import AUTO, STRONGEST
 from cachesrv.push.one_line import one_line
 from cachesrv.push.plan import Answers, Decision, make_plan, wanted
 from cachesrv.push.realisations import RealisationUpload, missing_realisations
@@ -68,16 +70,30 @@ class Options:
     backoff: Backoff = field(default_factory=lambda: Backoff(outage=OUTAGE))
     timeouts: Timeouts = field(default_factory=Timeouts)
 
+    def __post_init__(self) -> None:
+        """Raises BadInput for what would never end, or send what no client can read."""
+        if self.jobs < 1:
+            raise BadInput(f"jobs has to be 1 at least, not {self.jobs}")
+        if self.level not in (None, AUTO, *range(1, STRONGEST + 1)):
+            raise BadInput(f"level has to be a number from 1 to {STRONGEST}, or {AUTO!r}, not {self.level!r}")
+
 
 async def push(
-    paths: Iterable[str], store: LocalStore, settings: Settings, options: Options | None = None, emit: Emit = ignore
+    paths: Iterable[str | os.PathLike[str]],
+    store: LocalStore,
+    settings: Settings,
+    options: Options | None = None,
+    emit: Emit = ignore,
 ) -> Summary:
     """Push `paths`: names of files in the store, or of symlinks into it. The summary is the last event as well, also
-    when this raises: ServerError, NotAllowed, ConfigError, or what the store raises about itself.
+    when this raises: ServerError, NotAllowed, ConfigError, or what the store raises about itself; BadInput for one
+    path in the place of several.
     """
     tally = Tally(emit)
     try:
-        await _Push(store, settings, options or Options(), tally).run(paths)
+        if isinstance(paths, str | os.PathLike):
+            raise BadInput(f"paths has to be a list: [{paths!r}]")
+        await _Push(store, settings, options or Options(), tally).run(os.fspath(path) for path in paths)
     finally:
         summary = tally.summary()
         emit(summary)

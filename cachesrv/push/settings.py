@@ -27,7 +27,7 @@ import msgspec
 from cachesrv.config import data_dir
 from cachesrv.errors import ConfigError
 from cachesrv.push.address import Address
-from cachesrv.push.level import DEFAULT_LEVEL, Level
+from cachesrv.push.level import DEFAULT_LEVEL, STRONGEST, Level
 from cachesrv.push.token import FirstToken, NetrcEntry, TokenFile, TokenSource, TokenVariable, read_private
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class ClientConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     url: str | None = None
     token_file: str | None = None
-    level: Annotated[int, msgspec.Meta(ge=1, le=19)] | Literal["auto"] = DEFAULT_LEVEL
+    level: Annotated[int, msgspec.Meta(ge=1, le=STRONGEST)] | Literal["auto"] = DEFAULT_LEVEL
 
 
 def find_settings(given: Given, environ: Mapping[str, str]) -> Settings:

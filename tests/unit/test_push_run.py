@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import zstandard
 
 from cachesrv import api
-from cachesrv.errors import ConfigError, NotAuthenticated, ServerError
+from cachesrv.errors import BadInput, ConfigError, NotAuthenticated, ServerError
 from cachesrv.nix import narinfo
 from cachesrv.nix.nar_writer import dump
 from cachesrv.nix.signing import SecretKey
@@ -80,6 +81,23 @@ async def test_a_repeated_push_sends_nothing(store: TemporaryStore, cache: FakeC
 
     assert cache.requests == ["cache", "missing"]
     assert (summary.present, summary.uploaded, summary.sent_bytes) == (4, 0, 0)
+
+
+@pytest.mark.parametrize("options", [{"jobs": 0}, {"level": 0}, {"level": 20}, {"level": "fast"}])
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match="has to be"):
+        Options(**options)
+
+
+async def test_paths_may_be_of_pathlib_but_have_to_be_several(store: TemporaryStore, cache: FakeCache) -> None:
+    store.add("one", b"one")
+    [path] = full("one")
+
+    assert (await push([Path(path)], store, settings(cache), QUICK)).uploaded == 1
+    single: Any
+    for single in (path, Path(path)):
+        with pytest.raises(BadInput, match="paths has to be a list: "):
+            await push(single, store, settings(cache), QUICK)
 
 
 async def test_what_is_no_signature_keeps_no_path_back(store: TemporaryStore, cache: FakeCache) -> None:
