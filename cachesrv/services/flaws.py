@@ -20,7 +20,7 @@ class Kind(Enum):
     UNREADABLE_NARINFO = "unreadable-narinfo", _MENDS
     FOREIGN_NARINFO = "foreign-narinfo", _MENDS
     MISSING_NARINFO = "missing-narinfo", f"{_REPAIR} writes it again, as the catalog knows it"
-    WRONG_SIGNATURE = "wrong-signature", _MENDS
+    WRONG_SIGNATURE = "wrong-signature", f"{_MENDS}; if the key is a new one, `cachesrv reindex --sign` signs with it"
     DISAGREEMENT = "disagreement", f"{_REPAIR} makes storage and catalog say the same again"
     UNPUBLISHED = "unpublished-path", "`cachesrv reindex` publishes it, if all that it needs is there"
     MISSING_NAR = "missing-nar", _MENDS
