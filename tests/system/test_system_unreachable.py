@@ -49,7 +49,7 @@ def server(make_server: StartServer, bucket_of_others: Bucket, proxy: FaultProxy
     server = make_server(stored=bucket_of_others, environment=environment).start()
     assert server.pusher.put(KNOWN.nar_url, KNOWN.file).status == 204
     assert server.pusher.put(KNOWN.narinfo_url, KNOWN.narinfo()).status == 204
-    assert statuses(server, KNOWN, KNOWN_ABSENT) == [200, 404]
+    answered(server, [200, 404], KNOWN, KNOWN_ABSENT)
     until(lambda: server.absences == 1, "the absence is not remembered")
     bucket_of_others.write(f"nar/{UNKNOWN.nar_name}", UNKNOWN.file)
     bucket_of_others.write(f"{UNKNOWN.path.hash_part}.narinfo", UNKNOWN.narinfo())
@@ -59,6 +59,11 @@ def server(make_server: StartServer, bucket_of_others: Bucket, proxy: FaultProxy
 
 def statuses(server: Server, *samples: Sample) -> list[int]:
     return [server.client().get(sample.narinfo_url).status for sample in samples]
+
+
+def answered(server: Server, expected: list[int], *samples: Sample) -> None:
+    """In the end: on a busy machine a bucket that is there may take longer, too, than the server waits for."""
+    until(lambda: statuses(server, *samples) == expected, f"the answers are not {expected}")
 
 
 def check_what_is_known(server: Server) -> None:
@@ -89,8 +94,8 @@ def test_what_is_not_known_may_be_asked_again(server: Server, proxy: FaultProxy,
     server.kill()
     proxy.calm()
     server.start()
-    assert statuses(server, KNOWN, KNOWN_ABSENT, UNKNOWN, UNKNOWN_ABSENT) == [200, 404, 200, 404]
-    assert server.client().get(UNKNOWN.nar_url).body == UNKNOWN.file
+    answered(server, [200, 404, 200, 404], KNOWN, KNOWN_ABSENT, UNKNOWN, UNKNOWN_ABSENT)
+    until(lambda: server.client().get(UNKNOWN.nar_url).body == UNKNOWN.file, "the NAR does not come")
 
 
 @pytest.mark.parametrize(("answer", "words"), fault_proxy.REFUSALS.values(), ids=fault_proxy.REFUSALS)
@@ -99,7 +104,7 @@ def test_a_bucket_that_refuses_is_no_empty_bucket(
 ) -> None:
     """403 is what S3 says when the credentials are wrong, and also of what is absent to those who may not list."""
     proxy.plan(answer, times=100_000)
-    assert statuses(server, UNKNOWN, UNKNOWN_ABSENT) == [500, 500]
+    answered(server, [500, 500], UNKNOWN, UNKNOWN_ABSENT)
     check_what_is_known(server)
     assert server.absences == 1
     assert server.pusher.put(UNKNOWN_ABSENT.nar_url, UNKNOWN_ABSENT.file).status == 500
@@ -119,7 +124,7 @@ def test_all_recovers_by_itself(server: Server, proxy: FaultProxy) -> None:
     check_what_is_known(server)
     proxy.up()
     until(lambda: statuses(server, UNKNOWN) == [200], "the bucket is not asked again")
-    assert set(statuses(server, UNKNOWN_ABSENT, *others)) == {404}
+    answered(server, [404] * 11, UNKNOWN_ABSENT, *others)
     assert server.pusher.put(others[0].nar_url, others[0].file).status == 204
 
 
