@@ -41,7 +41,8 @@ _NARINFO_LINE = re.compile(rb"GET /(?:([0-9A-Za-z_-]+)/)?([0-9a-df-np-sv-z]{32})
 _NAR_LINE = re.compile(rb"GET /(?:([0-9A-Za-z_-]+)/)?nar/([0-9A-Za-z][0-9A-Za-z_.-]{0,199}) HTTP/1\.1")
 _LINE = re.compile(rb"(?:GET|HEAD) /[!-~]* HTTP/1\.1")
 _GET, _HEAD = b"GET /", b"HEAD /"
-_VERSION = b" HTTP/1.1"
+_VERSION, _OLD_VERSION = b" HTTP/1.1", b" HTTP/1.0"
+_CLOSE = b"\r\nConnection: close\r\n"
 _NARINFO = b".narinfo"
 
 
@@ -216,6 +217,25 @@ class FastAnswers:
         if target[-8:] == _NARINFO:
             return self._narinfo(method, target[:-8], block)
         return self._nar(method, target, block)
+
+    def last(self, data: bytes) -> bytes | None:
+        """The answer to the one request that `data` is and that ends its connection: because it says so, or is of
+        HTTP/1.0, as those of nginx are where it is not told otherwise.
+        """
+        line, _, fields = data.partition(b"\r\n")
+        version = line[-9:]
+        closes = _CLOSE in data
+        if version not in (_VERSION, _OLD_VERSION) or not (closes or version == _OLD_VERSION):
+            return None
+        if not closes and b"\r\nconnection:" in data.lower():
+            return None
+        answer = self.answer((line[:-9] + _VERSION + b"\r\n" + fields).replace(_CLOSE, b"\r\n", 1))
+        if answer is None:
+            return None
+        status, _, rest = answer.partition(b"\r\n")
+        if version == _OLD_VERSION:
+            return b"".join((version[1:], status[8:], b"\r\n", rest))
+        return b"".join((status, _CLOSE, rest))
 
     def _narinfo(self, method: str, target: bytes, block: Block) -> bytes | None:
         """`target` is `<cache>/<hash part>` or `<hash part>`; what is not well-formed is not found in the index."""

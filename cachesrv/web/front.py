@@ -4,7 +4,8 @@
                                    └── everything else: aiohttp's own protocol, untouched and in order
 
 A request is answered here only when nothing of an earlier one is outstanding on the connection, and when it is all that
-has arrived: complete, without a body, and plainly understood. Aiohttp's protocol is made on the first demand.
+has arrived: complete, without a body, and plainly understood; one that ends its connection does so here as well.
+Aiohttp's protocol is made on the first demand.
 A middleware (`reporting`) tells when aiohttp begins to handle a request and when its answer is written out. If all that
 was handed over since the connection was last idle is one plain request, the connection is then as good as new, and the
 front answers again. After anything else, what follows on the connection stays with aiohttp: there is no telling here
@@ -96,6 +97,10 @@ class Front(asyncio.Protocol):
             if answer is not None:
                 self.quiet_sweeps = 0
                 self._transport.write(answer)
+                return
+            if not self._fronts.stopping and (answer := self._answers.last(data)) is not None:
+                self._transport.write(answer)
+                self._transport.close()
                 return
             self._busy = True
             self._single = self._answers.block(data) is not None

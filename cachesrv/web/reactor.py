@@ -60,10 +60,10 @@ _TCP_INFO = struct.Struct("=52xII")
 
 class _Connection:
     """A client. `unsent` is what it has not taken yet; after that come bytes of `file`, from `position` to `end`.
-    `slow`: it is counted as one that does not take its answers.
+    `slow`: it is counted as one that does not take its answers. `last`: it is closed when it has.
     """
 
-    __slots__ = ("end", "file", "form", "position", "recv", "send", "slow", "sock", "unsent")
+    __slots__ = ("end", "file", "form", "last", "position", "recv", "send", "slow", "sock", "unsent")
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -71,7 +71,7 @@ class _Connection:
         self.send = sock.send
         self.form: Form | None = None
         self.unsent: memoryview | None = None
-        self.slow = False
+        self.slow = self.last = False
         self.file = -1
         self.position = 0
         self.end = 0
@@ -260,6 +260,11 @@ class Reactor:
         elif (content := self._answers.answer(data)) is not None:
             connection.form = self._answers.form(data)
             self._send(connection, content)
+        elif (content := self._answers.last(data)) is not None:
+            self._send(connection, content)
+            connection.last = True
+            if not connection.sending:
+                self._end(connection)
         else:
             self._leave(connection, data)
 
@@ -329,7 +334,7 @@ class Reactor:
             self._has_taken(connection)
         if connection.file >= 0 and not self._send_file(connection):
             return
-        if self._stopping:
+        if self._stopping or connection.last:
             self._end(connection)
         elif connection.sock.fileno() >= 0:
             self._watch(connection)

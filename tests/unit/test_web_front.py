@@ -17,7 +17,7 @@ from cachesrv.errors import StoreError
 from cachesrv.index.base import IndexEntry
 from cachesrv.services.answer import present
 from cachesrv.web.fast import MANY_SLOW, SMALL_NAR, FastAnswers
-from cachesrv.web.front import Fronts
+from cachesrv.web.front import Front, Fronts
 from cachesrv.web.plain import MAX_BLOCK, Blocks
 from cachesrv.web.reactor import Reactor
 from tests import certificate
@@ -591,6 +591,30 @@ class TestTheEnd:
             front.abort()
             await none_left(served)
             connection.close()
+
+
+LAST = ("HTTP/1.0\r\nHost: h", "HTTP/1.0\r\nHost: h\r\nConnection: close", "HTTP/1.1\r\nConnection: close\r\nHost: h")
+
+
+@BY
+@pytest.mark.parametrize("last", LAST, ids=["old", "old-close", "close"])
+async def test_the_last_request_of_a_connection_is_answered_by_ourselves(
+    site: Site, by_reactor: bool, last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As proxies send each of theirs that do not keep their connections."""
+    left: list[bytes] = []
+    monkeypatch.setattr(Reactor, "_leave", lambda _, __, data: left.append(data))
+    monkeypatch.setattr(Front, "_pass_on", lambda _, data: left.append(data))
+    async with front_server(site, by_reactor=by_reactor, send_buffer=SMALL_SOCKET) as served:
+        for target, end in ((HIT, narinfo(0)), (f"/{ABSENT[0]}.narinfo", b"no such path\n"), (MEDIUM_NAR, nar(MEDIUM))):
+            connection = await Connection.open(served.port, receive_buffer=SMALL_SOCKET)
+            await connection.send(f"GET {target} {last}\r\n\r\n".encode())
+            assert await connection.ends()
+            assert connection.received.startswith(last[:8].encode())
+            assert connection.received.endswith(end)
+            connection.close()
+        await none_left(served)
+    assert left == []
 
 
 LIMITS = {
