@@ -224,6 +224,9 @@ class SharedEnvironment:
             yield
         except lmdb.MapFullError as error:
             raise StoreFull(f"cannot {doing}: it has reached its size limit; raise [index] size_limit") from error
+        except lmdb.MapResizedError as error:
+            why = "another process has made it larger than this one expects; restart the one with the old size_limit"
+            raise StoreError(f"cannot {doing}: {why}") from error
         except lmdb.Error as error:
             if self._is_full(error.code):
                 raise StoreFull(f"cannot {doing}: no space left on its disk") from error

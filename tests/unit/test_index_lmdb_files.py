@@ -336,6 +336,23 @@ def test_one_batch_beyond_all_limits_changes_nothing(path: Path) -> None:
         assert index.get("main", "a") == ANSWER
 
 
+GROW = """
+for n in range(25):
+    index.put([IndexEntry("main", f"{n}", Present(b"Head: yes\\r\\n\\r\\n", bytes(2**20)))])
+"""
+
+
+def test_one_that_another_limit_has_made_larger_is_told(path: Path) -> None:
+    with contextlib.closing(LmdbIndex(str(path), size_limit=2**20)) as index:
+        index.put([IndexEntry("main", "a", ANSWER)])
+        run(GROW, path)
+        with pytest.raises(StoreError, match="restart the one with the old size_limit"):
+            index.get("main", "a")
+    assert not (path / "damaged").exists()
+    with contextlib.closing(LmdbIndex(str(path), size_limit=2**20)) as index:
+        assert index.get("main", "a") == ANSWER
+
+
 def test_a_killed_reader_does_not_fill_the_index(path: Path) -> None:
     body = Present(b"Head: yes\r\n\r\n", b"x" * 1000)
     with contextlib.closing(LmdbIndex(str(path), size_limit=2**20)) as index:
