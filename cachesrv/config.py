@@ -23,7 +23,7 @@ from cachesrv.errors import BadInput, ConfigError
 from cachesrv.nix.store_path import check_store_dir
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 _LARGEST = 2**63 - 1
 _SIZE = 'a size in bytes, or with a unit, as "10 GiB"'
@@ -301,14 +301,13 @@ def load(path: Path | None, directory: Path, environ: Mapping[str, str]) -> Conf
     variables = _overlay_environment(document, environ, mistakes)
     sections = {field.name: field for field in msgspec.structs.fields(Config) if field.name != "data_dir"}
     values: dict[str, Any] = {name: field.default for name, field in sections.items()}
+    wrong = _WrongKeys()
     for key, value in document.items():
         if key in sections:
-            before = len(mistakes)
-            section = _section(sections[key].type, value, key, mistakes)
-            values[key] = section if len(mistakes) == before else None
+            values[key] = _section(sections[key].type, value, key, mistakes, wrong)
         else:
             mistakes.append(f"{key}: no such section; there are {', '.join(sections)}")
-    mistakes += _contradictions(values)
+    mistakes += _contradictions(values, wrong)
     if not mistakes:
         return Config(data_dir=directory, **values)
     raise ConfigError("\n".join(_with_source(mistake, path, variables) for mistake in mistakes))
@@ -329,24 +328,39 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not TOML: {error}") from error
 
 
-def _section(kind: Any, value: Any, where: str, mistakes: list[str]) -> Any:
-    """A struct, or a list of them, from a table or an array of tables."""
-    if getattr(kind, "__origin__", None) is tuple:
-        if not isinstance(value, list):
-            mistakes.append(f"{where}: expected an array of tables, written [[{where}]]")
-            return None
-        item = kind.__args__[0]
-        return tuple(_struct(item, table, f"{where}[{number}]", mistakes) for number, table in enumerate(value))
-    return _struct(kind, value, where, mistakes)
+class _WrongKeys:
+    """The keys whose values cannot be used: nothing is said of how these go with others."""
+
+    def __init__(self) -> None:
+        self._keys: set[str] = set()
+
+    def add(self, where: str, keys: Iterable[str]) -> None:
+        """Keys of a table such as "storage" or "cache[2]"."""
+        section = where.partition("[")[0]
+        self._keys.update(f"{place}.{key}" for place in (where, section) for key in keys)
+
+    def without(self, where: str, *keys: str) -> bool:
+        """Whether all these are right in a table; in all tables of the array, when that is named without a number."""
+        return self._keys.isdisjoint(f"{where}.{key}" for key in keys)
 
 
-def _struct(kind: type[msgspec.Struct], table: Any, where: str, mistakes: list[str]) -> Any:
+def _section(kind: Any, value: Any, where: str, mistakes: list[str], wrong: _WrongKeys) -> Any:
+    """A struct, or a list of them, from a table or an array of tables; what is wrong in them is blank."""
+    if getattr(kind, "__origin__", None) is not tuple:
+        return _struct(kind, value, where, mistakes, wrong)
+    item = kind.__args__[0]
+    if not isinstance(value, list):
+        mistakes.append(f"{where}: expected an array of tables, written [[{where}]]")
+        return (_blank(item, f"{where}[0]", {}, wrong),)
+    return tuple(_struct(item, table, f"{where}[{number}]", mistakes, wrong) for number, table in enumerate(value))
+
+
+def _struct(kind: type[msgspec.Struct], table: Any, where: str, mistakes: list[str], wrong: _WrongKeys) -> Any:
     if not isinstance(table, dict):
         mistakes.append(f"{where}: expected a table, written [{where.partition('[')[0]}] with its keys below")
-        return None
+        return _blank(kind, where, {}, wrong)
     known = {field.name: field for field in msgspec.structs.fields(kind)}
-    before = len(mistakes)
-    values: dict[str, Any] = {}
+    values = {name: field.default for name, field in known.items() if not field.required and name not in table}
     for key, value in table.items():
         if key not in known:
             mistakes.append(f"{where}.{key}: no such key; there are {', '.join(known)}")
@@ -356,7 +370,14 @@ def _struct(kind: type[msgspec.Struct], table: Any, where: str, mistakes: list[s
         except (msgspec.ValidationError, ValueError):
             mistakes.append(f"{where}.{key} = {_shown(known[key].type, value)}: expected {_expected(known[key].type)}")
     mistakes += [f"{where}.{name}: is required" for name, f in known.items() if f.required and name not in table]
-    return kind(**values) if len(mistakes) == before else None
+    return _blank(kind, where, values, wrong)
+
+
+def _blank(kind: type[msgspec.Struct], where: str, values: Mapping[str, Any], wrong: _WrongKeys) -> Any:
+    """A struct with the values that are right, and None for all others."""
+    missing = [field.name for field in msgspec.structs.fields(kind) if field.name not in values]
+    wrong.add(where, missing)
+    return kind(**values, **dict.fromkeys(missing))
 
 
 def _value(kind: Any, value: Any) -> Any:
@@ -450,80 +471,88 @@ def _from_text(section: str, key: str, text: str) -> Any:
     return text
 
 
-def _contradictions(sections: Mapping[str, Any]) -> list[str]:
-    """What is wrong although each key by itself is right; sections in which one is not are None."""
-    server, storage, caches, tokens = (sections[name] for name in ("server", "storage", "cache", "token"))
+def _contradictions(sections: Mapping[str, Any], wrong: _WrongKeys) -> list[str]:
+    """What is wrong although each of the keys by itself is right."""
     return [
-        *(_contradictions_of_server(server) if server else ()),
-        *(_contradictions_of_storage(storage) if storage else ()),
-        *(_contradictions_of_caches(caches) if caches is not None else ()),
-        *(_contradictions_of_upstreams(sections, caches) if caches is not None else ()),
-        *(_contradictions_of_tokens(tokens, caches) if tokens else ()),
+        *_contradictions_of_server(sections["server"], wrong),
+        *_contradictions_of_storage(sections["storage"], wrong),
+        *_contradictions_of_caches(sections["cache"], wrong),
+        *_contradictions_of_upstreams(sections, wrong),
+        *_contradictions_of_tokens(sections["token"], sections["cache"], wrong),
     ]
 
 
-def _contradictions_of_server(server: Server) -> Iterator[str]:
-    if (server.tls_certificate is None) != (server.tls_private_key is None):
+def _contradictions_of_server(server: Server, wrong: _WrongKeys) -> Iterator[str]:
+    tls = ("tls_certificate", "tls_private_key")
+    if wrong.without("server", *tls) and (server.tls_certificate is None) != (server.tls_private_key is None):
         yield "server: tls_certificate and tls_private_key belong together"
-    try:
-        check_store_dir(server.store_dir)
-    except BadInput:
-        yield f"server.store_dir = {server.store_dir!r}: expected an absolute path without a final /"
+    if wrong.without("server", "store_dir"):
+        try:
+            check_store_dir(server.store_dir)
+        except BadInput:
+            yield f"server.store_dir = {server.store_dir!r}: expected an absolute path without a final /"
 
 
-def _contradictions_of_storage(storage: Storage) -> Iterator[str]:
+def _contradictions_of_storage(storage: Storage, wrong: _WrongKeys) -> Iterator[str]:
+    if not wrong.without("storage", "kind", "bucket"):
+        return
     if storage.kind == "s3" and storage.bucket is None:
         yield 'storage.bucket: is required for kind = "s3"'
     if storage.kind != "s3" and storage.bucket is not None:
         yield f'storage.bucket = {storage.bucket!r}: kind = "filesystem" puts nothing into a bucket, "s3" does'
 
 
-def _contradictions_of_caches(caches: tuple[Cache, ...]) -> Iterator[str]:
+def _contradictions_of_caches(caches: tuple[Cache, ...], wrong: _WrongKeys) -> Iterator[str]:
     yield from _repeated("cache", [cache.name for cache in caches])
     if not caches:
         yield "cache: at least one [[cache]] is needed"
-    if sum(cache.root for cache in caches) > 1:
+    if sum(cache.root is True for cache in caches) > 1:
         yield "cache: only one cache can be the root"
     for number, cache in enumerate(caches):
         if cache.name in RESERVED_NAMES:
             yield f"cache[{number}].name = {cache.name!r}: is taken by the paths of HTTP, choose another"
-    for outer, inner in permutations(sorted({cache.place for cache in caches}), 2):
+    placed = (cache for number, cache in enumerate(caches) if wrong.without(f"cache[{number}]", "name", "prefix"))
+    for outer, inner in permutations(sorted({cache.place for cache in placed}), 2):
         if not outer or inner.startswith(f"{outer}/"):
             yield f"cache: the prefix {inner!r} lies inside {outer!r}; expected the same prefix, or one beside it"
 
 
-def _contradictions_of_upstreams(sections: Mapping[str, Any], caches: tuple[Cache, ...]) -> Iterator[str]:
-    upstreams: tuple[Upstream, ...] | None = sections["upstream"]
-    delivery: Delivery | None = sections["delivery"]
-    if upstreams is None:
-        return
-    names = [upstream.name for upstream in upstreams]
+def _contradictions_of_upstreams(sections: Mapping[str, Any], wrong: _WrongKeys) -> Iterator[str]:
+    names = [upstream.name for upstream in sections["upstream"]]
     yield from _repeated("upstream", names)
-    for number, cache in enumerate(caches):
-        for name in cache.upstreams:
-            if name not in names:
-                yield f"cache[{number}].upstreams: no [[upstream]] is called {name!r}"
-        if cache.references == "upstream" and not cache.upstreams:
-            yield f'cache[{number}].references = "upstream": needs at least one name in upstreams'
-        if cache.pull_through and not cache.upstreams:
-            yield f"cache[{number}].pull_through = true: needs at least one name in upstreams"
+    caching = not wrong.without("delivery", "disk_cache_size") or sections["delivery"].disk_cache_size > 0
+    for number, cache in enumerate(sections["cache"]):
+        where = f"cache[{number}]"
+        if wrong.without(where, "upstreams"):
+            if wrong.without("upstream", "name"):
+                missing = (name for name in cache.upstreams if name not in names)
+                yield from (f"{where}.upstreams: no [[upstream]] is called {name!r}" for name in missing)
+            if cache.references == "upstream" and not cache.upstreams:
+                yield f'{where}.references = "upstream": needs at least one name in upstreams'
+            if cache.pull_through and not cache.upstreams:
+                yield f"{where}.pull_through = true: needs at least one name in upstreams"
         for key in ("retention_age", "retention_size"):
             if cache.authority == "bucket" and (value := getattr(cache, key)):
-                yield f"cache[{number}].{key} = {value}: what others write to the bucket is collected where they do"
-        if cache.pull_through and delivery and not delivery.disk_cache_size:
-            yield f"cache[{number}].pull_through = true: needs a delivery.disk_cache_size above 0"
+                yield f"{where}.{key} = {value}: what others write to the bucket is collected where they do"
+        if cache.pull_through and not caching:
+            yield f"{where}.pull_through = true: needs a delivery.disk_cache_size above 0"
 
 
-def _contradictions_of_tokens(tokens: tuple[Token, ...], caches: tuple[Cache, ...] | None) -> Iterator[str]:
+def _contradictions_of_tokens(tokens: tuple[Token, ...], caches: tuple[Cache, ...], wrong: _WrongKeys) -> Iterator[str]:
     yield from _repeated("token", ["push-token", *(token.name for token in tokens)])
-    if len({token.sha256 for token in tokens}) < len(tokens):
+    hashes = [token.sha256 for number, token in enumerate(tokens) if wrong.without(f"token[{number}]", "sha256")]
+    if len(set(hashes)) < len(hashes):
         yield "token: two of them have the same sha256"
-    names = [cache.name for cache in caches or ()]
+    names = [cache.name for cache in caches]
+    if not names or not wrong.without("cache", "name"):
+        return
     for number, token in enumerate(tokens):
-        for pattern in token.caches:
-            if names and not any(fnmatchcase(name, pattern) for name in names):
+        for pattern in token.caches if wrong.without(f"token[{number}]", "caches") else ():
+            if not any(fnmatchcase(name, pattern) for name in names):
                 yield f"token[{number}].caches: no cache matches {pattern!r}; there are {', '.join(names)}"
 
 
-def _repeated(section: str, names: list[str]) -> list[str]:
-    return [f"{section}: the name {name!r} is used twice" for name in sorted({n for n in names if names.count(n) > 1})]
+def _repeated(section: str, names: Sequence[str | None]) -> list[str]:
+    """Names that two tables have; None is of one that has none."""
+    given = [name for name in names if name is not None]
+    return [f"{section}: the name {name!r} is used twice" for name in sorted({n for n in given if given.count(n) > 1})]

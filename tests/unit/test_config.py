@@ -207,6 +207,53 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
     ]
 
 
+UPSTREAM = f"[[upstream]]\nname = 'u'\nurl = 'https://a.example'\npublic_keys = ['u:{'A' * 43}=']"
+
+
+@pytest.mark.parametrize(
+    ("text", "contradiction"),
+    [
+        ("[server]\nworkers = 'many'\ntls_certificate = 'x'", "server: tls_certificate and tls_private_key"),
+        ("[server]\nworkers = 'many'\nstore_dir = 'x'", "server.store_dir = 'x': expected an absolute path"),
+        ("[server]\ntls_certificate = 1\nstore_dir = 'x'", "server.store_dir = 'x': expected an absolute path"),
+        ("[storage]\nreserve = 'much'\nkind = 's3'", "storage.bucket: is required"),
+        ("[storage]\nbukket = 'abc'\nkind = 's3'", "storage.bucket: is required"),
+        ("[[cache]]\nname = 'nar'\npublic = 1", "cache[0].name = 'nar': is taken"),
+        ("[[cache]]\nname = 'a'\npublic = 1\n[[cache]]\nname = 'a'", "cache: the name 'a' is used twice"),
+        ("[[cache]]\nname = 'a'\n[[cache]]\nname = 'b'\nprefix = 'a/b'\n[[cache]]\nname = '/'", "cache: the prefix"),
+        ("[[cache]]\nname = 'a'\npublic = 1\npull_through = true", "cache[0].pull_through = true: needs at least"),
+        ("[[cache]]\nname = 'a'\npublic = 1\nupstreams = ['b']", "cache[0].upstreams: no [[upstream]] is called 'b'"),
+        ("[[cache]]\nname = 'a'\nupstreams = 1\nauthority = 'bucket'\nretention_age = 1", "cache[0].retention_age = 1"),
+        ("[[cache]]\nname = 'a'\npublic = 1\npull_through = true\nupstreams = ['u']\n[delivery]\ndisk_cache_size = 0\n"
+         + UPSTREAM,
+         "cache[0].pull_through = true: needs a delivery"),
+        (f"[[token]]\nname = 'a'\nsha256 = '{DIGEST}'\npermissions = 1\ncaches = ['x']", "token[0].caches: no cache"),
+        (f"[[token]]\nsha256 = '{DIGEST}'\n[[token]]\nname = 'b'\nsha256 = '{DIGEST}'", "token: two of them have"),
+    ],
+)  # fmt: skip
+def test_keys_are_compared_though_others_of_the_section_are_wrong(file: Path, text: str, contradiction: str) -> None:
+    _wrong, told = mistakes_of(text, file)
+    assert told.startswith(contradiction)
+
+
+@pytest.mark.parametrize(
+    ("text", "mistake"),
+    [
+        ("[server]\ntls_certificate = 1\ntls_private_key = 'x'", "server.tls_certificate = 1: "),
+        ("[storage]\nkind = 's4'\nbucket = 'abc'", "storage.kind = 's4': "),
+        ("[storage]\nkind = 's3'\nbucket = 1", "storage.bucket = 1: "),
+        ("[[cache]]\nname = 'a'\n[[cache]]\nname = 'b'\nprefix = '/'", "cache[1].prefix = '/': "),
+        ("[[cache]]\nname = 'a'\nreferences = 'upstream'\nupstreams = 1", "cache[0].upstreams = 1: "),
+        ("upstream = 1\n[[cache]]\nname = 'a'\nupstreams = ['u']", "upstream: expected an array of tables"),
+        ("upstream = [1]\n[[cache]]\nname = 'a'\nupstreams = ['u']", "upstream[0]: expected a table"),
+        (f"[[cache]]\nname = '/'\n[[token]]\nname = 'a'\nsha256 = '{DIGEST}'\ncaches = ['x']", "cache[0].name = '/': "),
+    ],
+)  # fmt: skip
+def test_nothing_is_said_of_how_a_wrong_value_goes_with_others(file: Path, text: str, mistake: str) -> None:
+    (told,) = mistakes_of(text, file)
+    assert told.startswith(mistake)
+
+
 @pytest.mark.parametrize("text", ["server = 1", "cache = 1", "[cache]\nname = 'a'", "cache = [1]", "[[server]]"])
 def test_sections_of_the_wrong_shape(file: Path, text: str) -> None:
     (mistake,) = mistakes_of(text, file)
