@@ -114,6 +114,10 @@ class Direct:
             raise BadInput(f"a file of {size} bytes was to be sent, and {found.size} are there")
         return replace(staged, parts=(StagedPart(found.tag, size, md5),))
 
+    async def has_whole(self, place: Place, size: int, md5: str) -> bool:
+        """Whether there is anything that was sent in one piece."""
+        return await self._storage.head(place.staged_key(_name_of_whole(size, md5))) is not None
+
     async def forget_whole(self, place: Place, size: int, md5: str) -> None:
         """Remove what was sent in one piece; nothing happens when it is not there."""
         await self._storage.delete([place.staged_key(_name_of_whole(size, md5))])

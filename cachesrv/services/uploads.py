@@ -211,7 +211,6 @@ class Uploads:
             return None
         if not await self._room.takes(size):
             return None
-        self._completing.forget_failure(place)
         return await self._direct.sign_whole(place, size, md5)
 
     async def complete(
@@ -227,10 +226,12 @@ class Uploads:
         sent.check()
         begun = None if sent.size else await self._store.begun(place)
         _check_nar(place, begun, nar_hash)
-        if begun:  # anew, since what was wrong is forgotten with its upload
-            self._completing.forget_failure(place)
+        key = (place, nar_hash, *sent.parts, *sent.md5, sent.size) if sent.size else place
+        if begun or (self._completing.has_failed(key) and await self._is_there_whole(place, sent)):
+            # anew, since what was wrong is removed
+            self._completing.forget_failure(key)
         work = partial(self._complete, cache, place, nar_hash, sent)
-        outcome = await self._completing.outcome(place, work, patience=patience)
+        outcome = await self._completing.outcome(key, work, patience=patience)
         if outcome is None:
             return Verifying(self._through.progress(place) + (self._direct.progress(place) if self._direct else 0))
         return outcome
@@ -307,6 +308,9 @@ class Uploads:
         if self._direct is None or staged is None or staged.parts[0].tag != sent.parts[0]:
             return Missing([1])
         return await self._direct.make(cache, place, nar_hash, staged)
+
+    async def _is_there_whole(self, place: Place, sent: Sent) -> bool:
+        return self._direct is not None and await self._direct.has_whole(place, sent.size, sent.md5[0])
 
     async def _remove_sent(self, place: Place, sent: Sent) -> None:
         if sent.size and self._direct:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import zstandard
 
+from cachesrv.catalog.base import NarRecord
 from cachesrv.errors import BadInput, Mismatch, TooLarge
 from cachesrv.services import upload_room
 from cachesrv.services.ingest import Ingest
@@ -25,7 +26,6 @@ from tests.service_site import Site, chunks
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from cachesrv.catalog.base import NarRecord
     from tests.radosgw import Gateway
 
 UPLOAD = "0123456789abcdef"
@@ -179,6 +179,45 @@ async def test_what_is_altered_in_the_bucket_is_named(site: Site, monkeypatch: p
         with pytest.raises(Mismatch, match="was altered in the bucket"):
             await complete(uploads, site)
     assert await keys(site) == set()
+
+
+async def test_what_was_altered_can_be_sent_again_by_another_process(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one of them remembers of the first file says nothing about the second."""
+    async with process(site) as one, process(site) as two:
+        await put(await sign(one, site), NAR.file)
+        with monkeypatch.context() as patched:
+            alter(site, patched, 1000, 1000)
+            with pytest.raises(Mismatch):
+                await complete(one, site)
+        await put(await sign(two, site), NAR.file)
+        assert not isinstance(await complete(one, site), Missing | Verifying)
+    assert await stored(site) == NAR.file
+
+
+async def test_nobody_hears_what_came_of_another_nar(site: Site) -> None:
+    """Whoever can push can call an upload as others call theirs."""
+    async with process(site) as uploads:
+        await put(await sign(uploads, site), NAR.file)
+        await put(await sign(uploads, site, OTHER.file), OTHER.file)
+        one, other = await asyncio.gather(
+            complete(uploads, site),
+            uploads.complete(site.cache, UPLOAD, OTHER.nar_hash, sent(OTHER.file), patience=60),
+        )
+        assert isinstance(one, NarRecord)
+        assert isinstance(other, NarRecord)
+        assert (one.nar_hash, other.nar_hash) == (NAR.nar_hash.nix32, OTHER.nar_hash.nix32)
+
+
+async def test_what_others_sent_wrongly_is_not_held_against_a_nar(site: Site) -> None:
+    async with process(site) as uploads:
+        signed = await sign(uploads, site)
+        await put(await sign(uploads, site, OTHER.file), OTHER.file)
+        with pytest.raises(BadInput):
+            await complete(uploads, site, sent(OTHER.file))
+        await put(signed, NAR.file)
+        assert isinstance(await complete(uploads, site), NarRecord)
 
 
 async def test_two_processes_complete_at_once(site: Site) -> None:
