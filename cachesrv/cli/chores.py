@@ -47,7 +47,7 @@ async def _verify(metrics: Metrics, options: Sequence[str]) -> None:
         return
     if sums is None:
         return
-    found = {key: sums[key] for key in ("paths", "nars", "bytes", "seconds")}
+    found = {key: sums[key] for key in ("paths", "nars", "bytes", "seconds", "young")}
     if sums["flaws"]:
         _log.error("the verification found flaws: `cachesrv verify` names them", flaws=sums["flaws"], **found)
     else:

@@ -14,6 +14,7 @@ import structlog
 
 from cachesrv.services import amounts
 from cachesrv.services.flaws import Kind
+from cachesrv.services.verify import YOUNG
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -99,9 +100,15 @@ class Lines:
         self._progress.clear()
         read = f", NARs read: {counts.nars} ({amounts.size(counts.bytes)})" if counts.nars else ""
         total = sum(counts.flaws.values())
-        click.echo(f"paths looked at: {counts.paths}{read}; {f'flaws: {total}' if total else 'all is well'}")
+        well = "no flaws" if counts.young else "all is well"
+        click.echo(f"paths looked at: {counts.paths}{read}; {f'flaws: {total}' if total else well}")
         for label, number in sorted(counts.flaws.items()):
             click.echo(f"  {number} {label}" + ("" if repaired else f": {Kind.of(label).advice}"))
+        if counts.young:
+            click.echo(
+                f"  {counts.young} not judged: objects that the catalog does not know, younger than"
+                f" {amounts.time(YOUNG)}; a push may be at work, else `cachesrv reindex` publishes their paths"
+            )
         if repaired:
             click.echo(", ".join(f"{number} {result}" for result, number in repaired.items()))
 

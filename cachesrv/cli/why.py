@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from cachesrv.catalog.base import Catalog
     from cachesrv.services.why import Explanation
+    from cachesrv.storage.base import ObjectInfo
 
 
 @click.command(
@@ -42,9 +43,16 @@ def command(path: str, *, as_json: bool, cache: str | None, config_file: Path | 
     chosen = offline.chosen_cache(config, cache)
     hash_part = path_name.hash_part_of(path, chosen.store_dir)
 
+    async def head(key: str) -> ObjectInfo | None:
+        storage = wiring.open_storage(config)
+        try:
+            return await storage.head(key)
+        finally:
+            await storage.close()
+
     async def explain(catalog: Catalog) -> Explanation:
-        why = Why(catalog, chosen, wiring.policies(config).get(chosen.name), history=config.collect.history)
-        return await why.explain(hash_part)
+        policy = wiring.policies(config).get(chosen.name)
+        return await Why(catalog, head, chosen, policy, history=config.collect.history).explain(hash_part)
 
     explanation = offline.with_catalog(config, explain)
     if as_json:

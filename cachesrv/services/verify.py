@@ -44,6 +44,9 @@ PUBLISHED, STORED, BESIDE, INDEXED, LEFT = STAGES = (
     "temporary files",
 )
 
+YOUNG = 3600
+"""Seconds for which what lies in storage may be on its way to be published."""
+
 _TOGETHER = 500
 _READ_TOGETHER = 64
 """Paths between two notes when NARs are read: so much is done again after an interruption."""
@@ -72,18 +75,19 @@ class Allowances:
     """
 
     patience: float = 2.0
-    young: float = 3600.0
+    young: float = YOUNG
     abandoned: float = 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
     """What is wrong with the next `paths` or whatever else was looked at; `after` says up to where in the order of the
-    stage, None where it has no order to go on in.
+    stage, None where it has no order to go on in. Besides there were `young` objects that nobody knows.
     """
 
     flaws: Sequence[Flaw] = ()
     paths: int = 0
+    young: int = 0
     after: str | None = None
 
 
@@ -151,7 +155,7 @@ class Verify:
         size = _READ_TOGETHER if self._contents else _TOGETHER
         async for records in _batches(self._stores.catalog.scan(cache.name, after), size):
             flaws = await self._confirmed(check, await check.published(records))
-            yield _Step(flaws, len(records), records[-1].hash_part)
+            yield _Step(flaws, len(records), after=records[-1].hash_part)
 
     async def _confirmed(self, check: PathCheck, suspected: Mapping[str, Sequence[Flaw]]) -> list[Flaw]:
         """Those flaws that are still there after a while."""
@@ -170,14 +174,15 @@ class Verify:
         for digit in _DIGITS if sliced else ("",):
             if digit and digit <= after:
                 continue
-            async for hash_parts in _batches(self._unknown_narinfos(cache, digit), _TOGETHER):
-                flaws = await self._confirmed(check, await check.found(hash_parts))
-                yield _Step(flaws, len(hash_parts))
+            async for unknown in _batches(self._unknown_narinfos(cache, digit), _TOGETHER):
+                old = [hash_part for hash_part, is_old in unknown if is_old]
+                flaws = await self._confirmed(check, await check.found(old))
+                yield _Step(flaws, len(old), len(unknown) - len(old))
             if digit:
                 yield _Step(after=digit)
         if not cache.bucket_is_authority and not check.more_unpublished:
-            async for flaws in self._strays(cache, check.unpublished_nars):
-                yield _Step(flaws)
+            async for step in self._strays(cache, check.unpublished_nars):
+                yield step
 
     async def _beside(self, cache: ServedCache) -> AsyncIterator[_Step]:
         check = MetadataCheck(self._stores, cache, self._keys[cache.name], self._sharing(cache))
@@ -187,8 +192,10 @@ class Verify:
     def _sharing(self, cache: ServedCache) -> list[str]:
         return [other.name for other in self._caches.values() if other.prefix == cache.prefix]
 
-    async def _unknown_narinfos(self, cache: ServedCache, digit: str) -> AsyncIterator[str]:
-        """What narinfos in storage are called that no cache publishes which has them."""
+    async def _unknown_narinfos(self, cache: ServedCache, digit: str) -> AsyncIterator[tuple[str, bool]]:
+        """What narinfos in storage are called that no cache publishes which has them, and whether they are old enough
+        to be judged.
+        """
         sharing = self._sharing(cache)
         prefix = cache.key("")
         old = time.time() - (0 if cache.bucket_is_authority else self._allow.young)
@@ -197,29 +204,32 @@ class Verify:
             """Without its suffix."""
             called = info.key[len(prefix) :]
             ours = called.endswith(".narinfo") and "/" not in called and called.startswith(digit)
-            return called.removesuffix(".narinfo") if ours and info.modified < old else None
+            return called.removesuffix(".narinfo") if ours else None
 
         async for infos in _batches(self._stores.storage.list(prefix), _TOGETHER):
-            names = {found for info in infos if (found := name(info))}
+            modified = {found: info.modified for info in infos if (found := name(info))}
+            names = set(modified)
             for of in sharing:
                 names -= await self._stores.catalog.present(of, names)
             for one in sorted(names):
                 if not await self._is_going(cache.narinfo_key(one)):
-                    yield one
+                    yield one, modified[one] < old
 
-    async def _strays(self, cache: ServedCache, named: Collection[str]) -> AsyncIterator[list[Flaw]]:
+    async def _strays(self, cache: ServedCache, named: Collection[str]) -> AsyncIterator[_Step]:
         old = time.time() - self._allow.young
         async for infos in _batches(self._stores.storage.list(cache.key("nar/")), _TOGETHER):
-            sizes = {info.key: info.size for info in infos if info.modified < old and info.key not in named}
+            sizes = {info.key: info.size for info in infos if info.key not in named}
+            young = {info.key for info in infos if info.modified >= old}
             strays = await self._stores.catalog.stray_nars(sizes)
+            unjudged = len(strays & young)
+            strays -= young
             if strays:
                 await asyncio.sleep(self._allow.patience)
                 strays = await self._stores.catalog.stray_nars(strays)
             there = [key for key in sorted(strays) if await self._stores.storage.head(key)]
-            yield [
-                Flaw(Kind.ORPHAN_NAR.label, cache.name, f"a NAR of {sizes[key]} bytes that no path has", "", key)
-                for key in there
-            ]
+            what = "a NAR of {} bytes that no path has"
+            flaws = [Flaw(Kind.ORPHAN_NAR.label, cache.name, what.format(sizes[key]), "", key) for key in there]
+            yield _Step(flaws, young=unjudged)
 
     async def _indexed(self, cache: ServedCache, check: PathCheck, after: str) -> AsyncIterator[_Step]:
         """Answers for paths that are not there."""
@@ -267,6 +277,7 @@ class _Run:
         """Note what was looked at, then tell of it."""
         counts = self._journal.counts
         counts.paths += step.paths
+        counts.young += step.young
         counts.seconds = round(seconds, 1)
         if self._contents:
             counts.nars = self._read[0] + self._contents.nars

@@ -35,12 +35,15 @@ class Position(msgspec.Struct, frozen=True):
 
 
 class Counts(msgspec.Struct):
-    """What was looked at, and how many flaws there are of each kind. `nars` were read, with `bytes` in all."""
+    """What was looked at, and how many flaws there are of each kind. `nars` were read, with `bytes` in all. `young`
+    objects, which the catalog does not know, may be on their way: they were not judged.
+    """
 
     paths: int = 0
     nars: int = 0
     bytes: int = 0
     seconds: float = 0.0
+    young: int = 0
     flaws: dict[str, int] = {}
 
 

@@ -6,16 +6,22 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cachesrv.errors import StoreError
 from cachesrv.nix.store_path import HASH_PART_LENGTH
 from cachesrv.services import amounts
 from cachesrv.services.marking import Marking
 from cachesrv.services.referrers import Referrers
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from cachesrv.catalog.base import Catalog, PathRecord
     from cachesrv.catalog.retention import PathUse, PinRecord
     from cachesrv.services.caches import ServedCache
     from cachesrv.services.marking import Policy
+    from cachesrv.storage.base import ObjectInfo
+
+    Head = Callable[[str], Awaitable[ObjectInfo | None]]
 
 PUBLISHED, REMOVED, REFUSED, UNKNOWN = "published", "removed", "refused", "unknown"
 
@@ -53,11 +59,14 @@ class _Uses:
 
 class Why:
     """Explains. `policy` is that of the cache, None when it keeps everything; removals are remembered for `history`
-    seconds.
+    seconds. `head` is asked whether storage has what the catalog does not know; it may raise StoreError.
     """
 
-    def __init__(self, catalog: Catalog, cache: ServedCache, policy: Policy | None, *, history: int) -> None:
+    def __init__(
+        self, catalog: Catalog, head: Head, cache: ServedCache, policy: Policy | None, *, history: int
+    ) -> None:
         self._catalog = catalog
+        self._head = head
         self._cache = cache
         self._policy = policy
         self._history = history
@@ -92,11 +101,29 @@ class Why:
                 reasons.append(Reason("nar", text))
         refused = await self._refusals(hash_part)
         if not removal and not refused:
-            text = f"{hash_part} was never pushed to {self._cache.name}, as far as that is remembered:"
-            reasons.append(Reason("unknown", f"{text} [collect] history = {amounts.time(self._history)}"))
+            return await self._unknown(hash_part)
         return Explanation(
             REMOVED if removal else REFUSED if refused else UNKNOWN, kept=False, reasons=(*reasons, *refused)
         )
+
+    async def _unknown(self, hash_part: str) -> Explanation:
+        """What there is to say of a path that the catalog has never had, or has lost."""
+        try:
+            stored = await self._head(self._cache.narinfo_key(hash_part))
+        except StoreError as error:
+            told = [Reason("storage", f"whether it lies in storage cannot be told: {error}")]
+        else:
+            if stored and self._cache.bucket_is_authority:
+                text = f"{hash_part} lies in storage since {amounts.date(int(stored.modified))}, where others write to"
+                kept = f"{self._cache.name}: it is theirs to collect"
+                return Explanation(PUBLISHED, kept=True, reasons=(Reason("storage", f"{text} {kept}"),))
+            text = (
+                f"it lies in the storage of {self._cache.name}, and the catalog does not know it: unless a push of it"
+            )
+            told = [Reason("storage", f"{text} is at work, `cachesrv reindex` publishes it")] if stored else []
+        text = f"{hash_part} was never pushed to {self._cache.name}, as far as that is remembered:"
+        never = Reason("unknown", f"{text} [collect] history = {amounts.time(self._history)}")
+        return Explanation(UNKNOWN, kept=False, reasons=(never, *told))
 
     async def _refusals(self, hash_part: str) -> list[Reason]:
         refused = await self._conflicts(hash_part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -46,6 +47,29 @@ def test_for_programs(server: OfflineServer, capsys: Capture) -> None:
     assert [reason["kind"] for reason in told["reasons"]] == ["publication", "use", "use", "policy"]
     (told,) = server.told(capsys, "why", "0" * 32, status=1)
     assert (told["state"], told["kept"]) == ("unknown", False)
+
+
+def test_a_path_that_the_catalog_has_lost(server: OfflineServer, capsys: Capture) -> None:
+    server.data.catalog.unlink()
+    never, stored = server.said(capsys, "why", LIBRARY.path.base_name, status=1).splitlines()
+    assert "was never pushed to main, as far as that is remembered" in never
+    assert stored.startswith("it lies in the storage of main, and the catalog does not know it: ")
+    (told,) = server.told(capsys, "why", LIBRARY.path.base_name, status=1)
+    assert (told["state"], [reason["kind"] for reason in told["reasons"]]) == ("unknown", ["unknown", "storage"])
+
+
+def test_what_others_wrote_is_there(server: OfflineServer, capsys: Capture) -> None:
+    server.data.catalog.unlink()
+    server.configure("[[cache]]\nname = 'main'\nauthority = 'bucket'\n")
+    assert "where others write to main" in server.said(capsys, "why", LIBRARY.path.base_name)
+    (told,) = server.told(capsys, "why", LIBRARY.path.base_name)
+    assert (told["state"], told["kept"]) == ("published", True)
+
+
+def test_storage_that_cannot_be_asked(server: OfflineServer, capsys: Capture) -> None:
+    shutil.rmtree(server.data.objects)
+    server.data.objects.write_text("not a folder")
+    assert "cannot be told" in server.said(capsys, "why", "0" * 32, status=1)
 
 
 def test_what_cannot_be_a_path(server: OfflineServer, capsys: Capture) -> None:

@@ -24,6 +24,7 @@ from tests.planted import (
     TOOL,
     Fault,
     Heard,
+    lose_the_catalog,
     nar_key,
     narinfo_key,
     put_garbage,
@@ -144,7 +145,16 @@ async def test_what_passes_is_no_flaw(site: Site, journal: Path) -> None:
 async def test_what_is_young_may_be_on_its_way(site: Site, journal: Path) -> None:
     await site.storage.put("main/nar/orphan.nar", b"whatever")
     await lay(site, Sample("late"))
-    assert (await verify(site, journal, allowances=replace(AT_ONCE, young=60))).flaws == []
+    heard = await verify(site, journal, allowances=replace(AT_ONCE, young=60))
+    assert (heard.flaws, heard.told[-1].young) == ([], 3)
+    assert (await verify(site, journal)).told[-1].young == 0
+
+
+async def test_with_the_catalog_lost_what_is_young_is_counted(site: Site, journal: Path) -> None:
+    await lose_the_catalog(site)
+    site.index.delete([("main", sample.path.hash_part) for sample in CHAIN])
+    heard = await verify(site, journal, allowances=replace(AT_ONCE, young=60))
+    assert (heard.flaws, heard.told[-1].young) == ([], 2 * len(CHAIN))
 
 
 async def test_what_is_about_to_be_deleted_is_passed_over(site: Site, journal: Path) -> None:

@@ -26,7 +26,9 @@ PROGRAM = Sample("program", b"program", (TOOL.path, LIBRARY.path))
 
 
 async def why(stores: Stores, sample: Sample, policy: Policy | None = MONTH) -> Explanation:
-    return await Why(stores.catalog, MAIN, policy, history=300 * DAY).explain(sample.path.hash_part)
+    return await Why(stores.catalog, stores.storage.head, MAIN, policy, history=300 * DAY).explain(
+        sample.path.hash_part
+    )
 
 
 def texts(explanation: Explanation, *kinds: str) -> list[str]:
