@@ -31,7 +31,7 @@ _SURE_AFTER = 60
 _ASKED_AGAIN = 1.0
 _GONE = "nothing lies in storage of what is published: make sure that it is mounted, and the right one"
 _LOOKING = 5.0
-"""Seconds; a storage that cannot be reached does not hold up a start."""
+"""Seconds for all caches; a storage that cannot be reached does not hold up a start."""
 
 
 class Completeness:
@@ -66,13 +66,7 @@ class Completeness:
         caches = list(caches)
         if incomplete := await self.find_out(caches):
             _log.warning("the catalog is incomplete: run `cachesrv reindex`", caches=incomplete)
-        for cache in caches:
-            try:
-                async with asyncio.timeout(_LOOKING):
-                    if await self._is_gone(cache):
-                        _log.error(_GONE, cache=cache.name)
-            except (StoreError, TimeoutError) as error:
-                _log.warning("it was not found out what lies in storage", cache=cache.name, error=str(error))
+        await asyncio.gather(*map(self._tell_if_gone, caches))
 
     async def reached(self, cache: ServedCache) -> None:
         """All that lies in storage has been taken in."""
@@ -102,6 +96,14 @@ class Completeness:
                 raise StoreUnavailable(
                     f"the catalog does not know all that lies in storage for {cache.name}: run `cachesrv reindex` first"
                 )
+
+    async def _tell_if_gone(self, cache: ServedCache) -> None:
+        try:
+            async with asyncio.timeout(_LOOKING):
+                if await self._is_gone(cache):
+                    _log.error(_GONE, cache=cache.name)
+        except (StoreError, TimeoutError) as error:
+            _log.warning("it was not found out what lies in storage", cache=cache.name, error=str(error))
 
     async def _is_gone(self, cache: ServedCache) -> bool:
         """Whether there is nothing in storage, although the catalog knows paths."""

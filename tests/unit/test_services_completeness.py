@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -123,6 +124,24 @@ class TestCompleteness:
             await completeness.find_out([site.cache])
         assert not await completeness.holds(site.cache)
         await completeness.find_out([site.cache])
+
+
+async def test_caches_are_looked_at_together(
+    site: Site, completeness: Completeness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start does not wait for a storage that cannot be reached once for each of them."""
+    await site.send(LIBRARY)
+    assert await site.add(LIBRARY) == [None]
+    both, there = asyncio.Barrier(2), []
+
+    async def head(key: str) -> Any:
+        await both.wait()
+        there.append(key)
+        raise StoreUnavailable("as told")
+
+    monkeypatch.setattr(site.storage, "head", head)
+    await completeness.tell([site.cache, site.cache])
+    assert there == [key_of(LIBRARY)] * 2
 
 
 async def test_a_clock_that_is_set_back_does_not_put_it_off(
