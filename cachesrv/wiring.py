@@ -8,7 +8,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from socket import gethostname
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -42,6 +41,7 @@ from cachesrv.services.metadata import Metadata
 from cachesrv.services.packs import Packs
 from cachesrv.services.part_store import PartStore
 from cachesrv.services.path_check import Stores
+from cachesrv.services.place import place
 from cachesrv.services.publish import Publish
 from cachesrv.services.pull_through import PullThrough
 from cachesrv.services.repair import Means, Repair
@@ -180,7 +180,7 @@ async def open_services(config: Config, metrics: Metrics) -> AsyncIterator[Servi
         stack.push_async_callback(catalog.close)
         index = open_index(config)
         stack.callback(index.close)
-        circle = partial(Circle.of, f"{gethostname()} {config.data_dir}")
+        circle = partial(Circle.of, f"{place()} {config.data_dir}")
         upstreams = Upstreams(_open_upstreams(config, stack, circle), patience=config.lookup.timeout, circle=circle)
         completeness = Completeness(storage, catalog)
         bucket = BucketSource(storage, Breaker(), completeness)

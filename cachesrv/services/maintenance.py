@@ -20,6 +20,7 @@ import structlog
 
 from cachesrv.catalog.retention import MAINTENANCE
 from cachesrv.errors import StoreError, StoreUnavailable
+from cachesrv.services.place import place
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -91,22 +92,15 @@ async def _prolong(catalog: Catalog, lock: str, holder: str) -> None:
 
 def _name_of_ours() -> str:
     pid = os.getpid()
-    return f"process {pid} on {socket.gethostname()} ({_place()}, {_started(pid)}, {token_hex(4)})"
+    return f"process {pid} on {socket.gethostname()} ({place()}, {_started(pid)}, {token_hex(4)})"
 
 
 def _lives(holder: str) -> bool | None:
     """Whether that process, which began here, still runs; None when there is no telling."""
     match = _HOLDER.fullmatch(holder)
-    if match is None or match["place"] != _place():
+    if match is None or match["place"] != place():
         return None
     return _started(int(match["pid"])) == int(match["started"])
-
-
-def _place() -> str:
-    """Where process ids mean the same: this boot of this kernel, in this namespace. Sources: proc(5), namespaces(7)."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    namespace = Path("/proc/self/ns/pid").readlink()
-    return f"{boot} {namespace}"
 
 
 def _started(pid: int) -> int | None:
