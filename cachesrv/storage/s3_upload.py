@@ -189,8 +189,9 @@ class Upload:
         self.id = self.id or await self._create()
         together = max(COPIED_TOGETHER, -(-size // MAX_PARTS))
         for start in range(0, size, together):
-            span = f"bytes={start}-{min(start + together, size) - 1}"
-            await self._begin(partial(self._copy, len(self._sending) + 1, source, tag, span, md5=md5))
+            # S3 has ranges copied only of objects of more than 5 MB.
+            span = {"CopySourceRange": f"bytes={start}-{min(start + together, size) - 1}"} if size > together else {}
+            await self._begin(partial(self._copy, len(self._sending) + 1, source, tag, md5, **span))
         self._written += size
         self._usable = True
 
@@ -267,7 +268,7 @@ class Upload:
             ContentMD5=await content_md5(part),
         )
 
-    async def _copy(self, number: int, source: str, tag: str, span: str, *, md5: str) -> str:
+    async def _copy(self, number: int, source: str, tag: str, md5: str, **span: Any) -> str:
         def ask(sdk: Sdk) -> str:
             bucket = self._client.bucket
             answer = sdk.upload_part_copy(
@@ -277,13 +278,17 @@ class Upload:
                 PartNumber=number,
                 CopySource={"Bucket": bucket, "Key": source},
                 CopySourceIfMatch=tag,
-                CopySourceRange=span,
+                **span,
             )
             return answer["CopyPartResult"]["ETag"]
 
-        copied = await self._client.call("UploadPartCopy", self._key, ask, changes=True)
+        replaced = NotFound(f"{source} was replaced before it was copied")
+        try:
+            copied = await self._client.call("UploadPartCopy", self._key, ask, changes=True)
+        except Exists as error:
+            raise replaced from error
         if md5 and copied.strip('"') != md5:
-            raise NotFound(f"{source} was replaced before it was copied")
+            raise replaced
         return copied
 
     async def _complete(self, tags: list[str], **condition: Any) -> bool:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from hashlib import md5
 from secrets import token_hex
 from typing import TYPE_CHECKING
 
 import pytest
 
-from cachesrv.errors import StoreError, StoreUnavailable
+from cachesrv.errors import NotFound, StoreError, StoreUnavailable
 from cachesrv.storage import s3_client
-from cachesrv.storage.base import ByteRange
+from cachesrv.storage.base import ByteRange, Piece
 from cachesrv.storage.decorators import Direct, Guarded, Limited, Measured, Retrying
 from cachesrv.storage.s3 import S3Store
 from cachesrv.storage.s3_parts import MIN_PART_SIZE
@@ -347,6 +348,23 @@ async def test_a_completion_that_takes_a_condition(store: S3Store, proxy: FaultP
     proxy.plan(refused, method="POST", query="uploadId", path="/main/a")
     assert not await upload(store, "main/a", SMALL + LARGE)
     assert await store.get("main/a", limit=LIMIT) == LARGE
+
+
+async def test_a_piece_is_copied_as_a_whole_while_it_is_what_it_was(store: S3Store, proxy: FaultProxy) -> None:
+    """S3 copies ranges of nothing that has 5 MB or less; and where it compares, it says what has been replaced."""
+    key, digest = "~uploads/main/01/0123.staged", md5(SMALL).hexdigest()
+    await store.put(key, SMALL)
+    refused = fault_proxy.Answer(412, b"<Error><Code>PreconditionFailed</Code></Error>")
+    proxy.plan(refused, method="PUT", query="partNumber")
+    with pytest.raises(NotFound, match="replaced"):
+        await store.direct.publish(key, "main/a", Piece(digest, digest))
+    assert await store.head("main/a") is None
+
+    assert await store.direct.publish(key, "main/a", Piece(digest, digest))
+    assert await store.get("main/a", limit=LIMIT) == SMALL
+    copies = [seen.headers for seen in proxy.seen if "x-amz-copy-source" in seen.headers]
+    assert [headers["x-amz-copy-source-if-match"] for headers in copies] == [f'"{digest}"'] * 2
+    assert not any("x-amz-copy-source-range" in headers for headers in copies)
 
 
 async def test_whether_the_endpoint_helps_is_found_out_once(
