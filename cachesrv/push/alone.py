@@ -33,21 +33,24 @@ class Alone:
         """Whether they are to go there."""
         return self._sender.direct and not self._refused
 
-    async def to_the_storage(self, upload: NarUpload, part: Part, share: Share) -> bool:
-        """Send it there; False where that cannot be. Raises what the server says, and TryAgain."""
+    async def to_the_storage(self, upload: NarUpload, part: Part, share: Share) -> bool | None:
+        """Send it there; False when it turned out to be at the server, None where it cannot go there. Raises what the
+        server says, and TryAgain.
+        """
         way = upload.in_one_piece()
         try:
             await self._sender.put(upload, way, part, await self._sender.digest(way, part))
         except NotOffered:
             self._refused = True
-            return False
+            return None
         except NoStorage as error:
             self._sender.leave_storage(error)
+            return None
+        if way.stored:
             return False
         self._emit(Sent(upload.info.store_path.base_name, part.nar_bytes, 0))
         share.leave()
-        if not way.stored:
-            await upload.complete(way)
+        await upload.complete(way)
         return True
 
     async def through_the_server(self, nar: CompressedNar, part: Part) -> None:

@@ -146,7 +146,7 @@ class InParts:
         return NarUpload(self._server, info, name, emit=self._emit)
 
     async def send(self, nar: CompressedNar, share: Share, taken_up: TakenUp) -> bool:
-        """The NAR is at the server when this returns; False when it was there and not all of it was read here.
+        """The NAR is at the server when this returns; False when it was there, and not all of it was sent from here.
 
         Raises what the NAR does, what the server says, and TryAgain, with `tried` unset where it helps to begin anew.
         """
@@ -164,8 +164,9 @@ class InParts:
         upload = self._upload(info, nar.level, form)
         async with aclosing(cut(nar, share, form.part_size, arrived.parts)) as parts:
             first = await anext(parts)
-            if await self._send_alone(nar, share, upload, first, taken_up):
-                return True
+            sent = await self._send_alone(nar, share, upload, first, taken_up)
+            if sent is not None:
+                return sent
             noted = self._transfers.transfer(info.nar_hash, upload.name, nar.level)
             await self._transfers.begin(noted)
             way = taken_up.way or await self._begin(upload, form, noted)
@@ -199,18 +200,20 @@ class InParts:
 
     async def _send_alone(
         self, nar: CompressedNar, share: Share, upload: NarUpload, part: Part, taken_up: TakenUp
-    ) -> bool:
-        """Whether this is the only part, and could be sent without an upload of parts."""
+    ) -> bool | None:
+        """As `send`, if this is the only part, and can be sent without an upload of parts; else None."""
         if not part.last or taken_up.arrived.parts:
-            return False
-        if self._alone.to_storage and await self._alone.to_the_storage(upload, part, share):
-            return True
+            return None
+        if self._alone.to_storage:
+            sent = await self._alone.to_the_storage(upload, part, share)
+            if sent is not None:
+                return sent
         if part.size <= self._part_size:
             await self._alone.through_the_server(nar, part)
             return True
         if taken_up.form.direct and not self._sender.direct:
             raise TryAgain("it goes through the server, in smaller parts")
-        return False
+        return None
 
     async def _send_all(self, transfer: _Transfer, first: Part, parts: AsyncIterator[Part]) -> None:
         try:

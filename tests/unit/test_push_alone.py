@@ -88,9 +88,11 @@ async def test_one_that_was_there_all_along_is_not_sent(store: TemporaryStore, c
         return await cache._file(request)
 
     cache.fail("file", meanwhile)
-    await pushed(store, cache, "one")
+    summary, told = await pushed(store, cache, "one")
 
     assert (cache.count("bucket"), cache.count("complete")) == (0, 0)
+    assert (summary.uploaded, summary.sent_bytes) == (1, 0)
+    assert [(event.sent_bytes, event.level) for event in told if isinstance(event, events.Stored)] == [(0, 0)]
 
 
 @pytest.mark.parametrize(
