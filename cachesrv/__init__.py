@@ -9,6 +9,7 @@ The map. A line imports only lines below it; names joined by `|` do not import e
     storage | index | catalog      objects by key | hash part -> answer | SQL
     config | telemetry | systemd
     pack | turns | budget          the form of many small NARs on the wire | how many requests at once | and bytes
+    limits                         those of the kernel, in words (beside pack)
     api                            wire structs of the push API, written once, used by web and push
     nix                            formats and protocols of Nix: pure, no network, no event loop
     errors                         everything raised on purpose

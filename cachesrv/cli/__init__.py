@@ -130,6 +130,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename is None:
             _print_no_more()
             return _say(f"the output cannot be written: {error.strerror}", FAILED)
+        from cachesrv.limits import no_thread
+
+        if refused := no_thread(error):
+            return _say(refused, FAILED)
         if os.environ.get("CACHESRV_DEBUG"):
             raise
         return _say(f"defect, please report it: {type(error).__name__}: {error} (CACHESRV_DEBUG=1 says more)", FAILED)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from cachesrv import systemd
+from cachesrv.limits import no_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -127,8 +128,11 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAITED_FOR - {signal.SIGHUP})
             self._work(number)
             status = 0
-        except BaseException:  # noqa: BLE001  whatever it was, it must not run on as a second supervisor
-            _log.exception("a worker failed", worker=number)
+        except BaseException as error:  # noqa: BLE001  whatever it was, it must not run on as a second supervisor
+            if refused := no_thread(error):
+                _log.error("a worker failed", worker=number, error=refused)
+            else:
+                _log.exception("a worker failed", worker=number)
         finally:
             os._exit(status)
 

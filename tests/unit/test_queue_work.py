@@ -132,6 +132,15 @@ async def test_a_defect_that_one_path_shows_is_like_that_too(queue: FakeQueue, c
     assert len(cache.published) == 1
 
 
+async def test_a_limit_of_this_machine_is_the_fault_of_no_path(queue: FakeQueue) -> None:
+    queue.built("one", "two")
+    queue.way.errors[full("two")] = RuntimeError("can't start new thread")
+    with pytest.raises(CannotPush) as stopped:
+        await everything(queue)
+    assert str(stopped.value.args[0]).startswith("no thread could be started")
+    assert queue.failed() == {}
+
+
 @pytest.mark.parametrize("error", [ConfigError("which cache?"), DaemonError("nobody listens"), StoreError("gone")])
 async def test_what_must_be_opened_first_concerns_all(queue: FakeQueue, cache: FakeCache, error: Exception) -> None:
     queue.built("one", "two")

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
-from cachesrv.errors import BadInput, CachesrvError, StoreError
+from cachesrv.errors import BadInput, CachesrvError, StoreError, StoreUnavailable
+from cachesrv.limits import no_thread
 from cachesrv.push.queue.entries import LONGEST_DELAY, OUTPUTS, PATH
 from cachesrv.push.queue.figures import Figures, write_figures
 from cachesrv.push.queue.outcome import Outcome
@@ -166,7 +167,9 @@ class Work:
             if not opened or concerns_all(error):
                 raise CannotPush(error) from error
             self._halve(outcome, str(error))
-        except Exception as error:  # noqa: BLE001  a defect that one path brings to light must not hold up the others
+        except Exception as error:  # a defect that one path brings to light must not hold up the others
+            if refused := no_thread(error):
+                raise CannotPush(StoreUnavailable(refused)) from error
             _log.exception("a push failed by a defect")
             self._halve(outcome, f"defect, please report it: {type(error).__name__}: {error}")
         else:
