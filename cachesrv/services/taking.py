@@ -11,12 +11,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from cachesrv.errors import BadInput, TooLarge
+from cachesrv.index.base import Present
 from cachesrv.nix import narinfo
 from cachesrv.services.caches import ReferencePolicy
 from cachesrv.services.findings import Listed
 from cachesrv.services.flaws import Kind
 from cachesrv.services.judging import flawed, judge, record_of, with_nar
 from cachesrv.services.several import several
+from cachesrv.services.unhurried import unhurried
 from cachesrv.services.visible import nar_hashes
 
 if TYPE_CHECKING:
@@ -57,6 +59,19 @@ class Taking:
         records = [record_of(cache, hash_part, path) for hash_part, path in paths.items()]
         await self._publish(cache, records, fence)
         return await self._catalog.present(cache.name, hash_parts)
+
+    async def deleted(self, cache: ServedCache, hash_parts: Collection[str]) -> set[str]:
+        """Those of them that the catalog has, and others have deleted from storage that they write to. What the index
+        answers for is taken to be there. Raises StoreError.
+        """
+        if not cache.bucket_is_authority:
+            return set()
+        unsure = [
+            one async for one in unhurried(hash_parts) if not isinstance(self._index.get(cache.name, one), Present)
+        ]
+        keys = {one: cache.narinfo_key(one) for one in await self._catalog.present(cache.name, unsure)}
+        there = await self._storage.existing(keys.values())
+        return {one for one, key in keys.items() if key not in there}
 
     async def _closure(self, cache: ServedCache, wanted: set[str]) -> tuple[dict[str, FoundPath], set[str]]:
         """What is found of paths and all that they refer to; and those of these that are published."""

@@ -79,6 +79,7 @@ async def missing(request: web.Request) -> web.Response:
     wanted = {StorePath.parse(path.path): Hash.parse(path.nar_hash).nix32 async for path in unhurried(asked.paths)}
     await services.leases.grant(cache, {path.hash_part for path in wanted}, set(wanted.values()))
     hash_parts = {path.hash_part for path in wanted}
+    hash_parts -= await services.taking.deleted(cache, hash_parts)
     published = await visible.nar_hashes(services.catalog, services.index, cache, hash_parts)
     if taken := await services.taking.take(cache, hash_parts - published.keys()):
         published |= await visible.nar_hashes(services.catalog, services.index, cache, taken)

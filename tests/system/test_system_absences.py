@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -96,3 +98,32 @@ def test_their_number_is_bounded(server: Server, proxy: FaultProxy) -> None:
     proxy.calm()
     assert ask(server, first[:20]) == [404] * 20
     assert proxy.count(path=NARINFO) == 20
+
+
+def test_what_others_have_deleted_can_be_pushed_again(make_server: StartServer) -> None:
+    server = make_server(environment={"CACHESRV_CACHE__0__AUTHORITY": "bucket"}).start()
+    sample = Sample("sample")
+    name = f"/main/{sample.path.hash_part}{NARINFO}"
+    question = {"paths": [[sample.path.base_name, sample.info.nar_hash.nix32, sample.info.nar_size]]}
+
+    def missing() -> list[str]:
+        answer = server.pusher.ask("POST", "/api/v1/caches/main/missing", json.dumps(question).encode())
+        return [*json.loads(answer.body)["missing"]]
+
+    def push() -> None:
+        assert server.pusher.put(f"/main/nar/{sample.nar_name}", sample.file).status == 204
+        assert server.pusher.put(name, sample.narinfo()).status == 204
+
+    push()
+    assert missing() == []
+    server.stop()
+    for file in (f"nar/{sample.nar_name}", f"{sample.path.hash_part}{NARINFO}"):
+        next(path for path in server.objects.parent.rglob(file)).unlink()
+    shutil.rmtree(server.data_dir / "index")
+    server.start()
+    assert missing() == [sample.path.base_name]
+    assert server.client().get(name).status == 404, "the question made it visible again"
+    push()
+    assert missing() == []
+    assert server.client().get(name).status == 200
+    assert server.client().get(f"/main/nar/{sample.nar_name}").body == sample.file

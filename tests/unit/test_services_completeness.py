@@ -252,6 +252,17 @@ class TestTaking:
         assert await taking.take(BUCKET, parts(TOOL)) == set()
         assert await site.published() == site.visible() == parts(LIBRARY)
 
+    async def test_what_others_have_deleted(self, site: Site, taking: Taking) -> None:
+        """The catalog knows it all the same; what the index answers for is not looked for."""
+        for sample in (LIBRARY, TOOL, PROGRAM):
+            await site.send(sample)
+            await site.add(sample)
+        await site.storage.delete([key_of(LIBRARY), key_of(TOOL)])
+        site.index.delete([("main", part) for part in parts(TOOL, PROGRAM)])
+        asked = parts(LIBRARY, TOOL, PROGRAM, Sample("absent"))
+        assert await taking.deleted(BUCKET, asked) == parts(TOOL)
+        assert await taking.deleted(site.cache, asked) == set()
+
     async def test_pushes_can_rely_on_it(self, site: Site, taking: Taking) -> None:
         await lay(site, LIBRARY, TOOL)
         publish = Publish(site.storage, site.catalog, site.index, site.ingest, site.metrics, taking=taking)
