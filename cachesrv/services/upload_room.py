@@ -36,7 +36,7 @@ class Room:
 
     async def for_upload(self) -> None:
         """One more upload. Raises StoreFull."""
-        if not await self._is_room(lambda: self._uploads < self._most_uploads):
+        if not await self._is_room(self._has_one_more):
             raise StoreFull(f"{self._uploads} uploads are unfinished, more are not taken (uploads.limit_count)")
         self._uploads += 1
 
@@ -45,12 +45,22 @@ class Room:
         if not await self.takes(size):
             raise StoreFull(f"{self._size} bytes of unfinished NARs are here, more are not taken (uploads.limit_size)")
 
+    async def takes_piece(self, size: int) -> bool:
+        """As `takes`, for an upload of so many bytes that is not begun before it is there."""
+        there_is = await self._is_room(self._has_one_more) and await self.takes(size)
+        if there_is:
+            self._uploads += 1
+        return there_is
+
     async def takes(self, size: int) -> bool:
         """Whether there is room for so many more bytes; then it is taken."""
         there_is = await self._is_room(lambda: self._size + size <= self._most_size)
         if there_is:
             self._size += size
         return there_is
+
+    def _has_one_more(self) -> bool:
+        return self._uploads < self._most_uploads
 
     async def _is_room(self, condition: Callable[[], bool]) -> bool:
         await self._count(_COUNTED_FOR)

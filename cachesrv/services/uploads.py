@@ -209,7 +209,7 @@ class Uploads:
         await self._disk_room.for_nar()
         if self._direct is None or not self.offers_direct or size > self._direct.largest_piece:
             return None
-        if not await self._room.takes(size):
+        if not await self._room.takes_piece(size):
             return None
         return await self._direct.sign_whole(place, size, md5)
 

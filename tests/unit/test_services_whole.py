@@ -266,6 +266,18 @@ async def test_it_is_not_offered_where_there_is_no_room(site: Site, monkeypatch:
         assert await uploads.sign_whole(site.cache, UPLOAD, NAR.nar_hash, len(NAR.file), digest) == Known()
 
 
+async def test_it_is_not_offered_where_too_many_are_unfinished(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces that nobody completes are uploads like others; those that were completed are in nobody's way."""
+    monkeypatch.setattr(upload_room, "_COUNTED_FOR_IF_FULL", 0.0)
+    async with process(site, uploads=1) as uploads:
+        await put(await sign(uploads, site), NAR.file)
+        digest = md5(OTHER.file).digest()
+        other = (site.cache, UPLOAD[::-1], OTHER.nar_hash, len(OTHER.file), digest)
+        assert await uploads.sign_whole(*other) is None
+        await complete(uploads, site)
+        assert isinstance(await uploads.sign_whole(*other), SignedPut)
+
+
 async def test_pieces_have_a_largest_size(site: Site) -> None:
     """Beyond that a copy could be of something else."""
     async with process(site) as uploads:
