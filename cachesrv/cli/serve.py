@@ -219,6 +219,6 @@ one needs a key of another name (`cachesrv key generate --help`)."""
 def _from_afar(url: str) -> str:
     """The same with a word for the name of this machine, where it stands for no more than that."""
     parts = urlsplit(url)
-    if parts.hostname not in {"127.0.0.1", "::1"}:
+    if parts.hostname not in {"127.0.0.1", "::1", "localhost"}:
         return url
-    return urlunsplit(parts._replace(netloc=f"HOST:{parts.port}"))
+    return urlunsplit(parts._replace(netloc="HOST" if parts.port is None else f"HOST:{parts.port}"))

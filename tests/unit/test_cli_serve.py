@@ -1,13 +1,14 @@
-"""What `cachesrv serve` keeps of its configuration."""
+"""What `cachesrv serve` keeps of its configuration, and what it tells at its start."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
 import structlog
 
-from cachesrv.cli.serve import _Latest
+from cachesrv.cli.serve import _from_afar, _Latest
 from cachesrv.config import Config
 from cachesrv.errors import ConfigError
 from cachesrv.wiring import Declared
@@ -36,3 +37,16 @@ def test_what_cannot_be_read_again_changes_nothing() -> None:
     latest.read = lambda: second
     assert latest.renew()
     assert latest.good is second
+
+
+@pytest.mark.parametrize(
+    ("here", "from_afar"),
+    [
+        ("http://127.0.0.1:5000/main", "http://HOST:5000/main"),
+        ("http://[::1]:5000/main", "http://HOST:5000/main"),
+        ("https://localhost/main", "https://HOST/main"),
+        ("https://cache.example.org/main", "https://cache.example.org/main"),
+    ],
+)
+def test_where_another_machine_is_to_push(here: str, from_afar: str) -> None:
+    assert _from_afar(here) == from_afar
