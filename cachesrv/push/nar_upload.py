@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
     from cachesrv.nix.hashes import Hash
     from cachesrv.nix.path_info import PathInfo
+    from cachesrv.push.connection import Body
     from cachesrv.push.events import Emit
     from cachesrv.push.server import Server
-    from cachesrv.push.ways import Body, Way, WayOfParts
+    from cachesrv.push.ways import Way, WayOfParts
 
 _FIRST_ATTEMPTS = 3
 """To send a part to storage that none has reached yet: there is another way."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from base64 import b64encode
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -15,17 +14,14 @@ from cachesrv.push.refusal import NotThere
 from cachesrv.push.retry import TryAgain, Unreachable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from cachesrv.push.connection import Chunk
+    from cachesrv.push.connection import Body
     from cachesrv.push.server import Server
     from cachesrv.turns import Turn
 
 _SIGNED_HEADERS = ("content-md5", "x-amz-")
 """What headers begin with that a server may have us send to its storage."""
-
-Body = Callable[[], "AsyncIterable[Chunk]"]
-"""The bytes of a part, each time from the start."""
 
 
 class NoStorage(TryAgain):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cachesrv.errors import BadInput, ConfigError, StoreError
 from cachesrv.nix.signing import SecretKey
 from cachesrv.services.access import new_token
+from cachesrv.services.replacement import sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -149,16 +150,8 @@ def write_new(path: Path, text: str, *, mode: int) -> None:
             os.link(temporary, path)
         finally:
             temporary.unlink()
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except FileExistsError:
         raise
     except OSError as error:
         raise StoreError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -28,7 +28,7 @@ def replace_file(path: Path, data: bytes, *, mode: int, secret: bool = False) ->
         except BaseException:
             temporary.unlink()
             raise
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         raise StoreError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -47,7 +47,8 @@ def _fill(fd: int, data: bytes, target: Path, mode: int, allowed: int) -> None:
         os.fsync(fd)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the names of what is in it on disk. Raises OSError."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
