@@ -11,6 +11,7 @@ Source: Nix, `src/libstore/remote-fs-accessor.cc` of 2.8, `src/libutil/nar-cache
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 import time
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 _UNFINISHED = ".nar-"
 _ABANDONED_SECONDS = 24 * 3600
+"""After which a file is nobody's, where files cannot be locked."""
+_BEGUN_SECONDS = 60
+"""In which whoever has made a file locks it, and needs the listing that lies beside it."""
 
 
 class KeptNars:
@@ -62,7 +66,10 @@ class KeptNars:
                 self._directory.mkdir(parents=True, exist_ok=True)
                 self._remove_abandoned()
                 self._started = True
-        return NamedTemporaryFile(dir=self._directory, prefix=_UNFINISHED, delete=False)
+        file = NamedTemporaryFile(dir=self._directory, prefix=_UNFINISHED, delete=False)  # noqa: SIM115  closed with the copy
+        with suppress(OSError):  # not every file system has locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
 
     def keep(self, file: Path, seen: Seen | None, info: PathInfo) -> None:
         """Give a NAR that is complete its names, the listing first: Nix looks for it only when the NAR is there. Raises
@@ -84,11 +91,11 @@ class KeptNars:
             self.trouble = f"NARs are not kept in {self._directory}: {error.strerror or error}"
 
     def _remove_abandoned(self) -> None:
-        """What pushes left that were killed."""
-        before = time.time() - _ABANDONED_SECONDS
+        """What pushes left that were killed: their locks went with them."""
         for file in self._directory.glob(f"{_UNFINISHED}*"):
-            with suppress(FileNotFoundError):
-                if file.stat().st_mtime < before:
+            with suppress(FileNotFoundError, PermissionError):  # it may be that of another user
+                age = time.time() - file.stat().st_mtime
+                if age > _BEGUN_SECONDS and (age > _ABANDONED_SECONDS or not _is_locked(file)):
                     file.unlink()
 
     def _link(self, file: Path, names: Iterable[str], suffix: str) -> None:
@@ -97,6 +104,18 @@ class KeptNars:
         for name in names:
             with suppress(FileExistsError):
                 os.link(file, self._directory / f"{name}.{suffix}")
+
+
+def _is_locked(file: Path) -> bool:
+    """Whether somebody writes it; so it counts too where that cannot be told. Raises FileNotFoundError."""
+    try:
+        with file.open("rb") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return True
+    return False
 
 
 class _Copy:

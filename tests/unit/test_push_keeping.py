@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import json
 import os
 import random
+import time
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,8 +30,6 @@ from cachesrv.push.token import TokenVariable
 from tests.push_doubles import FakeCache, TemporaryStore, answer, hang, store_path
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from aiohttp import web
 
 
@@ -211,10 +213,38 @@ async def test_nars_that_are_damaged_are_not_kept(
 ) -> None:
     path = add_release(store)
     (store.file("release") / "file").write_bytes(b"damaged")
-    abandoned = tmp_path / "nars" / ".nar-abandoned"
-    abandoned.parent.mkdir()
-    abandoned.touch()
-    os.utime(abandoned, (1, 1))
     await push([path], store, settings(cache), replace(options, keep_nars=tmp_path / "nars"))
 
     assert list((tmp_path / "nars").iterdir()) == []
+
+
+def leave(directory: Path, *, age: int) -> Path:
+    """A NAR that somebody began, so many seconds ago."""
+    directory.mkdir(exist_ok=True)
+    file = directory / f".nar-{len(list(directory.iterdir()))}"
+    file.touch()
+    os.utime(file, (time.time() - age, time.time() - age))
+    return file
+
+
+def test_what_killed_pushes_left_goes_and_what_is_written_stays(tmp_path: Path) -> None:
+    killed, begun = leave(tmp_path, age=100), leave(tmp_path, age=10)
+    with closing(KeptNars(tmp_path).create()) as written:
+        assert not killed.exists()
+        assert begun.exists()
+        os.utime(written.name, (time.time() - 1000, time.time() - 1000))
+        with closing(KeptNars(tmp_path).create()):
+            assert Path(written.name).exists()
+    with closing(KeptNars(tmp_path).create()):
+        assert not Path(written.name).exists()
+
+
+def test_without_locks_what_was_left_goes_after_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    young, old = leave(tmp_path, age=1000), leave(tmp_path, age=90_000)
+    with closing(KeptNars(tmp_path).create()):
+        assert young.exists()
+        assert not old.exists()
