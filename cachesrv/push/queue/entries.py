@@ -63,9 +63,9 @@ class Entries:
         self._file = file
 
     @classmethod
-    def open(cls, queue: str) -> Self:
-        """Made if there are none. Raises StoreError."""
-        return cls(QueueFile(queue))
+    def open(cls, queue: str, *, read_only: bool = False) -> Self:
+        """Made if there are none, unless they are only to be read. Raises StoreError."""
+        return cls(QueueFile(queue, read_only=read_only))
 
     def close(self) -> None:
         """To be called once."""

@@ -8,9 +8,11 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from cachesrv.errors import StoreError, StoreFull
 from cachesrv.push.queue.directory import give_to_owner
+from cachesrv.push.store_db import NEEDS_WRITING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,11 +47,13 @@ class QueueFile:
     that was moved away, because it is damaged, is followed by a new one.
     """
 
-    def __init__(self, queue: str) -> None:
+    def __init__(self, queue: str, *, read_only: bool = False) -> None:
+        """What is `read_only` waits for no writer, and needs no right to write where that can be helped."""
         self._file = f"{queue}/{FILE}"
         self._one = threading.Lock()
+        self._connect = _connect_to_read if read_only else _connect
         with _our_errors(self._file):
-            self._db = _connect(self._file)
+            self._db = self._connect(self._file)
             self._identity = _identity(self._file)
 
     def close(self) -> None:
@@ -69,7 +73,7 @@ class QueueFile:
             # without its directory there can be no other one: a command may remove all that is temporary
             if _identity(self._file) != self._identity and os.path.isdir(os.path.dirname(self._file)):  # noqa: PTH112, PTH120  as text
                 self._db.close()  # before there is another: it removes the log beside the file
-                self._db = _connect(self._file)
+                self._db = self._connect(self._file)
                 self._identity = _identity(self._file)
             yield self._db
 
@@ -88,13 +92,52 @@ def _connect(file: str) -> sqlite3.Connection:
     return database
 
 
+def _connect_to_read(file: str) -> sqlite3.Connection:
+    try:
+        return _open_to_read(file, "mode=ro")
+    except sqlite3.OperationalError as error:
+        # Beside a file that nobody has open, SQLite would have to make others.
+        if error.sqlite_errorname.startswith(NEEDS_WRITING) and not _is_open(file):
+            return _open_to_read(file, "mode=ro&immutable=1")
+        raise
+
+
+def _open_to_read(file: str, how: str) -> sqlite3.Connection:
+    database = sqlite3.connect(
+        f"file:{quote(os.fsencode(file))}?{how}",
+        uri=True,
+        timeout=_LOCK_PATIENCE,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+    try:
+        if _version_of(database, file) == 0:  # whoever makes it has just begun
+            database.close()
+            database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+            _prepare(database, file)
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _is_open(file: str) -> bool:
+    """Whether some process has it open, or had when it died: then what was written last may be in the log."""
+    return any(os.path.exists(f"{file}-{suffix}") for suffix in ("wal", "shm"))  # noqa: PTH110  as text
+
+
+def _version_of(database: sqlite3.Connection, file: str) -> int:
+    """0 while there is nothing in it. Raises StoreError if it is none of ours."""
+    version: int = database.execute("PRAGMA user_version").fetchone()[0]
+    if version not in (0, _VERSION):
+        raise StoreError(f"{file} is of another version of cachesrv: update it, or move the file away")
+    return version
+
+
 def _prepare(database: sqlite3.Connection, file: str) -> None:
-    version = database.execute("PRAGMA user_version").fetchone()[0]
-    if version == 0:
+    if _version_of(database, file) == 0:
         for statement in _SCHEMA.split(";"):
             database.execute(statement)
-    elif version != _VERSION:
-        raise StoreError(f"{file} is of another version of cachesrv: update it, or move the file away")
 
 
 def _identity(file: str) -> tuple[int, int] | None:

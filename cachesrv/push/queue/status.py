@@ -46,7 +46,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_status(queue: str) -> Status:
-    """Without making a queue where there is none. Raises StoreError."""
+    """Without making a queue where there is none, nor changing one. Raises StoreError."""
     try:
         process = holder(queue)
         # looked at before the database: what moves there meanwhile is found twice, not never
@@ -58,7 +58,7 @@ def read_status(queue: str) -> Status:
     ages = [entry.queued for entry in fresh]
     if not known:
         return Status(process=process, waiting=len(fresh) + more, oldest=min(ages, default=None))
-    entries = Entries.open(queue)
+    entries = Entries.open(queue, read_only=True)
     try:
         counts = entries.counts()
         trouble = entries.fact(TROUBLE)
