@@ -56,7 +56,6 @@ class Direct:
         self.offered = offered
         self.least = store.least
         self.most = store.most
-        self.largest_piece = store.largest_piece
         self._parts = parts
         self._storage = storage
         self._store = store
@@ -64,6 +63,11 @@ class Direct:
         self._copies = copies
         self._reading: defaultdict[Place, list[ReadBack]] = defaultdict(list)
         self._remembered: TTLCache[Place, Staged] = TTLCache(_REMEMBERED, _REMEMBERED_SECONDS)
+
+    @property
+    def largest_piece(self) -> int:
+        """Bytes of a NAR that is taken in one piece, at most."""
+        return self._store.largest_piece
 
     async def begin(self, place: Place, size: int) -> Staged:
         """An upload of so many bytes at most."""

@@ -245,7 +245,7 @@ class DirectStore(Protocol):
     Who has been given a SignedPut can send that part, with that content, until the upload is completed or aborted, and
     nothing else: an object that was made of parts changes no more. One that came in one piece can be sent again, with
     the same content. All parts but the last have `least` bytes or more, there are at most `most`; a piece has at most
-    `largest_piece` bytes. Raises StoreError.
+    `largest_piece` bytes, 0 where none are taken any more. Raises StoreError.
     """
 
     least: int

@@ -2,7 +2,8 @@
 
 A URL is signed for the MD5 of what it is for, which S3 compares. Those of parts are worth nothing once the upload is
 completed. That of a piece can be used again, also after the object was checked; so it is a copy that counts, and only
-one of the object with the ETag that was checked.
+one of the object with the ETag that was checked. Where ETags are MD5, that of the copy tells; a store that calls copies
+otherwise is found out by the first one, and gets no more pieces.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import structlog
+
 from cachesrv.errors import NotFound
 from cachesrv.storage import s3_listing, s3_sweep
 from cachesrv.storage.base import STAGING, ArrivedPart, SignedPut, validate_key
 from cachesrv.storage.decorators import TryAgain
 from cachesrv.storage.s3_errors import UploadGone
 from cachesrv.storage.s3_parts import MAX_PARTS, MIN_PART_SIZE
-from cachesrv.storage.s3_upload import COPIED_TOGETHER
+from cachesrv.storage.s3_upload import COPIED_TOGETHER, OtherContent
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
     from cachesrv.storage.s3_client import S3Client
     from cachesrv.storage.s3_upload import Uploads
 
+_log = structlog.get_logger()
+
 
 class S3Direct:
     """A `cachesrv.storage.base.DirectStore`. `head` gives what is known of an object by its name, `uploads` are those
@@ -38,7 +43,6 @@ class S3Direct:
 
     least = MIN_PART_SIZE
     most = MAX_PARTS
-    largest_piece = COPIED_TOGETHER
 
     def __init__(
         self,
@@ -54,6 +58,7 @@ class S3Direct:
         self._head = head
         self._prefix = prefix
         self._presign_seconds = presign_seconds
+        self.largest_piece = COPIED_TOGETHER
 
     async def begin(self, key: str) -> str:
         name = self._name(key)
@@ -125,9 +130,16 @@ class S3Direct:
             if tag.strip('"') != piece.tag:
                 raise NotFound(f"there is another object {key} by now")
             md5 = piece.md5 if piece.md5 == piece.tag else ""
-        async with self._uploads.begin(self._name(to), size) as writer:
-            await writer.copy(name, tag, size, md5=md5)
-            return await writer.commit()
+        try:
+            async with self._uploads.begin(self._name(to), size) as writer:
+                await writer.copy(name, tag, size, md5=md5)
+                return await writer.commit()
+        except OtherContent:
+            found = await self._head(name)
+            if found and found["ETag"] == tag:
+                _log.warning("the bucket calls copies otherwise, NARs are sent there in parts only", etag=tag)
+                self.largest_piece = 0
+            raise
 
     async def unfinished(self) -> AsyncIterator[str]:
         async for upload in s3_listing.uploads(self._client, self._prefix + STAGING):

@@ -45,6 +45,10 @@ COPIED_TOGETHER = 256 * 2**20
 _MARK = "cachesrv-write"
 
 
+class OtherContent(NotFound):
+    """What was copied is not called by the MD5 that it was to have."""
+
+
 class Uploads:
     """What all uploads into one bucket share. `metadata` gives those of an object, or None when it is not there.
     At most `parts` parts are in memory on their way; each writer holds another one that fills.
@@ -183,7 +187,7 @@ class Upload:
     async def copy(self, source: str, tag: str, size: int, *, md5: str = "") -> None:
         """Have the store append another object of the bucket, of so many bytes and with this ETag. Where the store
         calls it by its `md5`, which is given of at most COPIED_TOGETHER bytes, the copy is to be called so, too: Ceph
-        16 copies parts whatever the ETag. Raises NotFound then, here or later.
+        16 copies parts whatever the ETag. Else NotFound is raised, here or later: OtherContent where the copy shows it.
         """
         self._take_up()
         self.id = self.id or await self._create()
@@ -282,13 +286,13 @@ class Upload:
             )
             return answer["CopyPartResult"]["ETag"]
 
-        replaced = NotFound(f"{source} was replaced before it was copied")
+        replaced = f"{source} was replaced before it was copied"
         try:
             copied = await self._client.call("UploadPartCopy", self._key, ask, changes=True)
         except Exists as error:
-            raise replaced from error
+            raise NotFound(replaced) from error
         if md5 and copied.strip('"') != md5:
-            raise replaced
+            raise OtherContent(replaced)
         return copied
 
     async def _complete(self, tags: list[str], **condition: Any) -> bool:

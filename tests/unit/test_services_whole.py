@@ -19,6 +19,7 @@ from cachesrv.services.uploads import Known, Missing, Sent, Uploads, Verifying
 from cachesrv.storage import s3_upload
 from cachesrv.storage.base import SignedPut
 from cachesrv.storage.disk_cache import DiskCache
+from cachesrv.storage.s3_client import S3Client
 from tests.direct_site import alter, bucket_site, keys, leftovers, process, put
 from tests.samples import Sample
 from tests.service_site import Site, chunks
@@ -136,6 +137,26 @@ async def test_what_is_replaced_after_it_was_checked_is_not_published(
         await put(await sign(uploads, site), NAR.file)
         assert not isinstance(await complete(uploads, site), Missing | Verifying)
     assert await stored(site) == NAR.file
+    assert await leftovers(site) == 0
+
+
+async def test_where_copies_are_called_otherwise_they_come_through_the_server(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else nothing could be told from what was replaced, and would be sent again for ever."""
+    call = S3Client.call
+
+    async def called_otherwise(client: S3Client, operation: str, *arguments: Any, **named: Any) -> Any:
+        answer = await call(client, operation, *arguments, **named)
+        return '"of-its-own"' if operation == "UploadPartCopy" else answer
+
+    monkeypatch.setattr(S3Client, "call", called_otherwise)
+    async with process(site) as uploads:
+        await put(await sign(uploads, site), NAR.file)
+        assert await complete(uploads, site) == Missing([1])
+        digest = md5(NAR.file).digest()
+        assert await uploads.sign_whole(site.cache, UPLOAD, NAR.nar_hash, len(NAR.file), digest) is None
+    assert await stored(site) is None
     assert await leftovers(site) == 0
 
 
