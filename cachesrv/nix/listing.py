@@ -59,13 +59,15 @@ class ListingBuilder:
     """Grows a listing from the nodes of a NAR in the NAR's order.
 
     A NAR's names are bytes and a listing's are text: where a name or a target is not UTF-8 there is no
-    listing, `root` is None (Nix 2.8.0 writes such bytes as they are, which no JSON parser takes). Nor is
-    there one of more than `max_entries` entries. An entry counts once more for each 64 bytes of its texts,
-    so that memory stays under about 500 bytes for each of `max_entries`.
+    listing, `root` is None (Nix 2.8.0 writes such bytes as they are, which no JSON parser takes), unless
+    `any_names` are taken: then those bytes are surrogates, as in Python's names of files, and the tree is
+    for no `.ls` object. Nor is there one of more than `max_entries` entries. An entry counts once more for
+    each 64 bytes of its texts, so that memory stays under about 500 bytes for each of `max_entries`.
     """
 
-    def __init__(self, max_entries: int) -> None:
+    def __init__(self, max_entries: int, *, any_names: bool = False) -> None:
         self._room = max_entries
+        self._errors = "surrogateescape" if any_names else "strict"
         self._open: list[dict[str, ListingNode]] = [{}]
 
     @property
@@ -79,7 +81,7 @@ class ListingBuilder:
             return
         self._room -= 1 + (len(name) + weight) // 64
         try:
-            self._open[-1][name.decode()] = node
+            self._open[-1][name.decode(errors=self._errors)] = node
         except UnicodeDecodeError:
             self._open = []
         if self._room < 0:
@@ -88,7 +90,7 @@ class ListingBuilder:
     def add_symlink(self, name: bytes, target: bytes) -> None:
         """Puts a symbolic link into the innermost open directory."""
         try:
-            self.add(name, Symlink(target.decode()), weight=len(target))
+            self.add(name, Symlink(target.decode(errors=self._errors)), weight=len(target))
         except UnicodeDecodeError:
             self._open = []
 

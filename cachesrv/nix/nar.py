@@ -63,19 +63,26 @@ _RESERVED = frozenset((b".", b".."))
 class NarReader:
     """Takes a NAR in pieces of any size and raises BadInput at the first that no canonical NAR has.
 
-    Memory is that of the listing (see ListingBuilder for its limit) and a few KiB. With `listing=False`,
-    or where the listing cannot be had, `root` stays None and all else is checked just the same.
+    Memory is that of the listing (see ListingBuilder for its limit, and for `any_names`) and a few KiB. With
+    `listing=False`, or where the listing cannot be had, `root` stays None and all else is checked just the same.
     `on_file` is called for every regular file before its contents and may return a function that takes
     them, piece by piece; the pieces are views of what was fed and are valid during the call only. It is
     not called for empty contents.
     """
 
-    def __init__(self, *, listing: bool = True, max_entries: int = 250_000, on_file: OnFile | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        listing: bool = True,
+        max_entries: int = 250_000,
+        any_names: bool = False,
+        on_file: OnFile | None = None,
+    ) -> None:
         self.size = 0
         """Bytes taken so far."""
         self.root: ListingNode | None = None
         """What the NAR holds, once `finish` has found it whole."""
-        self._listing = ListingBuilder(max_entries if listing else 0)
+        self._listing = ListingBuilder(max_entries if listing else 0, any_names=any_names)
         self._on_file = on_file
         self._rest = b""  # the beginning of a unit that the last piece did not end
         self._left = 0  # bytes of a file's contents still to come

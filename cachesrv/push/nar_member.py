@@ -31,7 +31,9 @@ class Complete(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ReadNar:
-    """A NAR that was read to its end and is what its narinfo says; `root` is None where it can have no listing."""
+    """A NAR that was read to its end and is what its narinfo says; `root` is None where it has too many files. Names in
+    it that are not UTF-8 are as Python has those of files.
+    """
 
     root: ListingNode | None
     found: bool
@@ -46,7 +48,7 @@ def read(
     than the narinfo says.
     """
     taken = _Taken(file, write, to_end=to_end)
-    reader = NarReader(on_file=taken.on_file)
+    reader = NarReader(on_file=taken.on_file, any_names=True)
     digest = sha256()
     for piece in decompressed(info.compression, chunks):
         digest.update(piece)

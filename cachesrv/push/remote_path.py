@@ -71,7 +71,7 @@ class RemotePath:
 
     def _root(self, nar: ReadNar) -> ListingNode:
         if nar.root is None:
-            raise BadInput(f"{self._info.full_path} can have no listing: too many files, or names that are not UTF-8")
+            raise BadInput(f"{self._info.full_path} holds too many files to list them")
         return nar.root
 
     async def _copy_checked(self, names: Names, write: Write) -> ReadNar | None:

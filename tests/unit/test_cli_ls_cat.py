@@ -20,6 +20,7 @@ import pytest
 from cachesrv.cli import run
 from cachesrv.nix import listing, narinfo
 from cachesrv.nix.hashes import Hash
+from cachesrv.nix.nar_writer import dump
 from cachesrv.nix.narinfo import NarInfo
 from cachesrv.nix.seekable import compress_zstd
 from cachesrv.nix.store_path import StorePath
@@ -567,6 +568,36 @@ def test_names_that_are_not_utf8(sample: Sample, here: str, tmp_path: Path, caps
     assert capsys.readouterr().out == "a\\udcff\n"
     assert run(["ls", "--json", f"/nix/store/{NONE}-odd"]) == 0
     assert "a\\udcff" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_names_that_are_not_utf8_in_a_cache(
+    tmp_path: Path, raw: bool, cat: Cat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a listing, and with one of Nix 2.8, which is no JSON."""
+    tree, folder = tmp_path / "tree", tmp_path / "cache"
+    inside = b"d\xff/f\xc3"
+    (tree / os.fsdecode(inside)).parent.mkdir(parents=True)
+    (tree / os.fsdecode(inside)).write_text("odd")
+    (tree / "link").symlink_to(os.fsdecode(inside))
+    nar = b"".join(dump(tree))
+    path = StorePath(NONE, "odd")
+    info = NarInfo(path, "/nix/store", "nar/odd.nar", "none", None, None, Hash.of("sha256", nar), len(nar))
+    (folder / "nar").mkdir(parents=True)
+    (folder / info.url).write_bytes(nar)
+    (folder / f"{NONE}.narinfo").write_bytes(narinfo.render(info))
+    if raw:
+        (folder / f"{NONE}.ls").write_bytes(
+            b'{"root":{"entries":{"d\xff":{"entries":{},"type":"directory"}}},"version":1}'
+        )
+    with serving(FolderServer(folder)) as server:
+        url = f"{server.url}/{path}"
+        assert run(["ls", "-lR", url]) == 0
+        shown = [line.split()[2:] for line in capsys.readouterr().out.splitlines()]
+        assert shown == [["d\\udcff"], ["d\\udcff/f\\udcc3"], ["link", "->", "d\\udcff/f\\udcc3"]]
+        assert listed(capsys, url)["entries"].keys() == {os.fsdecode(b"d\xff"), "link"}
+        assert cat(f"{url}/{os.fsdecode(inside)}") == b"odd"
+        assert cat(f"{url}/link") == b"odd"
 
 
 def test_what_was_pushed_to_a_server_of_ours(

@@ -1,6 +1,7 @@
 """The NAR reader against a plain parser, written here, that goes token by token over the whole archive."""
 
 import hashlib
+import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -446,6 +447,15 @@ def all_files(tree: Tree, path: tuple[bytes, ...]) -> Iterator[tuple[tuple[bytes
 def test_without_utf_8_there_is_no_listing(tree: Tree) -> None:
     assert read(encode(tree)).root is None
     assert not is_accepted(encode(tree)[:-1])
+
+
+def test_any_names_are_taken_on_demand() -> None:
+    reader = NarReader(any_names=True)
+    reader.feed(encode(Dir({b"a\xff": File(b""), b"b": Link(b"\xc3")})))
+    reader.finish()
+    assert isinstance(reader.root, Directory)
+    assert [*map(os.fsencode, reader.root.entries)] == [b"a\xff", b"b"]
+    assert reader.root.entries["b"] == Symlink("\udcc3")
 
 
 def test_beyond_the_limit_there_is_no_listing() -> None:
