@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from secrets import token_hex
 from typing import TYPE_CHECKING
 
+import structlog
+
 from cachesrv.errors import BadInput, ConfigError, StoreError
 from cachesrv.nix.signing import SecretKey
 from cachesrv.services.access import new_token
-from cachesrv.services.replacement import sync_folder
+from cachesrv.services.replacement import replace_file, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+_log = structlog.get_logger()
 
 _LARGEST_SECRET = 4096
 
@@ -92,12 +96,12 @@ class DataDirectory:
             raise ConfigError(f"the data directory {self.root} cannot be made: {error.strerror}") from error
 
     def signing_key(self, cache: str) -> SecretKey:
-        """The signing key of a cache, made when there is none; beside it lies the public key."""
+        """The signing key of a cache, made when there is none; beside it lies the public key, of the same one. Raises
+        ConfigError, StoreError.
+        """
         text = read_or_make(self.secret_key(cache), lambda: SecretKey.generate(f"{cache}-1").render())
         key = parse_secret_key(text, self.secret_key(cache))
-        if not self.public_key(cache).exists():
-            with suppress(FileExistsError):  # another process was first, as in `read_or_make`
-                write_new(self.public_key(cache), key.public.render(), mode=0o644)
+        _write_public_key(self.public_key(cache), key.public.render())
         return key
 
     def token(self) -> str:
@@ -106,6 +110,25 @@ class DataDirectory:
         if not token:
             raise ConfigError(f"{self.push_token} is empty: remove it, and the next start makes a new token")
         return token
+
+
+def _write_public_key(file: Path, public: str) -> None:
+    """Unless it is there. Of another secret key, that somebody has replaced since, it is not to be given to clients."""
+    with suppress(FileExistsError):  # as mostly; or another process was first, as in `read_or_make`
+        if not file.exists():
+            write_new(file, public, mode=0o644)
+    try:
+        if file.read_bytes().strip() == public.encode():
+            return
+        replace_file(file, f"{public}\n".encode(), mode=0o644)
+    except (OSError, StoreError) as error:  # nobody but people reads it
+        _log.warning(
+            "the public key beside a secret key cannot be brought up to date", file=str(file), error=str(error)
+        )
+    else:
+        _log.warning(
+            "the secret key has been replaced: the public key beside it is new too", file=str(file), key=public
+        )
 
 
 def parse_secret_key(text: str, path: Path) -> SecretKey:

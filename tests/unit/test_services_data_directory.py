@@ -6,7 +6,9 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+from structlog.testing import capture_logs
 
+from cachesrv.nix.signing import SecretKey
 from cachesrv.services import data_directory
 from cachesrv.services.data_directory import DataDirectory
 
@@ -43,6 +45,32 @@ def test_all_have_what_the_quickest_one_made(data: DataDirectory, monkeypatch: p
         "main.public",
         *(file.name for file in elsewhere.root.rglob("*") if file.is_file()),
     }
+
+
+def test_the_public_key_follows_the_secret_one(data: DataDirectory) -> None:
+    first = data.signing_key("main")
+    with capture_logs() as logs:
+        assert data.signing_key("main").render() == first.render()
+    assert logs == []
+    second = SecretKey.generate("main-2")
+    data.secret_key("main").write_text(f"{second.render()}\n")
+    with capture_logs() as logs:
+        data.signing_key("main")
+        data.signing_key("main")
+    assert data.public_key("main").read_text() == f"{second.public.render()}\n"
+    (log,) = logs
+    assert log["event"] == "the secret key has been replaced: the public key beside it is new too"
+    assert log["key"] == second.public.render()
+    assert second.render() not in str(logs)
+
+
+def test_a_public_key_that_cannot_be_written_stops_nobody(data: DataDirectory) -> None:
+    data.signing_key("main")
+    data.public_key("main").unlink()
+    data.public_key("main").mkdir()
+    with capture_logs() as logs:
+        data.signing_key("main")
+    assert [log["event"] for log in logs] == ["the public key beside a secret key cannot be brought up to date"]
 
 
 def test_a_key_is_on_disk_under_its_name_before_it_is_shown(
