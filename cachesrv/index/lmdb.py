@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import struct
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, TypeVar
 
@@ -82,6 +83,7 @@ class LmdbIndex:
         self._negative_limit = negative_limit
         self._size_limit = size_limit
         self._clock = clock
+        self._one_writer, self._one_scan = threading.Lock(), threading.Lock()
         self.fresh = self._shared.fresh
 
     def get(self, cache: str, hash_part: str) -> Present | Absent | None:
@@ -192,7 +194,9 @@ class LmdbIndex:
             return txn.stat(self._entries)["entries"] - absences, absences
 
     def close(self) -> None:
-        self._shared.close()
+        # Nobody waits for threads whose callers were cancelled, and LMDB does not bear transactions of theirs here.
+        with self._one_writer, self._one_scan:
+            self._shared.close()
 
     def _page(self, prefix: bytes, start: bytes) -> list[tuple[bytes, bytes]]:
         """The next items from `start` on, in a transaction of their own: one that stays open would keep all pages from
@@ -200,7 +204,12 @@ class LmdbIndex:
         """
         items: list[tuple[bytes, bytes]] = []
         size = 0
-        with self._shared.damage_marked(), self._env.begin(self._entries) as txn, txn.cursor() as cursor:
+        with (
+            self._one_scan,
+            self._shared.damage_marked(),
+            self._env.begin(self._entries) as txn,
+            txn.cursor() as cursor,
+        ):
             more = cursor.set_range(start)
             while more and len(items) < _PAGE_ITEMS and size < _PAGE_BYTES:
                 key, value = cursor.item()
@@ -213,7 +222,7 @@ class LmdbIndex:
 
     def _write(self, work: Callable[[lmdb.Transaction[bytes]], T]) -> T:
         """Run `work` in a write transaction; it is committed, and so synced, on return."""
-        with self._shared.damage_marked():
+        with self._one_writer, self._shared.damage_marked():
             try:
                 return self._commit(work)
             except lmdb.MapFullError:

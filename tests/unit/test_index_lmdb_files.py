@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -428,6 +429,30 @@ def test_opening_makes_its_folders_and_leaves_no_descriptor_behind(path: Path) -
     path.joinpath("data.mdb").write_bytes(b"x" * 9000)
     filled(path)
     assert len(list(descriptors.iterdir())) == before
+
+
+def test_a_write_under_way_is_finished_before_it_is_closed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a thread whose caller was cancelled; LMDB would have it wait for ever, and the process at its end for it."""
+    index = LmdbIndex(str(path))
+    writes, goes_on = threading.Event(), threading.Event()
+
+    def complete() -> None:
+        writes.set()
+        goes_on.wait()
+
+    monkeypatch.setattr(index._shared, "complete", complete)
+    write = threading.Thread(target=index.put, args=([IndexEntry("main", "a" * 32, ANSWER)],), daemon=True)
+    close = threading.Thread(target=index.close, daemon=True)
+    write.start()
+    writes.wait()
+    close.start()
+    close.join(0.1)
+    assert close.is_alive()
+    goes_on.set()
+    for thread in (write, close):
+        thread.join()
+    with pytest.raises(StoreError):
+        index.put([IndexEntry("main", "b" * 32, ANSWER)])
 
 
 def test_the_whole_file_is_read_ahead_when_there_is_room(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
