@@ -46,7 +46,7 @@ class Way(Protocol):
         """Of a part; takes its time."""
 
     async def put(self, number: int, digest: bytes, size: int, body: Body) -> None:
-        """Send a part, once."""
+        """Send a part, once; what the server is asked before that is asked as other questions are."""
 
     def making(self, nar_hash: str) -> CompleteRequest:
         """Names the parts that make up the NAR."""
@@ -143,7 +143,7 @@ class Direct:
     async def put(self, number: int, digest: bytes, size: int, body: Body) -> None:
         question = msgspec.json.encode(SignRequest(digest.hex()))
         async with self._server.elsewhere.turn() as turn:
-            signed = await self._server.ask_once("POST", f"{self._action}/parts/{number}", question, SignAnswer)
+            signed = await self._server.ask("POST", f"{self._action}/parts/{number}", question, SignAnswer)
             self._tags[number] = await _put(self._server, turn, signed, size, body)
 
     def making(self, nar_hash: str) -> CompleteRequest:
@@ -185,7 +185,7 @@ class InOnePiece:
     async def _ask(self, digest: bytes, size: int) -> FileAnswer:
         question = msgspec.json.encode(FileRequest(self._nar_hash, size, digest.hex()))
         try:
-            return await self._server.ask_once("POST", f"{self._action}/file", question, FileAnswer)
+            return await self._server.ask("POST", f"{self._action}/file", question, FileAnswer)
         except NotThere as error:
             raise NotOffered(str(error)) from error
 

@@ -115,6 +115,14 @@ async def test_what_passes_is_tried_again_with_another_url(
     assert notes(told) == []
 
 
+async def test_the_server_is_asked_as_often_as_ever(store: TemporaryStore, cache: FakeCache) -> None:
+    """What is tried less often is a bucket that has not been reached yet."""
+    cache.fail("file", *[answer(503)] * (QUICK.backoff.attempts - 1))
+    summary, _ = await pushed(store, cache, "one")
+
+    assert (summary.uploaded, cache.count("file"), cache.count("bucket")) == (1, QUICK.backoff.attempts, 1)
+
+
 @pytest.mark.parametrize(
     "faults",
     [
