@@ -37,7 +37,8 @@ async def keep_finishing(
             if await catalog.doomed():
                 async with maintenance(catalog):
                     number = await removing.finish(caches())
-                _log.info("a deletion that was cut short was finished", objects=number)
+                if number:  # who was at it may have come to the end meanwhile
+                    _log.info("a deletion that was cut short was finished", objects=number)
         except Busy:
             continue
         except CachesrvError as error:

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import structlog
 
 from cachesrv.catalog.retention import MAINTENANCE
 from cachesrv.errors import BeingRemoved, StoreError, StoreUnavailable
@@ -55,12 +56,13 @@ async def stores() -> AsyncIterator[Stores]:
 
 
 class Watched:
-    """Its catalog; each look at what is doomed is counted, and the first of them may fail."""
+    """Its catalog; each look at what is doomed is counted. The first may fail, and others find what is `stale`."""
 
     def __init__(self, stores: Stores, *, fails: bool = False) -> None:
         self._catalog = stores.catalog
         self._fails = fails
         self._looks = asyncio.Semaphore(0)
+        self.stale: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._catalog, name)
@@ -70,7 +72,7 @@ class Watched:
         if self._fails:
             self._fails = False
             raise StoreUnavailable("as told")
-        return await self._catalog.doomed()
+        return self.stale or await self._catalog.doomed()
 
     async def looked(self, times: int) -> None:
         """What followed on the look before has been done by then."""
@@ -108,6 +110,18 @@ async def test_who_is_still_at_it_is_left_alone(stores: Stores) -> None:
     async with maintenance(stores.catalog), finishing(stores) as watched:
         await watched.looked(3)
         assert await stores.catalog.doomed()
+
+
+async def test_what_others_finished_meanwhile_is_not_told(stores: Stores) -> None:
+    doomed = await stores.catalog.doomed()
+    with structlog.testing.capture_logs() as logs:
+        async with finishing(stores) as watched:
+            await watched.looked(2)
+            told = [log["objects"] for log in logs]
+            watched.stale = doomed
+            await watched.looked(3)
+    assert told == [len(doomed)]
+    assert len(logs) == 1
 
 
 async def test_a_catalog_that_fails_does_not_end_it(stores: Stores, caplog: pytest.LogCaptureFixture) -> None:
