@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+import structlog
+
 from cachesrv.catalog.base import ConflictRecord, PathRecord, RefusalRecord
 from cachesrv.errors import (
     BadInput,
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from cachesrv.services.upstream import Upstreams
     from cachesrv.storage.base import ObjectStore
     from cachesrv.telemetry import Metrics
+
+_log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,11 +281,18 @@ class Publish:
         batch = [path for group in groups for path in group]
         await self._writing.write(batch)
         self._metrics.add("paths_published", len(batch))
+        # one line for all: pushes bring many at once
+        names = [f"{path.cache.name}/{path.record.hash_part}-{path.record.name}" for path in batch]
+        _log.debug("published", paths=names)
 
     async def _remember_refusals(
         self, cache: ServedCache, refused: list[tuple[Candidate, CachesrvError]], pusher: str
     ) -> None:
         self._metrics.add("pushes_refused", len(refused))
+        for path, error in refused:
+            _log.debug(
+                "a path was refused", cache=cache.name, path=str(path.store_path), pusher=pusher, error=str(error)
+            )
         # A store that fails says nothing of the path.
         told = [(path, error) for path, error in refused if isinstance(error, BadInput | Refused)]
         await self._catalog.record_refusals([_refusal(cache, path, error, pusher) for path, error in told])

@@ -93,6 +93,8 @@ def answer(request: web.BaseRequest, error: errors.CachesrvError) -> web.Respons
     status = status_of(error)
     if isinstance(error, _OURS):
         _log.error("request failed", method=request.method, path=request.path, status=status, error=str(error))
+    else:
+        _log.debug("request refused", method=request.method, path=request.path, status=status, error=str(error))
     headers = {"Cache-Control": "no-store"}
     if status == web.HTTPUnauthorized.status_code:
         headers["WWW-Authenticate"] = 'Basic realm="cachesrv"'

@@ -94,7 +94,7 @@ def test_what_the_client_did_is_for_the_client() -> None:
     with capture_logs() as logs:
         response = answer(make_mocked_request("GET", "/"), errors.BadInput("two\nlines\tand  blanks"))
     assert text(response) == "two lines and blanks\n"
-    assert not logs
+    assert [log["log_level"] for log in logs] == ["debug"]
 
 
 def test_fields_that_belong_to_a_status() -> None:

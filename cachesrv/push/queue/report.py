@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol, TextIO
 
 import structlog
 
-from cachesrv.push.events import Failed, Noted, Retrying
+from cachesrv.push.events import Failed, Noted, Published, Retrying, Stored
 from cachesrv.push.progress import Lines
 from cachesrv.services import amounts
 
@@ -47,6 +47,10 @@ class LogReport:
                 _log.warning("noted", text=event.text)
             case Retrying():
                 _log.warning("trying again", what=event.what, error=event.error, seconds=event.delay)
+            case Stored():
+                _log.debug("stored", path=event.path, nar_size=event.nar_size, sent_bytes=event.sent_bytes)
+            case Published():
+                _log.debug("published", path=event.path)
 
     def pushed(self, paths: int, summary: Summary) -> None:
         _log.info(
