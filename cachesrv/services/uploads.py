@@ -226,7 +226,7 @@ class Uploads:
         sent.check()
         begun = None if sent.size else await self._store.begun(place)
         _check_nar(place, begun, nar_hash)
-        key = (place, nar_hash, *sent.parts, *sent.md5, sent.size) if sent.size else place
+        key = (place, nar_hash, *((*sent.parts, *sent.md5, sent.size) if sent.size else ()))
         if begun or (self._completing.has_failed(key) and await self._is_there_whole(place, sent)):
             # anew, since what was wrong is removed
             self._completing.forget_failure(key)

@@ -367,6 +367,16 @@ async def test_an_upload_is_for_one_nar(files: Site) -> None:
         assert await complete(opened, files) == await files.ingest.known(files.cache, NAR_KEY.removeprefix("main/nar/"))
 
 
+async def test_what_was_wrong_with_one_nar_says_nothing_of_another(files: Site) -> None:
+    """Also when nothing is noted any more of whose upload it was."""
+    async with process(files) as opened:
+        await begin(opened, files)
+        await send(opened, files, 1, PARTS[1])
+        with pytest.raises(BadInput):
+            await complete(opened, files, PARTS[1:2])
+        assert await complete(opened, files, PARTS[1:2], OTHER) == Missing([1])
+
+
 async def test_parts_may_be_forgotten_while_a_nar_is_made_of_them(files: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another client has found that what it sends is damaged: this one is told to send all of it again."""
     making, goes_on = asyncio.Event(), asyncio.Event()
