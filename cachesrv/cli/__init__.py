@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from importlib import import_module
 from io import BufferedWriter, FileIO, TextIOWrapper
@@ -107,7 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit; `arguments` are those of the process unless given."""
     _open_streams()
     _let_all_names_through()
-    sys.exit(run(arguments))
+    try:
+        status = run(arguments)
+    finally:
+        _let_interrupts_end_it()
+    sys.exit(status)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -138,6 +143,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise
         return _say(f"defect, please report it: {type(error).__name__}: {error} (CACHESRV_DEBUG=1 says more)", FAILED)
     return status if isinstance(status, int) else 0
+
+
+def _let_interrupts_end_it() -> None:
+    """What is left is to wait for threads: who does not want to need not be shown where that was. An interrupt that is
+    ignored, as of what runs in the background, still is.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _open_streams() -> None:
