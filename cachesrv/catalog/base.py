@@ -195,6 +195,9 @@ class Catalog(Retention, Protocol):
     async def nars_by_hash(self, scope: str, nar_hashes: Collection[str]) -> dict[str, NarRecord]:
         """Verified NARs by NAR hash; where several have it, the one verified first. Their listing is left out."""
 
+    async def nars_alike(self, scope: str, nar_hash: str) -> list[NarRecord]:
+        """All verified NARs with this hash, by the time at which they were verified. Their listing is left out."""
+
     async def remove_nars(self, keys: Collection[str]) -> None:
         """Forget NARs; those that are not there are passed over."""
 

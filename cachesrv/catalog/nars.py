@@ -78,6 +78,11 @@ def by_hash(connection: Connection, scope: str, nar_hashes: Collection[str]) -> 
     return found
 
 
+def alike(connection: Connection, scope: str, nar_hash: str) -> list[NarRecord]:
+    """See `Catalog.nars_alike`."""
+    return [_record(row) for row in connection.execute(_BY_HASH, {"scope": scope, "nar_hashes": [nar_hash]})]
+
+
 def listings(connection: Connection, keys: Collection[str]) -> dict[str, bytes]:
     """See `Catalog.listings`."""
     return {row.key: row.listing for some in batches(keys) for row in connection.execute(_LISTINGS, {"keys": some})}

@@ -104,6 +104,9 @@ class SqlCatalog(SqlRetention):
     async def nars_by_hash(self, scope: str, nar_hashes: Collection[str]) -> dict[str, NarRecord]:
         return await self._database.read(nars.by_hash, scope, nar_hashes)
 
+    async def nars_alike(self, scope: str, nar_hash: str) -> list[NarRecord]:
+        return await self._database.read(nars.alike, scope, nar_hash)
+
     async def remove_nars(self, keys: Collection[str]) -> None:
         await self._database.write(nars.remove, keys)
 

@@ -68,10 +68,10 @@ class SameNar:
         if wanted.nar_hash is None:
             return None
         for prefix in self._prefixes:
-            record = (await self._catalog.nars_by_hash(prefix, [wanted.nar_hash])).get(wanted.nar_hash)
-            if record and record.key != wanted.nar_key and await self._storage.head(record.key):
-                read = partial(self._storage.read, record.key)
-                return Copy(record.key, record.nar_hash, record.compression, read)
+            for record in await self._catalog.nars_alike(prefix, wanted.nar_hash):
+                if record.key != wanted.nar_key and await self._storage.head(record.key):
+                    read = partial(self._storage.read, record.key)
+                    return Copy(record.key, record.nar_hash, record.compression, read)
         return None
 
 

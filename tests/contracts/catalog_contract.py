@@ -332,9 +332,14 @@ class NarContract(Fixtures):
 
     async def test_of_several_with_one_hash_the_one_verified_first_is_given(self, catalog: Catalog) -> None:
         first = nar(1, key="main/nar/z.nar.zst", listing=None)
-        for record in (nar(1, verified_at=NOW + 1), first, nar(1, key="main/nar/a.nar.zst", verified_at=NOW + 2)):
+        second = nar(1, verified_at=NOW + 1)
+        third = nar(1, key="main/nar/a.nar.zst", verified_at=NOW + 2)
+        for record in (second, first, third):
             await catalog.put_nar(record)
         assert await catalog.nars_by_hash("main", [nar_hash(1)]) == {nar_hash(1): first}
+        alike = [first, replace(second, listing=None), replace(third, listing=None)]
+        assert await catalog.nars_alike("main", nar_hash(1)) == alike
+        assert await catalog.nars_alike("other", nar_hash(1)) == []
 
     async def test_a_listing_goes_when_its_path_is_published(self, catalog: Catalog) -> None:
         await catalog.put_nar(nar(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -335,14 +336,21 @@ async def test_storage_that_others_write_to_is_left_to_them(tmp_path: Path, jour
         assert await site.storage.head(narinfo_key(OTHER))
 
 
-async def test_other_places_of_this_server_have_copies(site: Site, journal: Path) -> None:
+@pytest.mark.parametrize("when", [-2, 2], ids=["before", "after"])
+async def test_other_places_of_this_server_have_copies(
+    site: Site, journal: Path, monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    """Whether the other NAR was verified before the one that is missing, or after it."""
     team = served_cache(name="team", prefix="team")
     caches = {"main": site.cache, "team": team}
     await site.ingest.receive(team, LIBRARY.nar_name, chunks(LIBRARY.file), None)
     assert await site.publish.many(team, [by_narinfo(LIBRARY)], "somebody") == [None]
     twin = replace(OTHER, name="twin")
     packed = replace(OTHER, name="packed", compression="zstd")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + when)
     await site.send(packed)
+    monkeypatch.undo()
     assert await site.add(twin, packed, as_=by_narinfo) == [None, None]
     await site.storage.delete([nar_key(LIBRARY), nar_key(OTHER)])
     found = await verify(site, journal, caches=caches)
