@@ -9,6 +9,7 @@ import pty
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -224,6 +225,15 @@ async def test_interrupting_a_push_ends_it_at_once(user: User, cache: FakeCache)
     assert json.loads(out.splitlines()[-1])["event"] == "summary"
 
 
+def all_of(terminal: int) -> bytes:
+    """What is written to its other end until that is closed: the terminal itself holds 4 KiB."""
+    shown = b""
+    with open(terminal, "rb", buffering=0) as file, suppress(OSError):  # EIO is the end of a terminal
+        while piece := file.read(4096):
+            shown += piece
+    return shown
+
+
 async def test_bars_are_for_terminals(user: User, cache: FakeCache) -> None:
     path = user.adds("greeting", "hello")
     cache.fail("nar", answer(422, "not that one"))
@@ -235,9 +245,9 @@ async def test_bars_are_for_terminals(user: User, cache: FakeCache) -> None:
         env=user.environ | {"CACHESRV_URL": cache.url, "TERM": "xterm", "COLUMNS": "100"},
     )
     os.close(end)
+    reading = asyncio.create_task(asyncio.to_thread(all_of, terminal))
     out, _ = await asyncio.wait_for(process.communicate(), 60)
-    shown = os.read(terminal, 1_000_000).decode()
-    os.close(terminal)
+    shown = (await reading).decode()
 
     assert process.returncode == 3
     assert out.startswith(b"1 path in ")
