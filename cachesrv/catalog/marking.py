@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import bindparam, case, func, select
 
-from cachesrv.catalog.batches import batches
+from cachesrv.catalog.batches import batches, by_hash_part
 from cachesrv.catalog.retention import PathSummary, PathUse
 from cachesrv.catalog.schema import names, paths, refs
 
@@ -95,11 +95,7 @@ def twins(connection: Connection, cache: str) -> dict[int, int]:
 
 def numbers(connection: Connection, cache: str, hash_parts: Collection[str]) -> dict[str, int]:
     """See `Retention.numbers`."""
-    found: dict[str, int] = {}
-    for some in batches(hash_parts):
-        rows = connection.execute(_NUMBERS, {"cache": cache, "hash_parts": some})
-        found.update((hash_part, number) for hash_part, number in rows)
-    return found
+    return by_hash_part(connection, _NUMBERS, cache, hash_parts)
 
 
 def summaries(connection: Connection, cache: str, numbers: Collection[int]) -> list[PathSummary]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import bindparam, exists, func, select
 
 from cachesrv.catalog.base import PathRecord
-from cachesrv.catalog.batches import batches
+from cachesrv.catalog.batches import batches, by_hash_part
 from cachesrv.catalog.schema import names, narinfos, paths, refs
 
 if TYPE_CHECKING:
@@ -83,11 +83,7 @@ def present(connection: Connection, cache: str, hash_parts: Collection[str]) -> 
 
 def nar_hashes(connection: Connection, cache: str, hash_parts: Collection[str]) -> dict[str, str]:
     """See `Catalog.nar_hashes`."""
-    found: dict[str, str] = {}
-    for some in batches(hash_parts):
-        rows = connection.execute(_NAR_HASHES, {"cache": cache, "hash_parts": some})
-        found.update((hash_part, nar_hash) for hash_part, nar_hash in rows)
-    return found
+    return by_hash_part(connection, _NAR_HASHES, cache, hash_parts)
 
 
 def page(connection: Connection, cache: str, after: str) -> list[PathRecord]:

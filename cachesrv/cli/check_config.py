@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cachesrv.cli.options import config_file, data_dir_of_server
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -30,10 +32,8 @@ a server; run it as the user of the server, for the files are that user's.
 Exit status: 0 right, 2 wrong.
 """
 )
-@click.option(
-    "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="TOML; see config.example.toml."
-)
-@click.option("--data-dir", metavar="DIR", help="Of the server.  [default: ~/.local/state/cachesrv]")
+@config_file
+@data_dir_of_server
 @click.option("--probe", is_flag=True, help="Also open storage, catalog, index and key files.")
 def command(config_file: Path | None, data_dir: str | None, *, probe: bool) -> None:
     """Say what is wrong with a configuration, or what it comes to."""

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from cachesrv.cli.options import data_dir_of_server
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
@@ -28,11 +30,10 @@ end.
 
 def server_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """`--config` and `--data-dir`, which say whose stores these are."""
-    data_dir = click.option("--data-dir", metavar="DIR", help="Of the server.  [default: ~/.local/state/cachesrv]")
     config = click.option(
         "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="Of the server."
     )
-    return config(data_dir(function))
+    return config(data_dir_of_server(function))
 
 
 cache_option = click.option("--cache", metavar="NAME", help="Which one.  [default: the only one, or the one at /]")

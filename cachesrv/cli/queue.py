@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cachesrv.cli import SOME_FAILED
-from cachesrv.cli.options import THE_QUEUE, log_level
+from cachesrv.cli.options import THE_QUEUE, log_level, metrics_file
 from cachesrv.cli.pushing import Choice, pushing
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 3 --drain has lef
     metavar="SECONDS",
     help="End when there was nothing to do for so long.  [default: 60 if started by a socket of systemd, else never]",
 )
-@click.option(
-    "--metrics", type=click.Path(path_type=Path), metavar="FILE", help="A file for node_exporter's textfile collector."
-)
+@metrics_file
 @log_level
 def run(
     *, choice: Choice, queue: str | None, drain: bool, idle: float | None, metrics: Path | None, log_level: str

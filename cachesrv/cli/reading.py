@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from cachesrv.cli.options import token_of_private
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from cachesrv.push.contents import Where
 
 _OPTIONS = (
     click.option("--from", "cache", metavar="URL", help="A binary cache, of whatever kind."),
-    click.option(
-        "--token-file",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="A file that holds the token of a private cache.",
-    ),
+    token_of_private,
     click.option(
         "--trusted-key", "trusted", multiple=True, metavar="NAME:KEY", help="One of these has to have signed."
     ),

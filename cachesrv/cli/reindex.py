@@ -7,13 +7,15 @@ import os
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import click
 
+from cachesrv.cli.options import config_file, kept_in
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
     from types import TracebackType
 
     from cachesrv.config import Config
@@ -42,10 +44,8 @@ refused and removed paths.
 what others wrote. Who signs vouches for it; a cache with trusted_keys signs only what one of these has signed.
 """
 )
-@click.option(
-    "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="TOML; see config.example.toml."
-)
-@click.option("--data-dir", metavar="DIR", help="Where everything is kept.  [default: ~/.local/state/cachesrv]")
+@config_file
+@kept_in
 @click.option("--cache", "caches", multiple=True, metavar="NAME", help="Only this cache; repeatable.")
 @click.option("--sign", is_flag=True, help="Sign narinfos that lack a signature by a key of their cache.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line, the last with the sums.")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
 import click
 
-from cachesrv.cli.options import log_level
+from cachesrv.cli.options import config_file, kept_in, log_level
 
 if TYPE_CHECKING:
     import socket
     import ssl
     from collections.abc import Callable, Collection, Sequence
+    from pathlib import Path
 
     from cachesrv.config import Cache, Config
     from cachesrv.services.data_directory import DataDirectory
@@ -35,10 +35,8 @@ Without --config there is one public cache, `main`, at / and /main. The first st
 token in the data directory, and prints what clients need.
 """
 )
-@click.option(
-    "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="TOML; see config.example.toml."
-)
-@click.option("--data-dir", metavar="DIR", help="Where everything is kept.  [default: ~/.local/state/cachesrv]")
+@config_file
+@kept_in
 @click.option("--listen", multiple=True, metavar="ADDRESS", help="HOST:PORT or unix:PATH.  [default: 127.0.0.1:5000]")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes that answer on the same port.  [default: 1]")
 @log_level

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from cachesrv.cli.options import token_of_private
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from cachesrv.api import CacheAnswer
     from cachesrv.push.nix_conf import CacheSettings
@@ -40,12 +42,7 @@ Nix's daemon takes these settings of a user only from trusted-users; for all oth
 @click.argument("url", required=False)
 @click.option("--write", is_flag=True, help="Put the lines where they belong.")
 @click.option("--system", is_flag=True, help="For all users of this machine; as root.")
-@click.option(
-    "--token-file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="A file that holds the token of a private cache.",
-)
+@token_of_private
 @click.option("--data-dir", metavar="DIR", help="Of a server on this machine, for its push-token.")
 def command(url: str | None, token_file: Path | None, data_dir: str | None, *, write: bool, system: bool) -> None:
     """Let Nix on this machine use a cache."""

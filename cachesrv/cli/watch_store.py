@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from cachesrv.cli.options import THE_QUEUE, log_level
+from cachesrv.cli.options import THE_QUEUE, log_level, metrics_file
 from cachesrv.cli.pushing import pushing
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from cachesrv.cli.pushing import Choice
 
 
@@ -32,9 +33,7 @@ where it ended. It does all that `cachesrv queue run` does, in its place; `cache
 @pushing
 @click.option("--queue", metavar="DIR", help="Where to queue.  [default: see below]")
 @click.option("--derivations", is_flag=True, help="Push derivations as well.")
-@click.option(
-    "--metrics", type=click.Path(path_type=Path), metavar="FILE", help="A file for node_exporter's textfile collector."
-)
+@metrics_file
 @log_level
 def command(*, choice: Choice, queue: str | None, derivations: bool, metrics: Path | None, log_level: str) -> None:
     """Push what becomes valid in the local store, from now on."""

@@ -109,16 +109,12 @@ class Through:
         return CompleteRequest(nar_hash, _in_order(self._digests))
 
 
-class Direct:
-    """Parts to the server's storage, which knows them by their MD5, or calls them something else when it has them."""
+class _ToStorage:
+    """What goes to the server's storage, and is known by its MD5."""
 
-    def __init__(self, server: Server, action: str, answer: DirectAnswer) -> None:
-        self.direct = answer
+    def __init__(self, server: Server, action: str) -> None:
         self._server = server
         self._action = action
-        self._there = {part.number: part.etag for part in answer.parts}
-        self._tags: dict[int, str] = {}
-        self._digests: dict[int, str] = {}
 
     @property
     def proven(self) -> bool:
@@ -126,6 +122,34 @@ class Direct:
 
     def digest(self, data: memoryview) -> bytes:
         return hashlib.md5(data, usedforsecurity=False).digest()
+
+    async def _put(self, turn: Turn, signed: SignAnswer, size: int, body: Body) -> str:
+        """Send to the storage what was signed; its tag. Raises NoStorage, and NotThere when what it belongs to is not
+        there.
+        """
+        headers = {name: value for name, value in signed.headers.items() if name.lower().startswith(_SIGNED_HEADERS)}
+        headers["Content-Length"] = str(size)
+        try:
+            return await self._server.elsewhere.put(turn, signed.url, headers, body)
+        except NotThere:
+            raise
+        except Unreachable as error:
+            raise (StorageOutOfReach if self.proven else NoStorage)(str(error)) from error
+        except TryAgain as error:
+            raise NoStorage(str(error), error.retry_after) from error
+        except (BadInput, ServerError) as error:
+            raise _for_good(NoStorage(str(error))) from error
+
+
+class Direct(_ToStorage):
+    """Parts to the server's storage, which knows them by their MD5, or calls them something else when it has them."""
+
+    def __init__(self, server: Server, action: str, answer: DirectAnswer) -> None:
+        super().__init__(server, action)
+        self.direct = answer
+        self._there = {part.number: part.etag for part in answer.parts}
+        self._tags: dict[int, str] = {}
+        self._digests: dict[int, str] = {}
 
     def has(self, number: int, digest: bytes) -> bool:
         self._tags[number] = self._digests[number] = digest.hex()
@@ -144,30 +168,22 @@ class Direct:
         question = msgspec.json.encode(SignRequest(digest.hex()))
         async with self._server.elsewhere.turn() as turn:
             signed = await self._server.ask("POST", f"{self._action}/parts/{number}", question, SignAnswer)
-            self._tags[number] = await _put(self._server, turn, signed, size, body)
+            self._tags[number] = await self._put(turn, signed, size, body)
 
     def making(self, nar_hash: str) -> CompleteRequest:
         return CompleteRequest(nar_hash, _in_order(self._tags), _in_order(self._digests))
 
 
-class InOnePiece:
+class InOnePiece(_ToStorage):
     """One part that is all of it, to the server's storage; nothing is begun for it. `stored`: the NAR was there, and
     nothing was sent.
     """
 
     def __init__(self, server: Server, action: str, nar_hash: str) -> None:
+        super().__init__(server, action)
         self.stored = False
-        self._server = server
-        self._action = action
         self._nar_hash = nar_hash
         self._sent = CompleteRequest(nar_hash, [])
-
-    @property
-    def proven(self) -> bool:
-        return self._server.elsewhere.proven
-
-    def digest(self, data: memoryview) -> bytes:
-        return hashlib.md5(data, usedforsecurity=False).digest()
 
     async def put(self, number: int, digest: bytes, size: int, body: Body) -> None:
         """See Way. Raises NotOffered, too."""
@@ -179,7 +195,7 @@ class InOnePiece:
             elif answer.put is None:
                 raise NotOffered("the server takes it in another way")
             else:
-                tag = await self._put(turn, answer.put, size, body)
+                tag = await self._put_alone(turn, answer.put, size, body)
                 self._sent = CompleteRequest(self._nar_hash, [tag], [digest.hex()], size)
 
     async def _ask(self, digest: bytes, size: int) -> FileAnswer:
@@ -189,33 +205,15 @@ class InOnePiece:
         except NotThere as error:
             raise NotOffered(str(error)) from error
 
-    async def _put(self, turn: Turn, signed: SignAnswer, size: int, body: Body) -> str:
+    async def _put_alone(self, turn: Turn, signed: SignAnswer, size: int, body: Body) -> str:
         try:
-            return await _put(self._server, turn, signed, size, body)
+            return await self._put(turn, signed, size, body)
         except NotThere as error:  # there is no bucket, then: nothing had to be begun
             raise _for_good(NoStorage(str(error))) from error
 
     def making(self, nar_hash: str) -> CompleteRequest:
         assert nar_hash == self._nar_hash
         return self._sent
-
-
-async def _put(server: Server, turn: Turn, signed: SignAnswer, size: int, body: Body) -> str:
-    """Send to the server's storage what was signed; its tag. Raises NoStorage, and NotThere when what it belongs to is
-    not there.
-    """
-    headers = {name: value for name, value in signed.headers.items() if name.lower().startswith(_SIGNED_HEADERS)}
-    headers["Content-Length"] = str(size)
-    try:
-        return await server.elsewhere.put(turn, signed.url, headers, body)
-    except NotThere:
-        raise
-    except Unreachable as error:
-        raise (StorageOutOfReach if server.elsewhere.proven else NoStorage)(str(error)) from error
-    except TryAgain as error:
-        raise NoStorage(str(error), error.retry_after) from error
-    except (BadInput, ServerError) as error:
-        raise _for_good(NoStorage(str(error))) from error
 
 
 def _for_good(error: NoStorage) -> NoStorage:

@@ -106,7 +106,7 @@ class Direct:
 
     async def sign_whole(self, place: Place, size: int, md5: bytes) -> SignedPut:
         """For a NAR in one piece, the file of so many bytes and with this MD5. Nothing has to be begun."""
-        return await self._store.sign_whole(place.staged_key(_name_of_whole(size, md5.hex())), size, md5)
+        return await self._store.sign_whole(_key_of_whole(place, size, md5.hex()), size, md5)
 
     async def whole(self, place: Place, size: int, md5: str) -> Staged | None:
         """What was sent in one piece; None when it is not there. Raises BadInput when it is something else."""
@@ -120,11 +120,11 @@ class Direct:
 
     async def has_whole(self, place: Place, size: int, md5: str) -> bool:
         """Whether there is anything that was sent in one piece."""
-        return await self._storage.head(place.staged_key(_name_of_whole(size, md5))) is not None
+        return await self._storage.head(_key_of_whole(place, size, md5)) is not None
 
     async def forget_whole(self, place: Place, size: int, md5: str) -> None:
         """Remove what was sent in one piece; nothing happens when it is not there."""
-        await self._storage.delete([place.staged_key(_name_of_whole(size, md5))])
+        await self._storage.delete([_key_of_whole(place, size, md5)])
 
     async def complete(self, place: Place, begun: Begun, tags: Sequence[str], md5: Sequence[str]) -> Staged | list[int]:
         """The object, complete, of the parts with these tags, which were sent with these MD5 (base-16) if they are
@@ -201,6 +201,10 @@ class Direct:
 
 def _name_of_whole(size: int, md5: str) -> str:
     return f"{md5}-{size}"
+
+
+def _key_of_whole(place: Place, size: int, md5: str) -> str:
+    return place.staged_key(_name_of_whole(size, md5))
 
 
 async def _copied(chunks: AsyncIterable[bytes], copy: LocalCopy) -> AsyncIterator[bytes]:

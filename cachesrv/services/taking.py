@@ -11,15 +11,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from cachesrv.errors import BadInput, TooLarge
-from cachesrv.index.base import Present
 from cachesrv.nix import narinfo
 from cachesrv.services.caches import ReferencePolicy
 from cachesrv.services.findings import Listed
 from cachesrv.services.flaws import Kind
 from cachesrv.services.judging import flawed, judge, record_of, with_nar
 from cachesrv.services.several import several
-from cachesrv.services.unhurried import unhurried
-from cachesrv.services.visible import nar_hashes
+from cachesrv.services.visible import hidden, nar_hashes
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -66,9 +64,7 @@ class Taking:
         """
         if not cache.bucket_is_authority:
             return set()
-        unsure = [
-            one async for one in unhurried(hash_parts) if not isinstance(self._index.get(cache.name, one), Present)
-        ]
+        unsure = await hidden(self._index, cache, hash_parts)
         keys = {one: cache.narinfo_key(one) for one in await self._catalog.present(cache.name, unsure)}
         there = await self._storage.existing(keys.values())
         return {one for one, key in keys.items() if key not in there}

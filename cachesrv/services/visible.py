@@ -14,7 +14,7 @@ from cachesrv.services.answer import present
 from cachesrv.services.unhurried import unhurried
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
     from cachesrv.catalog.base import Catalog
     from cachesrv.index.base import Index
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 _TRIES = 5
 """How often the catalog is asked while paths are being deleted; each deletion may have been one of these."""
+
+
+async def hidden(index: Index, cache: ServedCache, hash_parts: Iterable[str]) -> list[str]:
+    """Those of them for which the index does not answer that they are there."""
+    return [one async for one in unhurried(hash_parts) if not isinstance(index.get(cache.name, one), Present)]
 
 
 async def nar_hashes(catalog: Catalog, index: Index, cache: ServedCache, hash_parts: Collection[str]) -> dict[str, str]:
@@ -32,12 +37,12 @@ async def nar_hashes(catalog: Catalog, index: Index, cache: ServedCache, hash_pa
     for _ in range(_TRIES):
         epoch = index.epoch()
         found = await catalog.nar_hashes(cache.name, hash_parts)
-        hidden = [one async for one in unhurried(found) if not isinstance(index.get(cache.name, one), Present)]
-        if not hidden:
+        unseen = await hidden(index, cache, found)
+        if not unseen:
             break
-        records = await catalog.paths(cache.name, hidden)
+        records = await catalog.paths(cache.name, unseen)
         entries = [IndexEntry(cache.name, one, present(record.narinfo)) for one, record in records.items()]
         shown = await asyncio.to_thread(index.put, entries, replace=False, epoch=epoch)
-        if shown and len(records) == len(hidden):
+        if shown and len(records) == len(unseen):
             break
     return found

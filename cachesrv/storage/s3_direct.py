@@ -69,16 +69,7 @@ class S3Direct:
         return await self._client.call("CreateMultipartUpload", name, ask, changes=True)
 
     async def sign(self, key: str, upload: str, number: int, md5: bytes) -> SignedPut:
-        digest = base64.b64encode(md5).decode()
-        url = await self._client.signed(
-            "upload_part",
-            self._presign_seconds,
-            Key=self._name(key),
-            UploadId=upload,
-            PartNumber=number,
-            ContentMD5=digest,
-        )
-        return SignedPut(url, {"Content-MD5": digest})
+        return await self._signed("upload_part", key, md5, UploadId=upload, PartNumber=number)
 
     async def parts(self, key: str, upload: str) -> list[ArrivedPart] | None:
         try:
@@ -108,11 +99,7 @@ class S3Direct:
             await s3_sweep.abort(self._client, self._name(key), upload)
 
     async def sign_whole(self, key: str, size: int, md5: bytes) -> SignedPut:
-        digest = base64.b64encode(md5).decode()
-        url = await self._client.signed(
-            "put_object", self._presign_seconds, Key=self._name(key), ContentLength=size, ContentMD5=digest
-        )
-        return SignedPut(url, {"Content-MD5": digest})
+        return await self._signed("put_object", key, md5, ContentLength=size)
 
     async def whole(self, key: str) -> ArrivedPart | None:
         found = await self._head(self._name(key))
@@ -149,6 +136,13 @@ class S3Direct:
         before = time.time() - older_than
         uploads = s3_sweep.abandoned(self._client, self._prefix + STAGING, before=before, remove=True)
         return len([info async for info in uploads])
+
+    async def _signed(self, operation: str, key: str, md5: bytes, **parameters: Any) -> SignedPut:
+        digest = base64.b64encode(md5).decode()
+        parameters |= {"Key": self._name(key), "ContentMD5": digest}
+        return SignedPut(
+            await self._client.signed(operation, self._presign_seconds, **parameters), {"Content-MD5": digest}
+        )
 
     def _name(self, key: str) -> str:
         return self._prefix + validate_key(key)

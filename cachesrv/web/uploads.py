@@ -5,6 +5,7 @@ from __future__ import annotations
 import binascii
 import re
 from base64 import b64decode
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -18,6 +19,9 @@ from cachesrv.web.auth import token_of
 from cachesrv.web.errors import UnknownCoding
 from cachesrv.web.push import authorised, json_answer
 from cachesrv.web.site import ROUTE, SITE, check_writable, named
+
+if TYPE_CHECKING:
+    from cachesrv.storage.base import SignedPut
 
 _PATIENCE = 20.0
 """Seconds after which an answer is given although it is not known yet: proxies wait for 60."""
@@ -75,7 +79,7 @@ async def sign(request: web.Request) -> web.Response:
     _check_md5(asked.md5)
     uploads = request.app[SITE].services.uploads
     signed = await uploads.sign(cache, request.match_info["upload"], _number(request), bytes.fromhex(asked.md5))
-    return json_answer(api.SignAnswer(signed.url, dict(signed.headers)))
+    return json_answer(_signed(signed))
 
 
 async def sign_file(request: web.Request) -> web.Response:
@@ -87,8 +91,7 @@ async def sign_file(request: web.Request) -> web.Response:
     there = await uploads.sign_whole(cache, request.match_info["upload"], nar_hash, asked.size, md5)
     if isinstance(there, Known):
         return json_answer(api.FileAnswer(stored=True))
-    put = api.SignAnswer(there.url, dict(there.headers)) if there else None
-    return json_answer(api.FileAnswer(stored=False, put=put))
+    return json_answer(api.FileAnswer(stored=False, put=_signed(there) if there else None))
 
 
 async def complete(request: web.Request) -> web.Response:
@@ -116,6 +119,10 @@ async def abort(request: web.Request) -> web.Response:
     await check_writable(rules, cache, token_of(request))
     await request.app[SITE].services.uploads.abort(cache, request.match_info["upload"])
     return web.Response(status=204)
+
+
+def _signed(put: SignedPut) -> api.SignAnswer:
+    return api.SignAnswer(put.url, dict(put.headers))
 
 
 def _number(request: web.Request) -> int:

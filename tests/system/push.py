@@ -28,6 +28,16 @@ def command(nix: Nix, server: Server, *arguments: str) -> list[str]:
     return [*CACHESRV, "push", *options, *arguments]
 
 
+def started(nix: Nix, server: Server, *arguments: str) -> subprocess.Popen[bytes]:
+    """One that somebody ends: nobody hears what it tells."""
+    return subprocess.Popen(
+        command(nix, server, *arguments),
+        env=nix.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
 def attempt(nix: Nix, server: Server, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(nix, server, *arguments),

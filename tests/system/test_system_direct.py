@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from random import Random
 from threading import Event
@@ -121,12 +120,7 @@ def test_killed_while_a_piece_is_checked(
     path = builder.add("medium", CONTENT[: 5 * MIB])
     held = Event()
     proxy.plan(Hold(held), method="GET", path=".staged", times=1)
-    pushing = subprocess.Popen(
-        push.command(builder, server, path),
-        env=builder.environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    pushing = push.started(builder, server, path)
     until(lambda: proxy.count("GET", path=".staged") == 1, "it is not checked")
     pushing.kill()
     pushing.wait()
@@ -148,12 +142,7 @@ def test_killed_on_its_way(
         known = len(arrived)
         proxy.plan(Delay(0), method="PUT", query="partNumber", times=more)
         proxy.plan(Hold(held), method="PUT", query="partNumber", times=100)
-        pushing = subprocess.Popen(
-            push.command(builder, server, path),
-            env=builder.environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        pushing = push.started(builder, server, path)
         until(lambda: len(stored.parts()) == known + more, "parts do not arrive")  # noqa: B023  it ends in this round
         until(lambda: proxy.waiting < 100, "nothing is on its way")
         pushing.kill()

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,12 +88,9 @@ class Queue:
 
     @contextmanager
     def _work(self) -> Iterator[Work]:
-        entries = Entries.open(self.directory)
-        try:
+        with closing(Entries.open(self.directory)) as entries:
             sources = (Incoming(self.directory), *self.more)
             yield Work(entries, sources, self.way, self.report, figures=self.figures)
-        finally:
-            entries.close()
 
 
 def retry(queue: str, paths: Sequence[str]) -> int:
@@ -103,22 +100,16 @@ def retry(queue: str, paths: Sequence[str]) -> int:
             return 0
     except OSError as error:
         raise StoreError(f"the queue {queue} cannot be used: {error.strerror}") from error
-    entries = Entries.open(queue)
-    try:
+    with closing(Entries.open(queue)) as entries:
         number = entries.retry(paths or None)
-    finally:
-        entries.close()
     wake(queue)
     return number
 
 
 def forget(queue: str, paths: Sequence[str]) -> int:
     """Give up these paths, of those that have failed. How many that are. Raises StoreError."""
-    entries = Entries.open(queue)
-    try:
+    with closing(Entries.open(queue)) as entries:
         return entries.forget(paths)
-    finally:
-        entries.close()
 
 
 def wake(queue: str) -> None:

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from cachesrv.errors import StoreError, StoreFull
 from cachesrv.push.queue.directory import give_to_owner
 from cachesrv.push.store_db import NEEDS_WRITING
+from cachesrv.push.transaction import transaction
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +64,7 @@ class QueueFile:
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """All that is done in the block, or nothing."""
-        with self.reading() as db, _whole(db):
+        with self.reading() as db, transaction(db):
             yield db
 
     @contextmanager
@@ -84,7 +85,7 @@ def _connect(file: str) -> sqlite3.Connection:
     try:
         _set_wal(database)
         database.execute("PRAGMA synchronous = FULL")
-        with _whole(database):
+        with transaction(database):
             _prepare(database, file)
     except BaseException:
         database.close()
@@ -146,19 +147,6 @@ def _identity(file: str) -> tuple[int, int] | None:
         found = os.stat(file)  # noqa: PTH116  as text
         return found.st_dev, found.st_ino
     return None
-
-
-@contextmanager
-def _whole(db: sqlite3.Connection) -> Iterator[None]:
-    """All that is done in the block, or nothing."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
 
 
 def _create(file: str) -> None:
